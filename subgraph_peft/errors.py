@@ -1,0 +1,51 @@
+"""Every error says what went wrong, where, and what to do about it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class SubgraphPeftError(Exception):
+    """Root of all errors raised on purpose by this package."""
+
+
+class CaptureError(SubgraphPeftError):
+    """A model could not be captured, or a captured module was called in a way its graph cannot serve."""
+
+
+class SelectorError(SubgraphPeftError):
+    """A selector is malformed, matches nothing, or matches what must not be touched."""
+
+
+class MethodError(SubgraphPeftError):
+    """A method is unknown, has wrong options, or cannot be applied to a site."""
+
+
+class FoldError(SubgraphPeftError):
+    """Folding would give non-finite, unfaithful or lossy weights."""
+
+
+class CheckpointError(SubgraphPeftError):
+    """An adapter file is missing, damaged, or belongs to something else."""
+
+
+class ExportError(SubgraphPeftError):
+    """An ONNX model could not be written, or does not reproduce the torch outputs."""
+
+
+class ConfigError(SubgraphPeftError):
+    """A pipeline configuration is invalid."""
+
+
+class CaptureWarning(UserWarning):
+    """The captured graph is narrower than the model it came from."""
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
+    """The `n` known names most similar to `name`, best first."""
+    return difflib.get_close_matches(name, list(known), n=n, cutoff=0.3)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'lora'?"`, or the empty string."""
+    close = nearest(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
