@@ -1,0 +1,295 @@
+"""Capture a model with torch.export: one graph for training and evaluation, dynamic in batch and length."""
+
+import inspect
+import re
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from .errors import CaptureError, CaptureWarning
+from .graphs import attributes
+from .module import GraphModel, build, home_of
+from .normalise import attribute, normalise
+from .program import Program
+from .signature import Signature, export_arguments, named_inputs
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+    *,
+    dynamic: Mapping[str, Iterable[int]] | None = None,
+    verify: bool = True,
+) -> Program:
+    """Capture `model` as a Program.
+
+    model:           an nn.Module (an fx.GraphModule is one) or an ExportedProgram
+    example_inputs:  a tensor, a tuple, a dict or a BatchEncoding, as the model would be called in training;
+                     with labels, the loss is part of the graph
+    dynamic:         argument name -> the dimensions that vary. By default dimensions 0 and 1 of integer and boolean
+                     inputs and of three-dimensional floating-point ones, dimension 0 of all others
+    verify:          compare the graph with the model on the example inputs, in eval mode
+
+    The model itself is left as it was: parameters are shared in memory but frozen, buffers are copied.
+    Gradient checkpointing and key-value caches are not captured.
+
+    Raises CaptureError for what torch.export cannot capture, with the line of the model's source. Warns
+    (CaptureWarning) for a dimension that turned out to be fixed.
+    """
+    if isinstance(model, ExportedProgram):
+        return from_exported(model)
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"capture takes an nn.Module or an ExportedProgram, not {type(model).__name__}.")
+    if example_inputs is None:
+        raise CaptureError("capture needs example inputs: capture(model, example_inputs).")
+    inputs = example_of(model, example_inputs)
+    ranges = dynamic_dimensions(inputs, dynamic)
+    inputs = widen(inputs, ranges)
+    with prepared(model):
+        exported = export(model, inputs, ranges, explicit=dynamic is not None)
+    program = assemble(exported, model, inputs)
+    if verify and program.module.home.device.type != "meta":
+        program = check_eval(program, model, inputs, ranges)
+    program.module.train(model.training)
+    return program
+
+
+def from_exported(exported: ExportedProgram) -> Program:
+    if exported.example_inputs is None:
+        raise CaptureError("This ExportedProgram carries no example inputs; export it again with torch.export.export.")
+    program = assemble(exported, None, None)
+    return program
+
+
+def example_of(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
+    """Example inputs by name. Every tensor is a copy: torch.export takes two arguments that are one tensor
+    (`labels=input_ids`) for one input, and would leave the other unread."""
+    if isinstance(example_inputs, torch.Tensor):
+        example_inputs = (example_inputs,)
+    if isinstance(example_inputs, Mapping):
+        inputs = named_inputs(model.forward, (), dict(example_inputs))
+    elif isinstance(example_inputs, (tuple, list)):
+        inputs = named_inputs(model.forward, tuple(example_inputs), {})
+    else:
+        raise CaptureError(f"Example inputs are a tensor, a tuple or a dict, not {type(example_inputs).__name__}.")
+    device = next((p.device for p in model.parameters()), None)
+    for name, leaf in ((n, leaf) for n, value in inputs.items() for leaf in pytree.tree_leaves(value)):
+        if isinstance(leaf, torch.Tensor) and device is not None and leaf.device != device:
+            raise CaptureError(f"Input {name!r} is on {leaf.device}, the model on {device}. Move one of them first.")
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), inputs)
+
+
+def dynamic_dimensions(inputs: Mapping[str, Any], chosen: Mapping[str, Iterable[int]] | None) -> dict[str, Any]:
+    """Argument name -> for each tensor leaf the set of dimensions asked to vary."""
+    if chosen is not None:
+        if unknown := set(chosen) - set(inputs):
+            raise CaptureError(f"dynamic names {', '.join(sorted(unknown))}; the inputs are {', '.join(inputs)}.")
+        fixed = {name: frozenset(dims) for name, dims in chosen.items()}
+        return {name: pytree.tree_map(lambda _, d=fixed.get(name, frozenset()): d, v) for name, v in inputs.items()}
+
+    def usual(leaf: Any) -> frozenset[int]:
+        if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0:
+            return frozenset()
+        sequence = (leaf.ndim == 2 and not leaf.is_floating_point()) or leaf.ndim == 3
+        return frozenset({0, 1} if sequence else {0})
+
+    return {name: pytree.tree_map(usual, value) for name, value in inputs.items()}
+
+
+def widen(inputs: dict[str, Any], ranges: dict[str, Any]) -> dict[str, Any]:
+    """Repeat a batch of one to a batch of two: torch.export fixes a dimension that it sees as 1."""
+    leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.ndim]
+    if not leaves or any(leaf.shape[0] != 1 for leaf in leaves):
+        return inputs
+
+    def repeat(leaf: Any, dims: frozenset[int]) -> Any:
+        return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and 0 in dims else leaf
+
+    return {name: pytree.tree_map(repeat, value, ranges[name]) for name, value in inputs.items()}
+
+
+@contextmanager
+def prepared(model: nn.Module) -> Iterator[None]:
+    """Training mode, no key-value cache; restored afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    if any(getattr(module, "gradient_checkpointing", False) for module in modes):
+        warnings.warn("Gradient checkpointing is not part of the captured graph.", CaptureWarning, stacklevel=3)
+    gradients = torch.is_grad_enabled()
+    try:
+        if use_cache:
+            config.use_cache = False
+        model.train()
+        yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        if use_cache:
+            config.use_cache = use_cache
+        for module, training in modes.items():
+            module.training = training
+
+
+def export(model: nn.Module, inputs: dict[str, Any], ranges: dict[str, Any], explicit: bool) -> ExportedProgram:
+    """torch.export with every asked dimension dynamic; else with those that can be, and a warning for the others."""
+    args, kwargs = export_arguments(model.forward, inputs)
+
+    def attempt(kind: Any) -> ExportedProgram:
+        shapes = {n: pytree.tree_map(lambda dims: dict.fromkeys(sorted(dims), kind) or None, r) for n, r in ranges.items()}
+        parameters = inspect.signature(model.forward).parameters
+        extra = {name: shapes.pop(name) for name in list(shapes) if name not in parameters}
+        keyword = next((p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD), None)
+        if extra and keyword:
+            shapes[keyword] = extra
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+    try:
+        return attempt(Dim.DYNAMIC)
+    except Exception as first:
+        if explicit:
+            raise refused(model, first) from first
+        try:
+            exported = attempt(Dim.AUTO)
+        except Exception as second:
+            raise refused(model, second) from second
+    for name, dimension, size in specialised(exported, inputs, ranges):
+        message = f"{type(model).__name__}: dimension {dimension} of {name!r} is fixed to {size} in the captured graph."
+        warnings.warn(message, CaptureWarning, stacklevel=4)
+    return exported
+
+
+def specialised(
+    exported: ExportedProgram, inputs: dict[str, Any], ranges: dict[str, Any]
+) -> Iterator[tuple[str, int, int]]:
+    """(input, dimension, size) of every dimension that was asked to vary and does not."""
+    placeholders = [n for n in exported.graph.nodes if n.name in exported.graph_signature.user_inputs]
+    wanted = [(name, dims) for name in inputs for dims in pytree.tree_leaves(ranges[name], is_leaf=lambda x: isinstance(x, frozenset))]
+    for node, (name, dims) in zip(placeholders, wanted, strict=False):
+        for dimension in sorted(dims):
+            size = node.meta["val"].shape[dimension]
+            if isinstance(size, int):
+                yield name, dimension, size
+
+
+def refused(model: nn.Module, error: Exception) -> CaptureError:
+    """The error with the last line of the user's own code that led to it, and what to try."""
+    here = {Path(torch.__file__).parent, Path(__file__).parent}
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not any(root in Path(f.filename).parents for root in here) and not f.filename.startswith("<")]
+    where = f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else "inside torch.export"
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    what = lines[0] if lines else type(error).__name__
+    text = str(error)
+    if re.search(r"data-dependent|GuardOnDataDependent|Could not guard|DynamicControlFlow|bool\(\)|\.item\(\)", text):
+        advice = "Control flow depends on tensor values: rewrite that line with torch.where or torch.cond, or move it out of forward."
+    elif re.search(r"[Cc]onstraints violated|specializ|marked as dynamic|dynamic_shapes", text):
+        advice = "A dimension asked to vary cannot: pass dynamic={'input_name': [dimensions]} with those that can."
+    else:
+        advice = "Try example inputs without labels, attn_implementation='sdpa' or 'eager', or capture the submodule that holds the weights."
+    return CaptureError(f"{type(model).__name__} cannot be captured: {type(error).__name__}: {what}\n  at {where}\n  {advice}")
+
+
+def assemble(exported: ExportedProgram, model: nn.Module | None, inputs: dict[str, Any] | None) -> Program:
+    root = exported.module(check_guards=False)
+    normalise(root)
+    signature = Signature.of(exported, model.forward if model is not None else None)
+    if inputs is None:
+        flat = pytree.tree_leaves(exported.example_inputs)
+        leaves = iter(flat)
+        inputs = {n: pytree.tree_unflatten([next(leaves) for _ in range(s.num_leaves)], s) for n, s in signature.inputs.items()}
+    tensors, volatile, ties = own_tensors(root, model)
+    name = type(model).__name__ if model is not None else "Model"
+    module = build(
+        signature, root.graph, None, tensors, volatile, home_of(tensors), name, config=getattr(model, "config", None)
+    )
+    return Program(module=module, example=inputs, source=name, ties=ties)
+
+
+def own_tensors(root: fx.GraphModule, model: nn.Module | None) -> tuple[dict, set[str], tuple[frozenset[str], ...]]:
+    """(tensors by name, names outside the state dict, groups of tied names).
+
+    Parameters are new, frozen objects over the same memory; buffers, which training may write to, are copies.
+    """
+    origin = root if model is None else model
+    saved = set(origin.state_dict(keep_vars=True))
+    names: dict[int, list[str]] = {}
+    tensors: dict[str, Any] = {}
+    frozen: dict[int, nn.Parameter] = {}
+    for name, parameter in origin.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+        if id(parameter) not in frozen:
+            frozen[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+        tensors[name] = frozen[id(parameter)]
+    for name, buffer in origin.named_buffers(remove_duplicate=False):
+        tensors[name] = buffer.detach().clone()
+    for path, _ in attributes(root.graph):
+        if path not in tensors:
+            value = attribute(root, path)
+            tensors[path] = value.detach().clone() if isinstance(value, torch.Tensor) else value
+    volatile = {name for name in tensors if name not in saved}
+    return tensors, volatile, tuple(frozenset(group) for group in names.values() if len(group) > 1)
+
+
+def check_eval(program: Program, model: nn.Module, inputs: dict[str, Any], ranges: dict[str, Any]) -> Program:
+    """Compare eval mode with the model; where the switched training graph differs, capture eval mode on its own."""
+    modes = {module: module.training for module in model.modules()}
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    try:
+        if use_cache:
+            config.use_cache = False
+        model.eval()
+        args, kwargs = export_arguments(model.forward, pytree.tree_map_only(torch.Tensor, torch.clone, inputs))
+        with torch.no_grad():
+            expected = pytree.tree_leaves(model(*args, **kwargs))
+        if equal(pytree.tree_leaves(program.run()), expected):
+            return program
+        second = export(model, inputs, ranges, explicit=False)
+    finally:
+        if use_cache:
+            config.use_cache = use_cache
+        for module, training in modes.items():
+            module.training = training
+    root = second.module(check_guards=False)
+    normalise(root)
+    for path, _ in attributes(root.graph):
+        if path.split(".")[0] not in program.module._modules and not hasattr(program.module, path.split(".")[0]):
+            raise CaptureError(f"The eval graph reads {path}, which the training graph has not.")
+    program.module.eval_graph = root.graph
+    program.module.runners.clear()
+    if not equal(pytree.tree_leaves(program.run()), expected):
+        raise CaptureError(
+            f"The captured graph of {type(model).__name__} does not reproduce the model in eval mode on the example inputs. "
+            "The model probably keeps state in Python between calls; capture(verify=False) takes it as it is."
+        )
+    return program
+
+
+def equal(actual: list[Any], expected: list[Any]) -> bool:
+    if len(actual) != len(expected):
+        return False
+    for a, e in zip(actual, expected, strict=True):
+        if isinstance(e, torch.Tensor):
+            if a is None or a.shape != e.shape:
+                return False
+            if e.is_floating_point():
+                bound = {torch.float64: 1e-9, torch.float32: 1e-4}.get(e.dtype, 3e-2)
+                scale = e.float().abs().max().item() + 1e-6 if e.numel() else 1.0
+                if e.numel() and not (a - e).float().abs().max().item() <= bound * scale:
+                    return False
+            elif not torch.equal(a, e):
+                return False
+    return True
+
+
+__all__ = ["capture", "GraphModel"]

@@ -1,0 +1,91 @@
+"""A Program: a captured model, what it was captured from, and the adapters that rewrite it."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from .module import GraphModel
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured model as a graph.
+
+    module:   runs the graph; any training loop takes it
+    example:  the example inputs by argument name
+    source:   class name of the model it came from
+    ties:     groups of parameter names that are one tensor
+    adapters: the methods that rewrite it, in the order they were applied
+    base:     the captured program under the adapters (None on the captured program itself)
+    history:  the passes that made it, in order
+    """
+
+    module: GraphModel
+    example: Mapping[str, Any]
+    source: str
+    ties: tuple[frozenset[str], ...] = ()
+    adapters: tuple["Adapter", ...] = ()
+    base: "Program | None" = None
+    history: tuple[str, ...] = ("capture",)
+    lowered: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph in its training form."""
+        return self.module.graph
+
+    @property
+    def captured(self) -> "Program":
+        """The captured program, without adapters."""
+        return self.base or self
+
+    def parameters(self, trainable: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter), each parameter once; only those that require gradients if `trainable`."""
+        return ((n, p) for n, p in self.module.named_parameters() if p.requires_grad or not trainable)
+
+    def counts(self) -> tuple[int, int]:
+        """(trainable, all) numbers of parameters; all counts the captured model's own, and the adapters' beside it."""
+        everything = sum(p.numel() for _, p in self.parameters())
+        return sum(p.numel() for _, p in self.parameters(trainable=True)), everything
+
+    def run(self, inputs: Mapping[str, Any] | None = None, training: bool = False) -> Any:
+        """Outputs on `inputs` (the example inputs by default) without gradients, in eval mode unless `training`."""
+        mode = self.module.training
+        inputs = self.example if inputs is None else inputs
+        device = self.module.home.device
+        inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), dict(inputs))
+        try:
+            self.module.train(training)
+            with torch.no_grad():
+                return self.module.call(inputs)
+        finally:
+            self.module.train(mode)
+
+    def save(self, folder: Any) -> None:
+        """Write the adapters to `folder`: adapter.json and adapter.safetensors."""
+        from .checkpoint import save
+
+        save(self, folder)
+
+    def load(self, folder: Any) -> "Program":
+        """Read trained tensors from `folder` into this program's adapters, strictly. Returns self."""
+        from .checkpoint import load_into
+
+        return load_into(self, folder)
+
+    def write_to(self, model: nn.Module) -> list[str]:
+        """Copy this program's weights into the eager model it was captured from. Returns the names that changed."""
+        from .fold import write_to
+
+        return write_to(self, model)
+
+    def __repr__(self) -> str:
+        nodes = len(self.graph.nodes)
+        return f"Program({self.source}: {nodes} nodes, {' → '.join(self.history)})"
