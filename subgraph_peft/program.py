@@ -12,6 +12,9 @@ from .module import GraphModel
 
 if TYPE_CHECKING:
     from .adapter import Adapter
+    from .distribute import Lowered
+    from .fold import FoldReport
+    from .rewrite import Constant
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,9 @@ class Program:
     adapters: the methods that rewrite it, in the order they were applied
     base:     the captured program under the adapters (None on the captured program itself)
     history:  the passes that made it, in order
+    lowered:  how each site was rewritten, by weight name
+    folded:   what the fold kept, on a folded program
+    constants: buffers that hold what the adapters' equations need and no training changes
     """
 
     module: GraphModel
@@ -34,7 +40,9 @@ class Program:
     adapters: tuple["Adapter", ...] = ()
     base: "Program | None" = None
     history: tuple[str, ...] = ("capture",)
-    lowered: Mapping[str, Any] = field(default_factory=dict)
+    lowered: Mapping[str, "Lowered"] = field(default_factory=dict)
+    constants: Mapping[str, "Constant"] = field(default_factory=dict)
+    folded: "FoldReport | None" = None
 
     @property
     def graph(self) -> fx.Graph:

@@ -1,0 +1,27 @@
+"""A compiler for parameter-efficient fine-tuning: a method is its equation."""
+
+from .capture import capture
+from .errors import (
+    CaptureError,
+    CaptureWarning,
+    CheckpointError,
+    ConfigError,
+    ExportError,
+    FoldError,
+    MethodError,
+    SelectorError,
+    SubgraphPeftError,
+)
+from .fold import fold
+from .method import Method, Tensor, Wrapper, frozen, kaiming_uniform, normal, ones, trainable, zeros
+from .program import Program
+from .rewrite import rewrite
+from .sites import Site, sites
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError", "CaptureWarning", "CheckpointError", "ConfigError", "ExportError", "FoldError", "Method",
+    "MethodError", "Program", "SelectorError", "Site", "SubgraphPeftError", "Tensor", "Wrapper", "capture", "fold",
+    "frozen", "kaiming_uniform", "normal", "ones", "rewrite", "sites", "trainable", "zeros",
+]  # fmt: skip

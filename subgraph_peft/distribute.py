@@ -1,0 +1,346 @@
+"""Distribute an activation over an equation: x φ(W)ᵀ without forming φ(W).
+
+    x(P + Q)ᵀ = xPᵀ + xQᵀ        x(PQ)ᵀ = (xQᵀ)Pᵀ        x(diag(v) P)ᵀ = (xPᵀ) ⊙ v
+    x(P diag(v))ᵀ = (x ⊙ v) Pᵀ   x(sP)ᵀ = s · xPᵀ, on the narrowest operand
+
+Where no law applies the factor is evaluated as it stands, each step; one of full size is reported as dense.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx
+
+from .equation import TRANSPOSE_2D, VIEWS, Equation
+from .forms import Form
+from .graphs import aten, operator_name
+
+MATMULS = {aten.matmul.default, aten.mm.default}
+SUMS = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
+DIAGONALS = {aten.diag.default, aten.diag_embed.default}
+
+
+@dataclass
+class Lowered:
+    """How one site was rewritten.
+
+    dense:      why a full-size matrix is evaluated each step, if one is
+    nodes:      names of the nodes that the rewrite added
+    per_token:  multiply-adds ×2 added per row of the input   per_step: those independent of the input
+    """
+
+    dense: list[str] = field(default_factory=list)
+    nodes: list[str] = field(default_factory=list)
+    per_token: int = 0
+    per_step: int = 0
+
+    @property
+    def form(self) -> str:
+        return "dense" if self.dense else "factored"
+
+
+class Values:
+    """Nodes of the target graph that hold values of an equation, each made once, before the first use.
+
+    emit:    (target, args, term, adapter) -> node, inserted before the site's first call
+    operand: placeholder of the equation -> node of the target graph
+    hoisted: constant of the equation -> node that reads its buffer
+    dtype:   in which values are computed
+
+    A value's node says in meta["dtype"] which dtype it is held in, and in meta["shape"] its shape.
+    """
+
+    def __init__(
+        self,
+        equation: Equation,
+        emit: Callable,
+        operand: Callable,
+        hoisted: Callable,
+        dtype: torch.dtype,
+        full_size: int,
+        lowered: Lowered,
+    ):
+        self.equation, self.emit, self.operand, self.hoisted = equation, emit, operand, hoisted
+        self.dtype, self.full_size, self.lowered = dtype, full_size, lowered
+        self.made: dict[fx.Node, fx.Node] = {}
+        self.cast: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+
+    def of(self, node: fx.Node) -> fx.Node:
+        """The node's value as it stands."""
+        if node not in self.made:
+            self.made[node] = self._make(node)
+            self.made[node].meta["shape"] = self.equation.shape(node)
+        return self.made[node]
+
+    def _make(self, node: fx.Node) -> fx.Node:
+        equation = self.equation
+        if node.op == "placeholder":
+            return self.operand(equation.operands[node])
+        if equation.is_constant(node):
+            return self.hoisted(node)
+        for source in node.all_input_nodes:
+            if self.is_dense(source) and not self.is_dense(node):
+                self.note(f"{operator_name(node)} reads a full-size matrix")
+        args = fx.node.map_arg(node.args, lambda n: self.held_in(n, self.dtype))
+        kwargs = fx.node.map_arg(node.kwargs, lambda n: self.held_in(n, self.dtype))
+        if node in equation.trainable:
+            self.lowered.per_step += flops(equation, node)
+        made = self.emit(node.target, args, equation.term(node), equation.adapter(node), kwargs)
+        made.meta["dtype"] = self.dtype
+        return made
+
+    def held_in(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """The node's value, cast where it is held in another dtype."""
+        value = self.of(node)
+        if value.meta["dtype"] == dtype:
+            return value
+        if (value, dtype) not in self.cast:
+            term, adapter = f"{self.equation.term(node)}_cast", self.equation.adapter(node)
+            cast = self.emit(aten.to.dtype, (value, dtype), term, adapter)
+            cast.meta |= {"shape": value.meta["shape"], "dtype": dtype}
+            self.cast[value, dtype] = cast
+        return self.cast[value, dtype]
+
+    def is_dense(self, node: fx.Node) -> bool:
+        """A computed matrix of the weight's own size that changes each step."""
+        computed = node.op == "call_function" and node.target not in VIEWS
+        return computed and node in self.equation.trainable and self.equation.numel(node) >= self.full_size > 1
+
+    def note(self, reason: str) -> None:
+        if reason not in self.lowered.dense:
+            self.lowered.dense.append(reason)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A product of numbers and of scalar nodes of the equation."""
+
+    number: float = 1.0
+    nodes: tuple[tuple[fx.Node, bool], ...] = ()
+
+    def times(self, factor: float | fx.Node, inverse: bool = False) -> "Scale":
+        if isinstance(factor, fx.Node):
+            return replace(self, nodes=(*self.nodes, (factor, inverse)))
+        return replace(self, number=self.number / factor if inverse else self.number * factor)
+
+    def __bool__(self) -> bool:
+        return self.number != 1.0 or bool(self.nodes)
+
+
+ONE = Scale()
+
+
+class Distribution:
+    """Emits the nodes of x φ(W)ᵀ + b at one call."""
+
+    def __init__(
+        self,
+        values: Values,
+        form: Form,
+        emit: Callable,
+        weight: fx.Node,
+        dtype: torch.dtype,
+        dropout: dict[str, float],
+    ):
+        self.values, self.form, self.raw_emit, self.weight = values, form, emit, weight
+        self.equation = values.equation
+        self.dtype, self.dropout = dtype, dropout
+        self.dropped: dict[float, fx.Node] = {}
+        self.current = self.equation.result
+        form.emit = lambda target, args, term: self.emit(target, args, term)
+
+    def emit(self, target: object, args: tuple, term: str) -> fx.Node:
+        return self.raw_emit(target, args, term, self.equation.adapter(self.current))
+
+    def run(self) -> fx.Node:
+        return self.apply(self.equation.result, self.form.x, ONE, self.form.bias, inner=False)
+
+    def apply(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, inner: bool) -> fx.Node:
+        """scale · x·nodeᵀ + bias; `inner`: x is the result of an earlier factor, no longer the call's input."""
+        equation = self.equation
+        if node.op == "placeholder" or equation.is_constant(node):
+            return self.contract(node, x, scale, bias, inner)
+        law = LAWS.get(node.target)
+        result = law(self, node, x, scale, bias, inner) if law else None
+        if result is None:
+            if self.values.is_dense(node):
+                self.values.note(f"no law distributes over {operator_name(node)} of full-size factors")
+            result = self.contract(node, x, scale, bias, inner)
+        return result
+
+    def contract(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, inner: bool) -> fx.Node:
+        """scale · x·Mᵀ + bias for a matrix M that is used as it stands."""
+        out_features, in_features = self.equation.shape(node)
+        x = x if inner else self.input(node, x)
+        on_input = bool(scale) and in_features <= out_features and (inner or self.form.scales_input)
+        if on_input:
+            x, scale = self.scaled(node, x, scale), ONE
+        self.current = node
+        is_weight = self.equation.operands.get(node) == ("", "W") and (not inner or self.form.scales_input)
+        own_bias = None if scale else bias
+        term = "base" if is_weight else self.equation.term(node)
+        if is_weight:
+            y = self.form.stored(x, self.weight, own_bias, term)
+        else:
+            matrix = self.activation(node)
+            y = (self.form.then if inner else self.form.first)(x, matrix, own_bias, term)
+            self.values.lowered.per_token += 2 * out_features * in_features
+        if scale:
+            y = self.plus(self.scaled(node, y, scale), bias)
+        return y
+
+    def input(self, node: fx.Node, x: fx.Node) -> fx.Node:
+        """The call's input, with the dropout of the adapter that owns a trainable term."""
+        rate = self.dropout.get(self.equation.adapter(node), 0.0) if node in self.equation.trainable else 0.0
+        if not rate:
+            return x
+        if rate not in self.dropped:
+            self.current = node
+            self.dropped[rate] = self.emit(aten.dropout.default, (x, rate, True), "dropout")
+        return self.dropped[rate]
+
+    def activation(self, node: fx.Node) -> fx.Node:
+        """A value in the dtype of the activations."""
+        return self.values.held_in(node, self.dtype)
+
+    def scaled(self, node: fx.Node, x: fx.Node, scale: Scale) -> fx.Node:
+        for factor, inverse in scale.nodes:
+            value = self.activation(factor)
+            self.current = factor
+            x = self.emit(aten.div.Tensor if inverse else aten.mul.Tensor, (x, value), "scale")
+        if scale.number != 1.0:
+            self.current = node
+            x = self.emit(aten.mul.Tensor, (x, scale.number), "scale")
+        return x
+
+    def plus(self, y: fx.Node, bias: fx.Node | None) -> fx.Node:
+        return y if bias is None else self.emit(aten.add.Tensor, (y, self.form.spread(bias)), "bias")
+
+    # laws: (node, x, scale, bias, inner) -> emitted node, or None where the law does not hold
+
+    def sum(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, inner: bool) -> fx.Node | None:
+        """x(P ± Q)ᵀ = xPᵀ ± xQᵀ"""
+        left, right = node.args[:2]
+        whole = self.equation.shape(node)
+        if not all(isinstance(a, fx.Node) and self.equation.shape(a) == whole for a in (left, right)) or node.kwargs:
+            return None
+        sign = SUMS[node.target]
+        first = self.apply(left, x, scale, bias, inner)
+        negative = scale.times(-1.0) if sign < 0 and scale else scale
+        second = self.apply(right, x, negative, None, inner)
+        self.current = node
+        target = aten.sub.Tensor if sign < 0 and not scale else aten.add.Tensor
+        return self.emit(target, (first, second), "sum")
+
+    def product(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, inner: bool) -> fx.Node | None:
+        """x(PQ)ᵀ = (xQᵀ)Pᵀ"""
+        left, right = node.args
+        if len(self.equation.shape(left)) != 2 or len(self.equation.shape(right)) != 2:
+            return None
+        if left.target in DIAGONALS and len(self.equation.shape(left.args[0])) == 1:
+            return self.rows(node, right, left.args[0], x, scale, bias, inner)
+        if right.target in DIAGONALS and len(self.equation.shape(right.args[0])) == 1:
+            return self.columns(node, left, right.args[0], x, scale, bias, inner)
+        x, width = (x if inner else self.input(node, x)), self.equation.shape(right)[0]
+        out_features, in_features = self.equation.shape(node)
+        z = self.factor(right, x, inner)
+        if scale and width <= min(out_features, in_features):
+            z, scale = self.scaled(node, z, scale), ONE
+        return self.apply(left, z, scale, bias, True)
+
+    def factor(self, node: fx.Node, x: fx.Node, inner: bool) -> fx.Node:
+        """x·nodeᵀ for an inner factor; its dropout has been applied already."""
+        saved, self.dropout = self.dropout, {}
+        try:
+            return self.apply(node, x, ONE, None, inner)
+        finally:
+            self.dropout = saved
+
+    def multiple(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, inner: bool) -> fx.Node | None:
+        """scalars, row scalings and column scalings"""
+        left, right = node.args[:2]
+        inverse = node.target is aten.div.Tensor
+        if not isinstance(right, fx.Node):
+            return self.apply(left, x, scale.times(float(right), inverse), bias, inner)
+        if not isinstance(left, fx.Node):
+            return None
+        whole = self.equation.shape(node)
+        options = [(left, right)] if inverse else [(left, right), (right, left)]
+        for matrix, vector in options:
+            if self.equation.shape(matrix) != whole:
+                continue
+            shape = self.equation.shape(vector)
+            if self.equation.numel(vector) == 1:
+                return self.apply(matrix, x, scale.times(vector, inverse), bias, inner)
+            if shape == (whole[0], 1):
+                return self.rows(node, matrix, vector, x, scale, bias, inner, inverse)
+            if shape in ((whole[1],), (1, whole[1])):
+                return self.columns(node, matrix, vector, x, scale, bias, inner, inverse)
+        return None
+
+    def rows(
+        self, node: fx.Node, matrix: fx.Node, vector: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None,
+        inner: bool, inverse: bool = False,
+    ) -> fx.Node:  # fmt: skip
+        """x(diag(v) P)ᵀ = (xPᵀ) ⊙ v"""
+        y = self.apply(matrix, x, scale, None, inner)
+        y = self.emit(aten.div.Tensor if inverse else aten.mul.Tensor, (y, self.vector(node, vector)), "rows")
+        self.current = node
+        return self.plus(y, bias)
+
+    def columns(
+        self, node: fx.Node, matrix: fx.Node, vector: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None,
+        inner: bool, inverse: bool = False,
+    ) -> fx.Node | None:  # fmt: skip
+        """x(P diag(v))ᵀ = (x ⊙ v) Pᵀ"""
+        if not inner and not self.form.scales_input:
+            return None
+        x = x if inner else self.input(node, x)
+        x = self.emit(aten.div.Tensor if inverse else aten.mul.Tensor, (x, self.vector(node, vector)), "columns")
+        saved, self.dropout = self.dropout, {}
+        try:
+            return self.apply(matrix, x, scale, bias, True)
+        finally:
+            self.dropout = saved
+
+    def vector(self, node: fx.Node, vector: fx.Node) -> fx.Node:
+        """A row or column vector of the equation as [features], to multiply an activation."""
+        while vector.target is aten.unsqueeze.default:
+            vector = vector.args[0]
+        value = self.activation(vector)
+        self.current = vector
+        if len(self.equation.shape(vector)) > 1:
+            value = self.emit(aten.reshape.default, (value, [-1]), f"{self.equation.term(vector)}_vector")
+        spread = self.form.spread(value)
+        self.current = node
+        return spread
+
+    def diagonal(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, inner: bool) -> fx.Node | None:
+        """x diag(v)ᵀ = x ⊙ v"""
+        vector = node.args[0]
+        if len(self.equation.shape(vector)) != 1 or len(node.args) > 1 or not (inner or self.form.scales_input):
+            return None
+        x = x if inner else self.input(node, x)
+        y = self.emit(aten.mul.Tensor, (self.scaled(node, x, scale), self.vector(node, vector)), "diagonal")
+        return self.plus(y, bias)
+
+    def negative(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, inner: bool) -> fx.Node:
+        return self.apply(node.args[0], x, scale.times(-1.0), bias, inner)
+
+
+LAWS: dict[object, Callable] = {
+    **dict.fromkeys(SUMS, Distribution.sum),
+    **dict.fromkeys(MATMULS, Distribution.product),
+    **dict.fromkeys(DIAGONALS, Distribution.diagonal),
+    aten.mul.Tensor: Distribution.multiple,
+    aten.div.Tensor: Distribution.multiple,
+    aten.neg.default: Distribution.negative,
+}
+
+
+def flops(equation: Equation, node: fx.Node) -> int:
+    """Multiply-adds ×2 of a product, one per element of anything else; views are free."""
+    if node.target in MATMULS:
+        return 2 * equation.numel(node) * equation.shape(node.args[0])[-1]
+    return 0 if node.target in VIEWS or node.target in TRANSPOSE_2D else equation.numel(node)

@@ -1,0 +1,190 @@
+"""An equation: φ(W), traced once for a shape, as a graph of aten operators with values and dependences."""
+
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+from torch import fx, nn
+
+from .errors import MethodError
+from .graphs import TRAINING_FLAG, aten, operator_name, sweep
+from .method import Method
+
+VIEWS = {
+    aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default, aten.view.default,
+    aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten.slice.Tensor,
+    aten.select.int, aten.detach.default, aten.alias.default, aten.mT.default,
+}  # fmt: skip
+TRANSPOSE_2D = {aten.t.default, aten.numpy_T.default, aten.mT.default}
+
+# (adapter name, tensor name) of a tensor; ("", "W") of the weight or bias itself, ("", "x") and ("", "y") of activations
+Operand = tuple[str, str]
+
+
+class Step(nn.Module):
+    """One method of a chain; as a module so that its nodes carry the adapter's name."""
+
+    def __init__(self, method: Method, part: str):
+        super().__init__()
+        self.method = [method]
+        self.part = part
+
+    def forward(self, operands: tuple[torch.Tensor, ...], tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.method[0].evaluate(self.part, *operands, tensors=tensors)
+
+
+class Chain(nn.Module):
+    """φₙ(…φ₂(φ₁(W)))"""
+
+    def __init__(self, chain: tuple[tuple[str, Method], ...], part: str):
+        super().__init__()
+        self.steps = nn.ModuleDict({name: Step(method, part) for name, method in chain})
+        self.part = part
+
+    def forward(self, operands: tuple[torch.Tensor, ...], tensors: dict[str, dict[str, torch.Tensor]]) -> torch.Tensor:
+        *inputs, value = operands
+        for name, step in self.steps.items():
+            value = step((*inputs, value), tensors[name])
+        return value
+
+
+class Equation:
+    """The traced chain.
+
+    graph:     aten operators; `result` is the node of φ
+    operands:  placeholder node -> (adapter, tensor)
+    trainable: nodes that depend on a trainable tensor or on an activation
+    """
+
+    def __init__(self, graph: fx.Graph, operands: dict[fx.Node, Operand], varying: set[Operand]):
+        self.graph = graph
+        self.operands = operands
+        push_transposes(graph)
+        self.result: fx.Node = graph.output_node().args[0][0]
+        self.trainable: set[fx.Node] = set()
+        for node in graph.nodes:
+            if operands.get(node) in varying or self.trainable.intersection(node.all_input_nodes):
+                self.trainable.add(node)
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        return tuple(node.meta["val"].shape)
+
+    def numel(self, node: fx.Node) -> int:
+        return math.prod(self.shape(node))
+
+    def leaves(self, node: fx.Node) -> set[fx.Node]:
+        """Placeholders that a node depends on."""
+        found, stack = set(), [node]
+        while stack:
+            current = stack.pop()
+            if current.op == "placeholder":
+                found.add(current)
+            stack.extend(current.all_input_nodes)
+        return found
+
+    def is_constant(self, node: fx.Node) -> bool:
+        """A computed value without trainable tensors, worth keeping: not a view, and no larger than its operands."""
+        if node in self.trainable or node.op != "call_function" or node.target in VIEWS:
+            return False
+        return self.numel(node) <= sum(self.numel(leaf) for leaf in self.leaves(node))
+
+    def adapter(self, node: fx.Node) -> str:
+        """Name of the adapter whose equation a node is part of."""
+        if node in self.operands:
+            return self.operands[node][0]
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        return stack[-1][0].rpartition(".")[2] if stack else ""
+
+    def term(self, node: fx.Node) -> str:
+        return self.operands[node][1] if node in self.operands else operator_name(node)
+
+
+def push_transposes(graph: fx.Graph) -> None:
+    """(PQ)ᵀ = QᵀPᵀ, (Pᵀ)ᵀ = P, so that a transpose stands only at a factor. In place."""
+    changed = True
+    while changed:
+        changed = False
+        for node in list(graph.nodes):
+            if not is_transpose(node):
+                continue
+            inner = node.args[0]
+            with graph.inserting_before(node):
+                if is_transpose(inner):
+                    replacement = inner.args[0]
+                elif inner.target in (aten.matmul.default, aten.mm.default) and inner.args[0].meta["val"].ndim == 2:
+                    left, right = (transpose_of(graph, side, node) for side in reversed(inner.args))
+                    replacement = graph.call_function(aten.matmul.default, (left, right))
+                    replacement.meta = dict(node.meta)
+                else:
+                    continue
+            node.replace_all_uses_with(replacement)
+            graph.erase_node(node)
+            changed = True
+    sweep(graph)
+
+
+def transpose_of(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
+    result = graph.call_function(aten.t.default, (node,))
+    result.meta = {**like.meta, "val": node.meta["val"].t()}
+    return result
+
+
+def is_transpose(node: fx.Node) -> bool:
+    if node.target in TRANSPOSE_2D:
+        return node.args[0].meta["val"].ndim == 2
+    return node.target is aten.transpose.int and node.meta["val"].ndim == 2 and {a % 2 for a in node.args[1:]} == {0, 1}
+
+
+@lru_cache(maxsize=512)
+def trace(
+    chain: tuple[tuple[str, Method], ...],
+    part: str,
+    operands: tuple[tuple[str, tuple[int, ...]], ...],
+    tensors: tuple[tuple[str, tuple[tuple[str, tuple[int, ...], bool], ...]], ...],
+) -> Equation:
+    """Trace `part` of a chain of methods.
+
+    operands: (name, shape) of W, b or (x, y); activations' leading dimensions are dynamic
+    tensors:  per adapter its (name, shape, trainable)
+
+    Raises MethodError where the equation cannot be traced or gives another shape than it was given.
+    """
+    operand_values = tuple(torch.empty(shape, device="meta") for _, shape in operands)
+    values = {a: {n: torch.empty(shape, device="meta") for n, shape, _ in specs} for a, specs in tensors}
+    varying = {(a, n) for a, specs in tensors for n, _, train in specs if train}
+    dynamic = None
+    if part == "output":
+        varying |= {("", name) for name, _ in operands}
+        leading = {d: torch.export.Dim.DYNAMIC for d in range(len(operands[0][1]) - 1)}
+        dynamic = (tuple(leading for _ in operands), {a: dict.fromkeys(names) for a, names in values.items()})
+    names = " over ".join(method.name for _, method in reversed(chain))
+    try:
+        exported = torch.export.export(
+            Chain(chain, part), (operand_values, values), dynamic_shapes=dynamic, strict=False
+        )
+    except MethodError:
+        raise
+    except Exception as error:
+        raise MethodError(
+            f"The equation {part} of {names} cannot be traced for {dict(operands)}: {type(error).__name__}: {error}"
+        ) from error
+    graph = exported.graph
+    for node in graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise MethodError(f"The equation of {names} uses {node.target}; write .detach() in place of no_grad.")
+    flat: list[Operand] = [("", name) for name, _ in operands]
+    flat += [(adapter, name) for adapter, specs in tensors for name, _, _ in specs]
+    placeholders = dict(zip(graph.find_nodes(op="placeholder"), flat, strict=True))
+    equation = Equation(graph, placeholders, varying)
+    expected, actual = operand_values[-1].shape, equation.shape(equation.result)
+    if part != "output" and tuple(expected) != actual:
+        raise MethodError(f"The equation {part} of {names} maps shape {list(expected)} to {list(actual)}; it has to keep it.")
+    if part != "output" and any(node.target in TRAINING_FLAG for node in graph.nodes):
+        raise MethodError(f"The equation {part} of {names} draws random numbers: declare a `dropout` option instead.")
+    return equation
+
+
+def describe(specs: Mapping[str, Mapping[str, tuple[tuple[int, ...], bool]]]) -> tuple:
+    """Hashable form of adapter -> tensor -> (shape, trainable), as `trace` takes it."""
+    return tuple((a, tuple((n, shape, train) for n, (shape, train) in tensors.items())) for a, tensors in specs.items())

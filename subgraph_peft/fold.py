@@ -1,0 +1,194 @@
+"""Fold adapters into plain weights: functional, all or nothing, checked, and honest about what the dtype keeps."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .errors import FoldError
+from .program import Program
+from .rewrite import evaluate, generate, rebuild
+from .sites import Site
+
+OUTPUT_BOUND = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class SiteFold:
+    """One folded weight.
+
+    relative_delta: ‖ΔW‖ / ‖W‖          retained: 1 − ‖stored − φ(W)‖ / ‖ΔW‖, the part of the update the dtype kept
+    """
+
+    relative_delta: float
+    retained: float
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """dtype of the folded weights, what each site kept, the largest output difference on the example inputs (relative
+    to the largest output), and the adapters that do not fold."""
+
+    dtype: torch.dtype
+    sites: Mapping[str, SiteFold]
+    output_error: float
+    remaining: tuple[str, ...]
+
+    @property
+    def retained(self) -> float:
+        """The smallest share of any site's update that was kept."""
+        return min((site.retained for site in self.sites.values()), default=1.0)
+
+
+def fold(program: Program, *, dtype: torch.dtype | None = None, retain: float = 0.9, verify: bool = True) -> Program:
+    """W ← φ(W) for every adapter that folds; the result is the captured graph with new weights.
+
+    dtype:   of the folded program; by default float32, or the model's own where that is wider. A model captured in a
+             16-bit dtype becomes a float32 model unless its own dtype is asked for
+    retain:  the least share of each site's update that the dtype has to keep
+    verify:  compare outputs with the unfolded program on the example inputs
+
+    `program` is left as it is. A program without foldable adapters is returned itself.
+    Raises FoldError for non-finite tensors, lost updates and differing outputs.
+    """
+    folding = [a for a in program.adapters if a.method.foldable()]
+    trained = [n for n, _ in program.parameters(trainable=True) if n in dict(program.captured.module.named_parameters())]
+    if not folding and not trained:
+        return program
+    captured = program.captured
+    home = captured.module.home
+    if home.device.type == "meta":
+        raise FoldError("A program on the meta device has no weights to fold; capture the loaded model.")
+    dtype = dtype or torch.promote_types(torch.float32, home.dtype)
+    if torch.promote_types(dtype, home.dtype) != dtype:
+        raise FoldError(
+            f"{captured.source} was captured in {home.dtype}; a fold into {dtype} would narrow every weight. "
+            f"Convert the model to {dtype} before it is captured, or fold into {home.dtype}."
+        )
+    check_finite(program)
+    base = captured.module if dtype == home.dtype else copy.deepcopy(captured.module).to(dtype)
+    held = dict(program.module.tensors())
+    tensors = dict(base.tensors())
+    for name in trained:
+        tensors[name] = nn.Parameter(held[name].detach().to(tensors[name].dtype, copy=True), requires_grad=False)
+    report: dict[str, SiteFold] = {}
+    with torch.no_grad():
+        for part, site, name in targets(program):
+            value = evaluate(folding, part, site, name, held, torch.float32)
+            original = held[name].detach()
+            value = site.stored(value) if part == "weight" else value
+            stored = value.to(dtype)
+            if not torch.isfinite(stored).all():
+                raise FoldError(f"Folding {name} gives values that are not finite in {dtype}.")
+            report[name] = kept(original.to(value.dtype), value, stored.to(value.dtype))
+            tensors[name] = nn.Parameter(stored, requires_grad=False)
+    lost = {name: entry for name, entry in report.items() if entry.retained < retain}
+    if lost:
+        name, entry = min(lost.items(), key=lambda item: item[1].retained)
+        raise FoldError(
+            f"Folding into {dtype} keeps only {entry.retained:.0%} of the update of {name} (‖ΔW‖/‖W‖ = "
+            f"{entry.relative_delta:.2%}; {len(lost)} of {len(report)} sites are under {retain:.0%}). Fold into "
+            f"torch.float32, or accept the loss with retain={max(0.0, entry.retained - 0.01):.2f}."
+        )
+    folded_base = replace(captured, module=rebuild(replace(captured, module=base), tensors))
+    remaining = tuple(a for a in program.adapters if not a.method.foldable())
+    result = folded_base
+    if remaining:
+        wide = next(iter(held[path].dtype for a in remaining for _, _, path in a.all_paths()))
+        own = {path: nn.Parameter(held[path].detach().clone()) for a in remaining for _, _, path in a.all_paths()}
+        result = generate(folded_base, remaining, own, wide)
+        result.module.requires_grad_(False)
+    result.module.eval()
+    error = compare(program, result) if verify and home.device.type != "meta" else float("nan")
+    if error > OUTPUT_BOUND[home.dtype]:
+        raise FoldError(
+            f"The folded program differs from the unfolded one by {error:.2e} of the largest output on the example inputs. "
+            "This is a defect of the equation or of the rewrite; verify=False folds anyway."
+        )
+    summary = FoldReport(dtype, report, error, tuple(a.name for a in remaining))
+    return replace(result, folded=summary, history=(*program.history, "fold"))
+
+
+def check_finite(program: Program) -> None:
+    for adapter in program.adapters:
+        for site, tensor, path in adapter.all_paths():
+            value = program.module.get_parameter(path)
+            if not torch.isfinite(value).all():
+                bad = int((~torch.isfinite(value)).sum())
+                raise FoldError(
+                    f"{adapter.name}.{tensor} at {site.name} holds {bad} values that are not finite: the training diverged. "
+                    "Go back to an earlier checkpoint, or train with a smaller learning rate."
+                )
+
+
+def targets(program: Program) -> list[tuple[str, Site, str]]:
+    """(part, site, parameter name) of every weight and bias that folds."""
+    found: dict[str, tuple[str, Site, str]] = {}
+    for adapter in program.adapters:
+        for site in adapter.sites:
+            if adapter.method.defines("weight"):
+                found[site.name] = ("weight", site, site.name)
+            bias = site.name if site.kind == "bias" else site.bias
+            if adapter.method.defines("bias") and bias:
+                found[bias] = ("bias", site, bias)
+    return list(found.values())
+
+
+def kept(original: torch.Tensor, target: torch.Tensor, stored: torch.Tensor) -> SiteFold:
+    delta, size = torch.linalg.vector_norm(target - original).item(), torch.linalg.vector_norm(original).item()
+    if delta <= 1e-6 * size:
+        return SiteFold(delta / size if size else 0.0, 1.0)
+    lost = torch.linalg.vector_norm(stored - target).item()
+    return SiteFold(delta / size if size else float("inf"), max(0.0, 1 - lost / delta))
+
+
+def compare(before: Program, after: Program) -> float:
+    """Largest difference of any floating-point output on the example inputs, relative to the largest output."""
+    inputs = pytree.tree_map_only(torch.Tensor, lambda t: t, dict(before.example))
+    pairs = zip(pytree.tree_leaves(before.run(inputs)), pytree.tree_leaves(after.run(inputs)), strict=True)
+    return max((difference(a, b) for a, b in pairs), default=0.0)
+
+
+def difference(expected: Any, actual: Any) -> float:
+    if not isinstance(expected, torch.Tensor) or not expected.is_floating_point() or not expected.numel():
+        return 0.0
+    expected, actual = expected.double(), actual.double()
+    return ((expected - actual).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
+
+
+def write_to(program: Program, model: nn.Module) -> list[str]:
+    """Copy the program's weights into `model`. Nothing is written unless everything fits. Returns the changed names.
+
+    A weight that was untied in the program is untied in the model. Raises FoldError.
+    """
+    if any(adapter.method.foldable() for adapter in program.adapters):
+        raise FoldError("The program still has adapters: write_to takes a folded one, sp.fold(program).write_to(model).")
+    if program.adapters:
+        names = ", ".join(adapter.name for adapter in program.adapters)
+        raise FoldError(f"{names} cannot become plain weights; the eager model has no place for their nodes.")
+    own = dict(program.module.named_parameters(remove_duplicate=False))
+    theirs = dict(model.named_parameters(remove_duplicate=False))
+    for name, value in own.items():
+        if name not in theirs:
+            raise FoldError(f"The model has no parameter {name!r}; write_to takes the model that was captured ({program.source}).")
+        if theirs[name].shape != value.shape or theirs[name].dtype != value.dtype:
+            raise FoldError(
+                f"{name} is {list(theirs[name].shape)} {theirs[name].dtype} in the model and {list(value.shape)} {value.dtype} "
+                f"in the program. Convert the model (model.to({value.dtype})) or fold with dtype={theirs[name].dtype}."
+            )
+    changed = [name for name, value in own.items() if not torch.equal(theirs[name].detach(), value.detach().to(theirs[name].device))]
+    untied = [name for name in changed if any(t is theirs[name] and o not in changed for o, t in theirs.items() if o != name)]
+    with torch.no_grad():
+        for name in changed:
+            if name in untied:
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, nn.Parameter(own[name].detach().to(theirs[name].device, copy=True)))
+                if hasattr(getattr(model, "config", None), "tie_word_embeddings"):
+                    model.config.tie_word_embeddings = False
+            else:
+                theirs[name].copy_(own[name])
+    return changed

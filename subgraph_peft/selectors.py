@@ -1,0 +1,155 @@
+"""Selectors: `glob:` (default), `exact:` and `re:` patterns over module and weight paths, with brace lists."""
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from .errors import SelectorError, nearest
+from .sites import Site
+
+Where = str | Sequence[str] | Callable[[Site], bool]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One pattern; `match` tells how it met a site: "no", "wildcard" or "named"."""
+
+    text: str
+
+    def __post_init__(self) -> None:
+        if self.kind == "re":
+            try:
+                re.compile(self.body)
+            except re.error as error:
+                raise SelectorError(f"{self.text!r} is not a regular expression: {error}.") from error
+        elif not self.body:
+            raise SelectorError(f"{self.text!r} is an empty selector.")
+
+    @property
+    def kind(self) -> str:
+        head = self.text.partition(":")[0]
+        return head if head in ("glob", "exact", "re") else "glob"
+
+    @property
+    def body(self) -> str:
+        return self.text[len(self.kind) + 1 :] if self.text.startswith(f"{self.kind}:") else self.text
+
+    def match(self, paths: Iterable[str]) -> str:
+        for path in paths:
+            if self.kind == "exact" and path == self.body:
+                return "named"
+            if self.kind == "re" and re.fullmatch(self.body, path):
+                literal = path.removesuffix(".weight").rpartition(".")[2]
+                return "named" if literal in self.body.replace("\\", "") else "wildcard"
+            if self.kind == "glob":
+                for glob in expand_braces(self.body):
+                    if fnmatch.fnmatchcase(path, glob):
+                        last = glob.removesuffix(".weight").rpartition(".")[2]
+                        return "named" if last.strip("*?") else "wildcard"
+        return "no"
+
+
+def expand_braces(text: str) -> list[str]:
+    """`a.{b,c}` -> `a.b`, `a.c`; lists may nest."""
+    depth, start = 0, -1
+    for index, character in enumerate(text):
+        if character == "{":
+            depth += 1
+            start = index if depth == 1 else start
+        elif character == "}":
+            depth -= 1
+            if depth < 0:
+                break
+            if depth == 0:
+                inner = split_top(text[start + 1 : index])
+                return [out for item in inner for out in expand_braces(text[:start] + item + text[index + 1 :])]
+    if depth:
+        raise SelectorError(f"{text!r}: unbalanced braces.")
+    return [text]
+
+
+def split_top(text: str) -> list[str]:
+    """Split at commas that are not inside braces."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character == "{") - (character == "}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def patterns(where: str | Sequence[str]) -> list[Pattern]:
+    return [Pattern(text) for text in ([where] if isinstance(where, str) else where)]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Sites that a selector chose, and those it met but left out, with the reason."""
+
+    sites: tuple[Site, ...]
+    left_out: tuple[tuple[Site, str], ...]
+
+
+def select(
+    sites: Sequence[Site],
+    where: Where = "*",
+    exclude: str | Sequence[str] = (),
+    kinds: Sequence[str] | None = None,
+) -> Selection:
+    """The sites whose module or weight path matches `where` and not `exclude`.
+
+    where:  a pattern, a list of patterns, or a predicate on a Site
+    kinds:  op forms to take; by default all, where output heads, embeddings and other forms have to be named
+            (a pattern whose last part is more than wildcards)
+
+    Raises SelectorError when a pattern matches nothing, with the nearest names.
+    """
+    chosen: list[Site] = []
+    left_out: list[tuple[Site, str]] = []
+    includes = None if callable(where) else patterns(where)
+    excludes = patterns(exclude)
+    met = dict.fromkeys(includes or (), False)
+    for site in sites:
+        paths = (site.owner, site.name)
+        if includes is None:
+            verdict = "named" if where(site) else "no"
+        else:
+            verdicts = {pattern: pattern.match(paths) for pattern in includes}
+            for pattern, result in verdicts.items():
+                met[pattern] |= result != "no"
+            verdict = max(verdicts.values(), key=("no", "wildcard", "named").index, default="no")
+        if verdict == "no" or any(pattern.match(paths) != "no" for pattern in excludes):
+            continue
+        if kinds is not None and site.kind not in kinds:
+            left_out.append((site, f"kind {site.kind}"))
+        elif verdict == "wildcard" and kinds is None and (reason := site.reserved):
+            left_out.append((site, reason))
+        else:
+            chosen.append(site)
+    for pattern, matched in met.items():
+        if not matched:
+            raise nothing(pattern, sites)
+    if not chosen:
+        why = "; ".join(f"{site.owner or site.name}: {reason}" for site, reason in left_out[:5])
+        raise SelectorError(
+            f"The selector {describe(where)} leaves no site" + (f" ({why})" if why else "") + ". "
+            f"There are {len(sites)} sites: sp.sites(program) lists them."
+        )
+    return Selection(tuple(chosen), tuple(left_out))
+
+
+def describe(where: Where) -> str:
+    return "predicate" if callable(where) else repr(where)
+
+
+def nothing(pattern: Pattern, sites: Sequence[Site]) -> SelectorError:
+    names = [site.owner or site.name for site in sites]
+    close = nearest(pattern.body, names) or nearest(pattern.body.rpartition(".")[2], names) or names[:3]
+    suffix = [name for name in names if name.endswith("." + pattern.body)]
+    hint = f" Paths are matched whole: try '*.{pattern.body}'." if suffix and pattern.kind == "glob" else ""
+    return SelectorError(
+        f"The selector {pattern.text!r} matches none of {len(names)} sites. Nearest: {', '.join(close)}.{hint}"
+    )
