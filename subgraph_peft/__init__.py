@@ -1,6 +1,7 @@
 """A compiler for parameter-efficient fine-tuning: a method is its equation."""
 
 from .capture import capture
+from .checkpoint import load
 from .errors import (
     CaptureError,
     CaptureWarning,
@@ -23,5 +24,5 @@ __version__ = "0.1.0"
 __all__ = [
     "CaptureError", "CaptureWarning", "CheckpointError", "ConfigError", "ExportError", "FoldError", "Method",
     "MethodError", "Program", "SelectorError", "Site", "SubgraphPeftError", "Tensor", "Wrapper", "capture", "fold",
-    "frozen", "kaiming_uniform", "normal", "ones", "rewrite", "sites", "trainable", "zeros",
+    "frozen", "kaiming_uniform", "load", "normal", "ones", "rewrite", "sites", "trainable", "zeros",
 ]  # fmt: skip

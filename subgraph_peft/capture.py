@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import CaptureError, CaptureWarning
 from .graphs import attributes
-from .module import GraphModel, build, home_of
+from .module import build, home_of
 from .normalise import attribute, normalise
 from .program import Program
 from .signature import Signature, export_arguments, named_inputs
@@ -208,6 +208,7 @@ def assemble(exported: ExportedProgram, model: nn.Module | None, inputs: dict[st
         leaves = iter(flat)
         inputs = {n: pytree.tree_unflatten([next(leaves) for _ in range(s.num_leaves)], s) for n, s in signature.inputs.items()}
     tensors, volatile, ties = own_tensors(root, model)
+    split_ties(root.graph, ties)
     name = type(model).__name__ if model is not None else "Model"
     module = build(
         signature, root.graph, None, tensors, volatile, home_of(tensors), name, config=getattr(model, "config", None)
@@ -240,6 +241,23 @@ def own_tensors(root: fx.GraphModule, model: nn.Module | None) -> tuple[dict, se
     return tensors, volatile, tuple(frozenset(group) for group in names.values() if len(group) > 1)
 
 
+def split_ties(graph: fx.Graph, ties: tuple[frozenset[str], ...]) -> None:
+    """torch.export reads a tied tensor under one of its names; give every use the name of the module that uses it."""
+    for node in graph.find_nodes(op="get_attr"):
+        group = next((g for g in ties if node.target in g), frozenset())
+        for user in list(node.users):
+            stack = list(user.meta.get("nn_module_stack", {}).values())
+            owner = stack[-1][0].partition("@")[0] if stack else ""
+            own = next((name for name in group if name.rpartition(".")[0] == owner), node.target)
+            if own != node.target:
+                known = next((n for n in graph.find_nodes(op="get_attr") if n.target == own), None)
+                if known is None:
+                    with graph.inserting_before(node):
+                        known = graph.create_node("get_attr", own, name=own.replace(".", "_"))
+                    known.meta = dict(node.meta)
+                user.replace_input_with(node, known)
+
+
 def check_eval(program: Program, model: nn.Module, inputs: dict[str, Any], ranges: dict[str, Any]) -> Program:
     """Compare eval mode with the model; where the switched training graph differs, capture eval mode on its own."""
     modes = {module: module.training for module in model.modules()}
@@ -265,6 +283,7 @@ def check_eval(program: Program, model: nn.Module, inputs: dict[str, Any], range
     for path, _ in attributes(root.graph):
         if path.split(".")[0] not in program.module._modules and not hasattr(program.module, path.split(".")[0]):
             raise CaptureError(f"The eval graph reads {path}, which the training graph has not.")
+    split_ties(root.graph, program.ties)
     program.module.eval_graph = root.graph
     program.module.runners.clear()
     if not equal(pytree.tree_leaves(program.run()), expected):
@@ -291,5 +310,3 @@ def equal(actual: list[Any], expected: list[Any]) -> bool:
                 return False
     return True
 
-
-__all__ = ["capture", "GraphModel"]

@@ -1,7 +1,6 @@
 """An equation: φ(W), traced once for a shape, as a graph of aten operators with values and dependences."""
 
 import math
-from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
@@ -184,7 +183,3 @@ def trace(
         raise MethodError(f"The equation {part} of {names} draws random numbers: declare a `dropout` option instead.")
     return equation
 
-
-def describe(specs: Mapping[str, Mapping[str, tuple[tuple[int, ...], bool]]]) -> tuple:
-    """Hashable form of adapter -> tensor -> (shape, trainable), as `trace` takes it."""
-    return tuple((a, tuple((n, shape, train) for n, (shape, train) in tensors.items())) for a, tensors in specs.items())

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from .adapter import targets
 from .errors import FoldError
 from .program import Program
-from .rewrite import evaluate, generate, rebuild
-from .sites import Site
+from .rewrite import generate, rebuild
 
 OUTPUT_BOUND = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
@@ -77,10 +77,10 @@ def fold(program: Program, *, dtype: torch.dtype | None = None, retain: float = 
         tensors[name] = nn.Parameter(held[name].detach().to(tensors[name].dtype, copy=True), requires_grad=False)
     report: dict[str, SiteFold] = {}
     with torch.no_grad():
-        for part, site, name in targets(program):
-            value = evaluate(folding, part, site, name, held, torch.float32)
-            original = held[name].detach()
-            value = site.stored(value) if part == "weight" else value
+        for target in targets(folding):
+            name, original = target.name, held[target.name].detach()
+            value = target.evaluate(held)
+            value = target.site.stored(value) if target.part == "weight" else value
             stored = value.to(dtype)
             if not torch.isfinite(stored).all():
                 raise FoldError(f"Folding {name} gives values that are not finite in {dtype}.")
@@ -123,19 +123,6 @@ def check_finite(program: Program) -> None:
                     f"{adapter.name}.{tensor} at {site.name} holds {bad} values that are not finite: the training diverged. "
                     "Go back to an earlier checkpoint, or train with a smaller learning rate."
                 )
-
-
-def targets(program: Program) -> list[tuple[str, Site, str]]:
-    """(part, site, parameter name) of every weight and bias that folds."""
-    found: dict[str, tuple[str, Site, str]] = {}
-    for adapter in program.adapters:
-        for site in adapter.sites:
-            if adapter.method.defines("weight"):
-                found[site.name] = ("weight", site, site.name)
-            bias = site.name if site.kind == "bias" else site.bias
-            if adapter.method.defines("bias") and bias:
-                found[bias] = ("bias", site, bias)
-    return list(found.values())
 
 
 def kept(original: torch.Tensor, target: torch.Tensor, stored: torch.Tensor) -> SiteFold:

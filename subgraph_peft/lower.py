@@ -1,170 +1,86 @@
-"""Lower the adapters of one site into a graph: its calls, its weight, its bias, its output."""
+"""Lower one target into a graph: a weight at its calls or as a whole, a bias, the results of a site."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-from .adapter import Adapter, identifier
+from .adapter import Target, identifier
 from .distribute import Distribution, Lowered, Values
-from .equation import Equation, Operand, describe, trace
+from .equation import Equation, Operand, trace
 from .errors import MethodError
-from .forms import form_class
+from .forms import Form, form_class
 from .graphs import aten
-from .sites import Site, calls_of
+from .sites import calls_of
 
 META = "subgraph_peft"
 
 
-def chain_of(adapters: Sequence[Adapter], part: str) -> tuple[tuple[str, Any], ...]:
-    """(adapter name, method) of those adapters that define `part`, in order of application."""
-    return tuple((a.name, a.method) for a in adapters if a.method.defines(part))
+def equation_of(target: Target, operands: Mapping[str, tuple[int, ...]]) -> Equation:
+    chain = tuple((adapter.name, adapter.method) for adapter, _ in target.chain)
+    tensors = tuple(
+        (adapter.name, tuple((name, t.shape, t.trainable) for name, t in adapter.method.tensors(site).items()))
+        for adapter, site in target.chain
+    )
+    return trace(chain, target.part, tuple(operands.items()), tensors)
 
 
-def equation_of(adapters: Sequence[Adapter], part: str, site: Site, operands: Mapping[str, tuple[int, ...]]) -> Equation:
-    chain = chain_of(adapters, part)
-    specs = {
-        adapter.name: {n: (t.shape, t.trainable) for n, t in adapter.method.tensors(site).items()}
-        for adapter in adapters
-        if adapter.method.defines(part)
-    }
-    return trace(chain, part, tuple(operands.items()), describe(specs))
+class Lowering:
+    """Rewrites everything that reads one target in one graph, in place.
 
-
-class SiteLowering:
-    """Rewrites everything that reads one site in one graph.
-
-    hoist: (equation node, part) -> name of the buffer that holds a constant of the equation
+    dtypes:  of the model and of the adapters' tensors
+    hoist:   (target, equation, node) -> name of the buffer that holds a constant of the equation
+    lowered: is told the nodes, the cost, and why something is dense
     """
 
     def __init__(
         self,
         graph: fx.Graph,
-        site: Site,
-        adapters: Sequence[Adapter],
+        target: Target,
         dtypes: tuple[torch.dtype, torch.dtype],
-        hoist: Callable[[Site, str, Equation, fx.Node], str],
+        hoist: Callable[[Target, Equation, fx.Node], str],
+        lowered: Lowered,
     ):
-        self.graph, self.site, self.adapters = graph, site, adapters
+        self.graph, self.target, self.site = graph, target, target.site
         self.base_dtype, self.adapter_dtype = dtypes
-        self.hoist = hoist
-        self.lowered = Lowered()
+        self.hoist, self.lowered = hoist, lowered
+        site = self.site
         self.prefix = identifier(site.owner if site.name.endswith((".weight", ".bias")) else site.name)
-        self.tensors: dict[str, fx.Node] = {}
 
-    def run(self) -> Lowered:
-        by_name = {node.name: node for node in self.graph.nodes}
-        weight = next((n for n in self.graph.find_nodes(op="get_attr") if n.target == self.site.name), None)
-        if weight is None:
-            return self.lowered
-        if self.site.kind == "bias":
-            self.bias(weight)
-            return self.lowered
-        if self.site.bias and chain_of(self.adapters, "bias"):
-            self.bias(next(n for n in self.graph.find_nodes(op="get_attr") if n.target == self.site.bias))
+    def run(self) -> None:
+        parameter = next((n for n in self.graph.find_nodes(op="get_attr") if n.target == self.target.name), None)
+        if parameter is not None:
+            {"bias": self.bias, "output": self.output, "weight": self.weight}[self.target.part](parameter)
+
+    def weight(self, weight: fx.Node) -> None:
         found = [call for call, _ in calls_of(weight)]
-        calls = [by_name[call.node] for call in found]
-        forms = {call.node: form_class(self.site, call.form) for call in found}
-        factored = all(forms.values())
-        inputs = {call: forms[call.name](self.site, call, self.never).x for call in calls} if factored else {}
-        results = {call: call for call in calls}
-        if chain_of(self.adapters, "weight"):
-            if factored:
-                results = self.weight_at_calls(weight, calls, forms)
-            else:
-                self.weight_itself(weight)
-        if chain_of(self.adapters, "output"):
-            if not factored:
-                raise MethodError(f"{self.site.name} ({self.site.kind}) has no single input and output to rewrite.")
-            for call in calls:
-                self.output(call, inputs[call], results[call])
-        return self.lowered
-
-    def never(self, *_: object) -> fx.Node:
-        raise AssertionError("the form of a call is only read here")
-
-    # emission
-
-    def emitter(self, before: fx.Node, like: fx.Node) -> Callable[..., fx.Node]:
-        def emit(target: Any, args: tuple, term: str, adapter: str, kwargs: Mapping | None = None) -> fx.Node:
-            name = "_".join(part for part in (self.prefix, adapter, identifier(term)) if part)
-            with self.graph.inserting_before(before):
-                node = self.graph.create_node("call_function", target, args, dict(kwargs or {}), name=name)
-            node.meta = {k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")}
-            node.meta["custom"] = {META: {"site": self.site.name, "adapter": adapter or "base", "term": term}}
-            self.lowered.nodes.append(node.name)
-            return node
-
-        return emit
-
-    def reader(self, path: str) -> fx.Node:
-        """The get_attr node of a tensor, at the top of the graph."""
-        if path not in self.tensors:
-            first = next(iter(self.graph.nodes))
-            found = next((n for n in self.graph.find_nodes(op="get_attr") if n.target == path), None)
-            if found is None:
-                with self.graph.inserting_before(first):
-                    found = self.graph.create_node("get_attr", path, name=identifier(path))
-            self.tensors[path] = found
-        return self.tensors[path]
-
-    def values(self, equation: Equation, part: str, target: fx.Node, before: fx.Node, full_size: int) -> Values:
-        """Values of the equation, emitted before `before`; W or b is read from `target`."""
-        emit = self.emitter(before, before)
-        adapters = {adapter.name: adapter for adapter in self.adapters}
-
-        def operand(which: Operand) -> fx.Node:
-            adapter, tensor = which
-            if adapter:
-                node = self.reader(adapters[adapter].path(self.site, tensor))
-                node.meta["dtype"] = self.adapter_dtype
-                return node
-            node = target
-            if tensor == "W":
-                if self.site.transposed:
-                    node = emit(aten.t.default, (target,), "W", "")
-                elif len(self.site.shape) > 2:
-                    node = emit(aten.reshape.default, (target, [self.site.shape[0], -1]), "W", "")
-            node.meta["dtype"] = self.base_dtype
-            return node
-
-        def hoisted(node: fx.Node) -> fx.Node:
-            held = self.reader(self.hoist(self.site, part, equation, node))
-            full = equation.numel(node) >= full_size
-            held.meta["dtype"] = self.base_dtype if full else self.adapter_dtype
-            return held
-
-        return Values(equation, emit, operand, hoisted, self.adapter_dtype, full_size, self.lowered)
-
-    # rewrites
-
-    def weight_at_calls(self, weight: fx.Node, calls: list[fx.Node], forms: dict) -> dict[fx.Node, fx.Node]:
+        by_name = {node.name: node for node in self.graph.nodes}
+        calls = [(by_name[call.node], form_class(self.site, call.form)) for call in found]
         shape = (self.site.out_features, self.site.in_features)
-        equation = equation_of(self.adapters, "weight", self.site, {"W": shape})
-        dropout = {adapter.name: adapter.method.activation_dropout for adapter in self.adapters}
-        values = self.values(equation, "weight", weight, calls[0], shape[0] * shape[1])
-        results = {}
-        for call in calls:
-            emit = self.emitter(call, call)
-            form = forms[call.name](self.site, call, emit)
+        equation = equation_of(self.target, {"W": shape})
+        if all(form for _, form in calls):
+            self.weight_at_calls(weight, calls, equation)
+        else:
+            self.weight_as_a_whole(weight, equation)
+
+    def weight_at_calls(self, weight: fx.Node, calls: list[tuple[fx.Node, type[Form]]], equation: Equation) -> None:
+        dropout = {adapter.name: adapter.method.activation_dropout for adapter, _ in self.target.chain}
+        values = self.values(equation, weight, calls[0][0])
+        for call, form in calls:
+            emit = self.emitter(call)
             dtype = call.meta["val"].dtype
-            result = Distribution(values, form, emit, weight, dtype, dropout).run()
+            result = Distribution(values, form(self.site, call, emit), emit, weight, dtype, dropout).run()
             call.replace_all_uses_with(result)
-            results[call] = result
             self.graph.erase_node(call)
-        return results
 
-    def weight_itself(self, weight: fx.Node) -> None:
-        shape = (self.site.out_features, self.site.in_features)
-        equation = equation_of(self.adapters, "weight", self.site, {"W": shape})
-        users = list(weight.users)
-        before = next(node for node in self.graph.nodes if node in weight.users)
-        values = self.values(equation, "weight", weight, before, shape[0] * shape[1])
+    def weight_as_a_whole(self, weight: fx.Node, equation: Equation) -> None:
+        users, before = self.users(weight)
+        values = self.values(equation, weight, before)
         kind = "grouped convolution" if self.site.groups > 1 else ", ".join(sorted({c.operator for c in self.site.calls}))
         values.note(f"the op form ({kind}) takes the weight as a whole")
         matrix = values.held_in(equation.result, self.base_dtype)
-        emit, adapter = self.emitter(before, before), equation.adapter(equation.result)
+        emit, adapter = self.emitter(before), equation.adapter(equation.result)
         if self.site.transposed:
             matrix = emit(aten.t.default, (matrix,), "weight", adapter)
         elif len(self.site.shape) > 2:
@@ -174,48 +90,100 @@ class SiteLowering:
 
     def bias(self, bias: fx.Node) -> None:
         shape = tuple(bias.meta["val"].shape)
-        equation = equation_of(self.adapters, "bias", self.site, {"b": shape})
-        users = list(bias.users)
-        before = next(node for node in self.graph.nodes if node in bias.users)
-        values = self.values(equation, "bias", bias, before, shape[0] + 1)
-        result = values.held_in(equation.result, self.base_dtype)
+        equation = equation_of(self.target, {"b": shape})
+        users, before = self.users(bias)
+        result = self.values(equation, bias, before).held_in(equation.result, self.base_dtype)
         for user in users:
             user.replace_input_with(bias, result)
 
-    def output(self, call: fx.Node, x: fx.Node, y: fx.Node) -> None:
-        shapes = [(*range(2, 2 + len(x.meta["val"].shape) - 1), width) for width in (self.site.in_features, self.site.out_features)]
-        equation = equation_of(self.adapters, "output", self.site, {"x": shapes[0], "y": shapes[1]})
-        after = y.next
-        emit, adapters = self.emitter(after, y), {adapter.name: adapter for adapter in self.adapters}
-        dtype = call.meta["val"].dtype
+    def output(self, weight: fx.Node) -> None:
+        for call, _ in calls_of(weight):
+            form = form_class(self.site, call.form)
+            if form is None:
+                raise MethodError(f"{self.site.name} ({self.site.kind}) has no single input and output to rewrite.")
+            node = next(n for n in self.graph.nodes if n.name == call.node)
+            self.output_of(node, form(self.site, node, self.emitter(node)).x)
+
+    def output_of(self, y: fx.Node, x: fx.Node) -> None:
+        leading = tuple(range(2, 1 + len(x.meta["val"].shape)))
+        shapes = {"x": (*leading, self.site.in_features), "y": (*leading, self.site.out_features)}
+        equation = equation_of(self.target, shapes)
+        users, dtype = list(y.users), y.meta["val"].dtype
+        emit = self.emitter(y.next, like=y)
         mapped: dict[fx.Node, Any] = {}
-        users = list(y.users)
         for node in equation.graph.nodes:
             if node.op == "placeholder":
-                adapter, tensor = equation.operands[node]
-                if not adapter:
-                    mapped[node] = x if tensor == "x" else y
-                elif node.users:
-                    mapped[node] = self.reader(adapters[adapter].path(self.site, tensor))
-                    if self.adapter_dtype != dtype:
-                        mapped[node] = emit(aten.to.dtype, (mapped[node], dtype), f"{tensor}_cast", adapter)
-                self.count_output(equation, node)
+                mapped[node] = self.output_operand(equation, node, x, y, dtype, emit)
             elif node.op == "call_function":
-                args = fx.node.map_arg(node.args, mapped.__getitem__)
-                kwargs = fx.node.map_arg(node.kwargs, mapped.__getitem__)
-                mapped[node] = emit(node.target, args, self.term(equation, node), equation.adapter(node), kwargs)
-        result = mapped[equation.result]
+                args, kwargs = (fx.node.map_arg(part, mapped.__getitem__) for part in (node.args, node.kwargs))
+                linear = node.target is aten.linear.default and node.args[1] in equation.operands
+                term = equation.term(node.args[1] if linear else node)
+                mapped[node] = emit(node.target, args, term, equation.adapter(node), kwargs)
         for user in users:
-            user.replace_input_with(y, result)
+            user.replace_input_with(y, mapped[equation.result])
 
-    def count_output(self, equation: Equation, node: fx.Node) -> None:
-        if equation.operands[node][0] and len(equation.shape(node)) == 2:
+    def output_operand(
+        self, equation: Equation, node: fx.Node, x: fx.Node, y: fx.Node, dtype: torch.dtype, emit: Callable
+    ) -> fx.Node | None:
+        adapter, tensor = equation.operands[node]
+        if not adapter:
+            return x if tensor == "x" else y
+        if not node.users:
+            return None
+        if len(equation.shape(node)) == 2:
             self.lowered.per_token += 2 * equation.numel(node)
+        held = self.reader(self.target.path(adapter, tensor))
+        return held if self.adapter_dtype == dtype else emit(aten.to.dtype, (held, dtype), f"{tensor}_cast", adapter)
 
-    @staticmethod
-    def term(equation: Equation, node: fx.Node) -> str:
-        """A linear layer by the name of its weight; anything else by its operator."""
-        if node.target is aten.linear.default and node.args[1] in equation.operands:
-            return equation.term(node.args[1])
-        return equation.term(node)
+    def users(self, parameter: fx.Node) -> tuple[list[fx.Node], fx.Node]:
+        """The readers of a parameter, and the first of them in the graph."""
+        return list(parameter.users), next(node for node in self.graph.nodes if node in parameter.users)
 
+    def emitter(self, before: fx.Node, like: fx.Node | None = None) -> Callable[..., fx.Node]:
+        """A function that adds nodes before `before`, named after site, adapter and term, with metadata that says so."""
+        origin = {k: v for k, v in (like or before).meta.items() if k in ("nn_module_stack", "stack_trace")}
+
+        def emit(target: Any, args: tuple, term: str, adapter: str, kwargs: Mapping | None = None) -> fx.Node:
+            name = "_".join(part for part in (self.prefix, adapter, identifier(term)) if part)
+            with self.graph.inserting_before(before):
+                node = self.graph.create_node("call_function", target, args, dict(kwargs or {}), name=name)
+            node.meta = {**origin, "custom": {META: {"site": self.target.name, "adapter": adapter or "base", "term": term}}}
+            self.lowered.nodes.append(node.name)
+            return node
+
+        return emit
+
+    def reader(self, path: str) -> fx.Node:
+        """The get_attr node of a tensor, at the top of the graph."""
+        for node in self.graph.find_nodes(op="get_attr"):
+            if node.target == path:
+                return node
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            return self.graph.create_node("get_attr", path, name=identifier(path))
+
+    def values(self, equation: Equation, parameter: fx.Node, before: fx.Node) -> Values:
+        """Values of the equation, emitted before `before`; W or b is read from `parameter`."""
+        emit = self.emitter(before)
+        full_size = self.site.out_features * self.site.in_features if self.target.part == "weight" else 0
+
+        def operand(which: Operand) -> fx.Node:
+            adapter, tensor = which
+            if adapter:
+                node = self.reader(self.target.path(adapter, tensor))
+                node.meta["dtype"] = self.adapter_dtype
+                return node
+            node = parameter
+            if tensor == "W" and self.site.transposed:
+                node = emit(aten.t.default, (parameter,), "W", "")
+            elif tensor == "W" and len(self.site.shape) > 2:
+                node = emit(aten.reshape.default, (parameter, [self.site.shape[0], -1]), "W", "")
+            node.meta["dtype"] = self.base_dtype
+            return node
+
+        def hoisted(node: fx.Node) -> fx.Node:
+            held = self.reader(self.hoist(self.target, equation, node))
+            full = full_size and equation.numel(node) >= full_size
+            held.meta["dtype"] = self.base_dtype if full else self.adapter_dtype
+            return held
+
+        return Values(equation, emit, operand, hoisted, self.adapter_dtype, full_size, self.lowered)

@@ -26,7 +26,7 @@ def ones(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 
 
 def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """U(-1/√in, 1/√in), `in` the last dimension: torch's own default for linear layers (He et al. 2015, a = √5)."""
+    """U(±1/√in), `in` the last dimension: torch's own default for linear layers (He et al. 2015, a = √5)."""
     bound = 1 / math.sqrt(shape[-1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 

@@ -9,11 +9,11 @@ import torch
 from torch import fx, nn
 
 from . import graphs
-from .adapter import Adapter, identifier
+from .adapter import Adapter, Target, identifier, targets
 from .distribute import Lowered
 from .equation import Equation
 from .errors import MethodError, SelectorError, nearest
-from .lower import META, SiteLowering, chain_of
+from .lower import META, Lowering
 from .method import Method, initial
 from .module import Home, attach, build
 from .program import Program
@@ -27,8 +27,7 @@ Tied = Literal["refuse", "untie"]
 class Constant:
     """A value that no trainable tensor changes: computed when the rewrite is made, read from a buffer."""
 
-    site: Site
-    part: str
+    target: Target
     equation: Equation
     node: fx.Node
 
@@ -58,24 +57,30 @@ def rewrite(
     Raises SelectorError, MethodError.
     """
     captured = program.captured
-    candidates = [site for site in find(captured) if (site.kind == "bias") == is_bias_method(method)]
+    trained = named_parameters(captured, trainable) | {n for n, p in program.parameters(trainable=True)}
+    everything = [site for site in find(captured) if (site.kind == "bias") == is_bias_method(method)]
+    candidates = [site for site in everything if site.name not in trained]
     if not candidates:
         raise MethodError(f"{method.name} rewrites {'biases' if is_bias_method(method) else 'weights'}; {captured.source} has none.")
     selection = select(candidates, where, exclude, kinds)
     captured = resolve_ties(captured, selection.sites, tied)
     home = captured.module.home
-    dtype = dtype or torch.promote_types(torch.float32, home.dtype)
+    dtype = adapter_dtype(program, dtype)
     taken = {adapter.name for adapter in program.adapters}
     adapter = Adapter(
         name=unique(name or method.name, taken),
         method=method,
         sites=selection.sites,
-        left_out=tuple((site.name, reason) for site, reason in selection.left_out),
+        left_out=(
+            *((site.name, reason) for site, reason in selection.left_out),
+            *((site.name, "trained in full") for site in everything if site.name in trained),
+        ),
     )
     tensors = dict(program.module.tensors())
-    trained = named_parameters(captured, trainable)
-    if clash := trained & {site.name for a in (*program.adapters, adapter) for site in a.sites}:
-        raise MethodError(f"{sorted(clash)[0]} cannot be trained in full and through an adapter; exclude it from one of them.")
+    if clash := trained & {site.name for a in program.adapters for site in a.sites}:
+        raise MethodError(
+            f"{sorted(clash)[0]} has an adapter already and cannot be trained in full beside it; leave it out of `trainable`."
+        )
     added: dict[str, nn.Parameter] = {}
     with torch.no_grad():
         for site in adapter.sites:
@@ -86,11 +91,19 @@ def rewrite(
                 added[adapter.path(site, tensor)] = nn.Parameter(value, requires_grad=declared.trainable)
     kept = {n: p.detach().clone() for n, p in program.parameters(trainable=True)}
     kept |= {path: tensors[path].detach().clone() for a in program.adapters for _, _, path in a.all_paths() if path not in kept}
-    for path in trained:
+    for path in trained & set(tensors):
         kept.setdefault(path, tensors[path].detach().to(dtype, copy=True))
     old = {n: nn.Parameter(v, requires_grad=tensors[n].requires_grad or n in trained) for n, v in kept.items()}
     result = generate(captured, (*program.adapters, adapter), {**old, **added}, dtype)
     return replace(result, history=(*program.history, adapter.name))
+
+
+def adapter_dtype(program: Program, wanted: torch.dtype | None) -> torch.dtype:
+    """One dtype for all adapters of a program."""
+    own = {p.dtype for a in program.adapters for _, _, path in a.all_paths() for p in [program.module.get_parameter(path)]}
+    if wanted and own and own != {wanted}:
+        raise MethodError(f"The adapters of this program are {own.pop()}; one of {wanted} cannot join them.")
+    return wanted or (own.pop() if own else torch.promote_types(torch.float32, program.captured.module.home.dtype))
 
 
 def is_bias_method(method: Method) -> bool:
@@ -148,26 +161,8 @@ def ancestors(name: str) -> list[str]:
 def current_weight(program: Program, site: Site, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The matrix φ(W) under the adapters that are there already (the bias for a bias site), float32 or wider."""
     part = "bias" if site.kind == "bias" else "weight"
-    return evaluate(program.adapters, part, site, site.name, tensors, torch.float32)
-
-
-def evaluate(
-    adapters: Sequence[Adapter],
-    part: str,
-    site: Site,
-    name: str,
-    tensors: Mapping[str, torch.Tensor],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """φₙ(…φ₁(W)) of the tensor `name` at a site, computed in `dtype` or wider; a matrix [out, in] or a bias."""
-    stored = tensors[name].detach()
-    value = stored.to(torch.promote_types(dtype, stored.dtype))
-    value = site.matrix(value) if part == "weight" else value
-    for adapter in adapters:
-        if adapter.on(site.name) and adapter.method.defines(part):
-            given = {t: tensors[path].detach().to(value.dtype) for t, path in adapter.paths(site).items()}
-            value = adapter.method.evaluate(part, value, tensors=given)
-    return value
+    there = [target for target in targets(program.adapters) if (target.part, target.name) == (part, site.name)]
+    return (there[0] if there else Target(part, site.name, site, ())).evaluate(tensors)
 
 
 def generate(captured: Program, adapters: tuple[Adapter, ...], own: Mapping[str, nn.Parameter], dtype: torch.dtype) -> Program:
@@ -176,35 +171,31 @@ def generate(captured: Program, adapters: tuple[Adapter, ...], own: Mapping[str,
     own: the adapters' tensors and the trained parameters of the model, by qualified name
     """
     base = dict(captured.module.tensors())
-    tensors = {**base, **own}
-    by_site: dict[str, list[Adapter]] = {}
-    sites: dict[str, Site] = {}
-    for adapter in adapters:
-        for site in adapter.sites:
-            by_site.setdefault(site.name, []).append(adapter)
-            sites[site.name] = site
     constants: dict[str, Constant] = {}
-
-    def hoist(site: Site, part: str, equation: Equation, node: fx.Node) -> str:
-        adapter = equation.adapter(node) or by_site[site.name][0].name
-        known = {c.node: name for name, c in constants.items() if c.site is site and c.part == part}
-        if node not in known:
-            path = f"{site.name}_{adapter}.constant_{len([c for c in constants.values() if c.site is site])}"
-            constants[path] = Constant(site, part, equation, node)
-            known[node] = path
-        return known[node]
-
     lowered: dict[str, Lowered] = {}
+
+    def hoist(target: Target, equation: Equation, node: fx.Node) -> str:
+        """The buffer of a constant, the same for every graph."""
+        held = [name for name, c in constants.items() if c.target is target]
+        for name in held:
+            if constants[name].node is node:
+                return name
+        adapter, site = next((a, s) for a, s in target.chain if a.name == (equation.adapter(node) or target.chain[0][0].name))
+        path = adapter.path(site, f"constant_{len(held)}")
+        constants[path] = Constant(target, equation, node)
+        return path
+
     rewritten = []
-    for graph in captured.module.graphs():
-        graph, _ = graphs.clone(graph)
+    wanted = targets(adapters)
+    for original in captured.module.graphs():
+        graph, _ = graphs.clone(original)
         cast_trained(graph, own, base)
-        for name, its_adapters in by_site.items():
-            lowering = SiteLowering(graph, sites[name], its_adapters, (captured.module.home.dtype, dtype), hoist)
-            outcome = lowering.run()
-            lowered.setdefault(name, outcome)
+        for target in wanted:
+            note = lowered.setdefault(target.chain[0][1].name, Lowered()) if not rewritten else Lowered()
+            Lowering(graph, target, (captured.module.home.dtype, dtype), hoist, note).run()
         graphs.sweep(graph)
         rewritten.append(graph)
+    tensors = {**base, **own}
     module = rebuild(captured, tensors, *rewritten)
     program = replace(captured, module=module, adapters=adapters, base=captured, lowered=lowered, constants=constants)
     refresh(program)
@@ -243,36 +234,27 @@ def refresh(program: Program) -> None:
     """Compute the constants of the equations from the tensors as they are now."""
     tensors = dict(program.module.tensors())
     for path, constant in program.constants.items():
-        site, equation = constant.site, constant.equation
-        name = site.bias if constant.part == "bias" and site.kind != "bias" else site.name
-        stored = tensors[name].detach()
-        wide = torch.promote_types(torch.float32, stored.dtype)
-
-        def value(node: fx.Node, site: Site = site, equation: Equation = equation, stored=stored, wide=wide) -> torch.Tensor:
-            adapter, tensor = equation.operands[node]
-            if not adapter:
-                return site.matrix(stored.to(wide)) if tensor == "W" else stored.to(wide)
-            return tensors[f"{site.name}_{adapter}.{tensor}"].detach().to(wide)
-
-        result = run_to(constant.node, value)
-        full = constant.part == "weight" and result.numel() >= site.out_features * site.in_features
-        buffer = result.to(stored.dtype if full else wide).contiguous()
+        buffer = evaluate_constant(constant, tensors)
         attach(program.module, path, buffer, persistent=False)
 
 
-def run_to(node: fx.Node, leaf: Any) -> torch.Tensor:
-    """The value of a node of an equation, given those of its leaves."""
+def evaluate_constant(constant: Constant, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Computed in float32 or wider; held in the model's dtype when it is as large as the weight."""
+    target, equation = constant.target, constant.equation
+    stored = tensors[target.name].detach()
+    wide = torch.promote_types(torch.float32, stored.dtype)
     memo: dict[fx.Node, torch.Tensor] = {}
 
-    def of(current: fx.Node) -> torch.Tensor:
-        if current not in memo:
-            if current.op == "placeholder":
-                memo[current] = leaf(current)
+    def of(node: fx.Node) -> torch.Tensor:
+        if node not in memo:
+            if node.op == "placeholder":
+                adapter, tensor = equation.operands[node]
+                held = tensors[target.path(adapter, tensor)].detach() if adapter else stored
+                memo[node] = target.site.matrix(held.to(wide)) if tensor == "W" and not adapter else held.to(wide)
             else:
-                memo[current] = current.target(*fx.node.map_arg(current.args, of), **fx.node.map_arg(current.kwargs, of))
-        return memo[current]
+                memo[node] = node.target(*fx.node.map_arg(node.args, of), **fx.node.map_arg(node.kwargs, of))
+        return memo[node]
 
-    return of(node)
-
-
-__all__ = ["rewrite", "generate", "evaluate", "refresh", "chain_of"]
+    result = of(constant.node)
+    full = target.part == "weight" and result.numel() >= target.site.out_features * target.site.in_features
+    return result.to(stored.dtype if full else wide).contiguous()

@@ -2,7 +2,8 @@ from typing import ClassVar
 
 import torch
 
-from subgraph_peft.method import Tensor, Wrapper, trainable
+from subgraph_peft.method import Method, Tensor, Wrapper, trainable
+from subgraph_peft.passes.extension.lora import LoRA
 from subgraph_peft.sites import Site
 
 
@@ -17,6 +18,7 @@ class DoRA(Wrapper):
     family: ClassVar[str] = "combination"
     paper: ClassVar[str] = "arXiv 2402.09353"
 
+    of: Method = LoRA()
     norm_gradient: bool = False
 
     def tensors(self, site: Site) -> dict[str, Tensor]:

@@ -1,0 +1,199 @@
+"""Adapters on disk: `adapter.json` (methods, sites, base) and `adapter.safetensors` (every tensor, by qualified name)."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from . import registry
+from .adapter import Adapter
+from .errors import CheckpointError, SubgraphPeftError, nearest
+from .files import replacing, write_json
+from .method import spell
+from .program import Program
+from .rewrite import generate, refresh, resolve_ties
+from .sites import find
+
+CONFIG, TENSORS = "adapter.json", "adapter.safetensors"
+FORMAT = 1
+
+
+def save(program: Program, folder: str | os.PathLike) -> None:
+    """Write the program's adapters, and the parameters of the model that were trained beside them.
+
+    The tensors are written first, under a temporary name; an interrupted save leaves the former files.
+    """
+    if not program.adapters:
+        raise CheckpointError("The program has no adapters to save; a folded program is saved as plain weights.")
+    folder = Path(folder)
+    tensors = {name: value.detach().contiguous().cpu() for name, value in state(program).items()}
+    with replacing(folder / TENSORS, CheckpointError) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_json(folder / CONFIG, describe(program), CheckpointError)
+
+
+def state(program: Program) -> dict[str, torch.Tensor]:
+    """What the program adds to its base or changed in it, by qualified name."""
+    own = dict(program.module.named_parameters())
+    paths = [path for adapter in program.adapters for _, _, path in adapter.all_paths()]
+    return {name: own[name] for name in (*paths, *trained(program))}
+
+
+def trained(program: Program) -> list[str]:
+    """Parameters of the model itself that train."""
+    base = dict(program.captured.module.named_parameters())
+    return sorted(name for name, _ in program.parameters(trainable=True) if name in base)
+
+
+def describe(program: Program) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "base": {"source": program.source, "fingerprint": fingerprint(program)},
+        "untied": sorted(s.name for a in program.adapters for s in a.sites if s.ties),
+        "trained": trained(program),
+        "adapters": [
+            {"name": a.name, "method": spell(a.method), "sites": [site.name for site in a.sites]} for a in program.adapters
+        ],
+    }
+
+
+def fingerprint(program: Program) -> str:
+    """Hash of the captured parameters: names, shapes, and up to 256 values of each, evenly spread.
+
+    Tensors that train are left out, so that a program and its base agree.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(program.captured.module.named_parameters(remove_duplicate=False)):
+        digest.update(f"{name}{list(value.shape)}".encode())
+        if value.numel() and not value.is_meta:
+            flat = value.detach().flatten()
+            digest.update(flat[:: max(1, flat.numel() // 256)][:256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.exists():
+        if (folder / "adapter_config.json").exists():
+            raise CheckpointError(f"{folder} is a huggingface/peft adapter, not one of this package: it has no {CONFIG}.")
+        raise CheckpointError(f"{folder} holds no adapter: {CONFIG} is missing.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        version = config["format"]
+        entries = [(entry["name"], entry["method"], entry["sites"]) for entry in config["adapters"]]
+        config["base"]["fingerprint"], config["trained"], config["untied"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged or was not written by this package: {type(error).__name__}: {error}.") from error
+    if version != FORMAT:
+        raise CheckpointError(f"{path} has format {version}; this version reads format {FORMAT}.")
+    config["adapters"] = entries
+    return config
+
+
+def read_tensors(folder: Path, expected: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """The tensors of the file, strictly those expected."""
+    path = folder / TENSORS
+    if not path.exists():
+        raise CheckpointError(f"{folder} is incomplete: {TENSORS} is missing.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}.") from error
+    problems = [f"missing {name}" for name in sorted(set(expected) - set(found))]
+    problems += [f"unexpected {name}" for name in sorted(set(found) - set(expected))]
+    problems += [
+        f"{name} is {list(found[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
+    ]
+    if problems:
+        listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise CheckpointError(f"{path} does not fit the program: {listed}.")
+    return found
+
+
+def check_base(program: Program, config: Mapping[str, Any], folder: Path) -> None:
+    if config["base"]["fingerprint"] != fingerprint(program):
+        raise CheckpointError(
+            f"{folder} was trained on another base ({config['base'].get('source', 'unknown')}) than this program "
+            f"({program.source}): the weights differ. Load the model that the adapter was trained on."
+        )
+
+
+def load_into(program: Program, folder: str | os.PathLike) -> Program:
+    """Read tensors into the program's own adapters, in place; nothing changes unless everything fits. Returns it."""
+    folder = Path(folder)
+    config = read_config(folder)
+    own = [(a.name, spell(a.method), [s.name for s in a.sites]) for a in program.adapters]
+    for theirs, ours in zip(config["adapters"], own, strict=False):
+        if tuple(theirs) != ours:
+            part = next(label for label, t, o in zip(("name", "method", "sites"), theirs, ours, strict=True) if t != o)
+            raise CheckpointError(
+                f"{folder} holds the adapter {theirs[0]!r} with another {part} than the program's {ours[0]!r}. "
+                "Use sp.load(program, folder) on the captured program to rebuild it from the file."
+            )
+    if len(own) != len(config["adapters"]) or config["trained"] != trained(program):
+        raise CheckpointError(
+            f"{folder} holds {len(config['adapters'])} adapters and trains {config['trained'] or 'no other parameter'}; the "
+            f"program has {len(own)} and trains {trained(program) or 'no other parameter'}. Use sp.load on the captured program."
+        )
+    check_base(program, config, folder)
+    held = state(program)
+    found = read_tensors(folder, {name: value.shape for name, value in held.items()})
+    with torch.no_grad():
+        for name, value in held.items():
+            value.copy_(found[name])
+    refresh(program)
+    return program
+
+
+def load(program: Program, folder: str | os.PathLike) -> Program:
+    """The captured program rewritten as the adapter in `folder` says, with its tensors. Nothing is recomputed from W.
+
+    Raises CheckpointError for a damaged, foreign or ill-fitting folder.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    captured = program.captured
+    check_base(captured, config, folder)
+    by_name = {site.name: site for site in find(captured)}
+    captured = resolve_ties(captured, [by_name[n] for n in config["untied"] if n in by_name], "untie")
+    adapters = []
+    for name, spelled, sites in config["adapters"]:
+        if missing := [site for site in sites if site not in by_name]:
+            close = ", ".join(nearest(missing[0], by_name))
+            raise CheckpointError(f"{folder}: the program has no site {missing[0]} ({len(missing)} missing). Nearest: {close}.")
+        try:
+            method = registry.read(spelled)
+        except SubgraphPeftError as error:
+            raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+        adapters.append(Adapter(name, method, tuple(by_name[site] for site in sites)))
+    base = dict(captured.module.named_parameters())
+    if missing := set(config["trained"]) - set(base):
+        raise CheckpointError(f"{folder}: the program has no parameter {sorted(missing)[0]}.")
+    declared = {
+        adapter.path(site, name): tensor
+        for adapter in adapters
+        for site in adapter.sites
+        for name, tensor in adapter.method.tensors(site).items()
+    }
+    expected = {path: torch.Size(tensor.shape) for path, tensor in declared.items()}
+    expected |= {name: base[name].shape for name in config["trained"]}
+    found = read_tensors(folder, expected)
+    device = captured.module.home.device
+    own = {
+        name: nn.Parameter(value.to(device), requires_grad=name not in declared or declared[name].trainable)
+        for name, value in found.items()
+    }
+    dtype = next(value.dtype for name, value in own.items() if name in declared)
+    result = generate(captured, tuple(adapters), own, dtype)
+    history = (*captured.history, *(adapter.name for adapter in adapters))
+    return Program(**{**vars(result), "history": history})

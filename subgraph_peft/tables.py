@@ -1,0 +1,94 @@
+"""Tables for people: sites, what a rewrite costs, what a fold kept."""
+
+import io
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .program import Program
+from .sites import Site
+
+BYTES_PER_STATE = 8  # two float32 moments of AdamW for every trainable number
+
+
+def render(table: Table, width: int = 160) -> str:
+    """A table as plain text."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(table)
+    return console.file.getvalue().rstrip("\n")
+
+
+def new_table(title: str, columns: Iterable[str]) -> Table:
+    """Columns starting with '>' are right-aligned numbers."""
+    table = Table(title=title, title_justify="left", show_edge=False, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+    return table
+
+
+def site_table(sites: Iterable[Site]) -> Table:
+    table = new_table("Sites", ["weight", "form", "layout", "shape", ">out", ">in", ">calls", "bias", "note"])
+    for site in sites:
+        notes = [f"tied to {', '.join(site.ties)}"] if site.ties else []
+        notes += ["output head"] if site.head else []
+        notes += [", ".join(sorted({call.operator for call in site.calls}))] if site.kind == "other" else []
+        notes += [f"{site.groups} groups"] if site.groups > 1 else []
+        table.add_row(
+            site.name, site.kind, escape(site.layout), "×".join(map(str, site.shape)), str(site.out_features),
+            str(site.in_features), str(len(site.calls)), "yes" if site.bias else "", "; ".join(notes),
+        )  # fmt: skip
+    return table
+
+
+def rewrite_rows(program: Program) -> list[dict[str, object]]:
+    """One row a rewritten site: form, why it is dense where it is, numbers trained, FLOPs and bytes added."""
+    rows = []
+    own = dict(program.module.named_parameters())
+    for name, lowered in program.lowered.items():
+        adapters = [a for a in program.adapters if a.on(name)]
+        site = next(s for s in adapters[0].sites if s.name == name)
+        values = [own[path] for a in adapters for path in a.paths(site).values()]
+        training = sum(value.numel() for value in values if value.requires_grad)
+        held = sum(value.numel() * value.element_size() for value in values)
+        constants = [dict(program.module.named_buffers())[p] for p, c in program.constants.items() if c.target.name == name]
+        rows.append(
+            {
+                "site": name,
+                "shape": list(site.shape),
+                "adapters": " over ".join(a.name for a in reversed(adapters)),
+                "form": lowered.form,
+                "dense": list(lowered.dense),
+                "trainable": training,
+                "flops_per_token": lowered.per_token,
+                "flops_per_step": lowered.per_step,
+                "bytes": held + training * BYTES_PER_STATE + sum(c.numel() * c.element_size() for c in constants),
+                "nodes": list(lowered.nodes),
+            }
+        )
+    return rows
+
+
+def rewrite_table(program: Program) -> Table:
+    title = f"Rewritten sites of {program.source}"
+    table = new_table(title, ["weight", "adapters", "form", ">trainable", ">FLOPs/token", ">FLOPs/step", ">bytes", "why dense"])
+    rows = rewrite_rows(program)
+    for row in rows:
+        table.add_row(
+            row["site"], row["adapters"], row["form"], f"{row['trainable']:,}", f"{row['flops_per_token']:,}",
+            f"{row['flops_per_step']:,}", f"{row['bytes']:,}", "; ".join(row["dense"]),
+        )  # fmt: skip
+    total = {key: sum(row[key] for row in rows) for key in ("trainable", "flops_per_token", "flops_per_step", "bytes")}
+    table.add_section()
+    table.add_row("total", "", "", *(f"{value:,}" for value in total.values()), "")
+    return table
+
+
+def fold_table(program: Program) -> Table:
+    report = program.folded
+    title = f"Folded into {report.dtype}; outputs differ by {report.output_error:.1e} of the largest"
+    table = new_table(title, ["weight", ">‖ΔW‖ / ‖W‖", ">delta retained"])
+    for name, site in report.sites.items():
+        table.add_row(name, f"{site.relative_delta:.3%}", f"{site.retained:.4%}")
+    return table
