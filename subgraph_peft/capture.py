@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError, CaptureWarning
-from .graphs import attributes
+from .graphs import attributes, fixed_size
 from .module import build, home_of
 from .normalise import attribute, normalise
 from .program import Program
@@ -176,8 +176,8 @@ def specialised(
     wanted = [(name, dims) for name in inputs for dims in pytree.tree_leaves(ranges[name], is_leaf=lambda x: isinstance(x, frozenset))]
     for node, (name, dims) in zip(placeholders, wanted, strict=False):
         for dimension in sorted(dims):
-            size = node.meta["val"].shape[dimension]
-            if isinstance(size, int):
+            size = fixed_size(node.meta["val"].shape[dimension])
+            if size is not None:
                 yield name, dimension, size
 
 

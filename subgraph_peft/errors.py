@@ -28,6 +28,10 @@ class CheckpointError(SubgraphPeftError):
     """An adapter file is missing, damaged, or belongs to something else."""
 
 
+class TrainError(SubgraphPeftError):
+    """Training cannot start, or diverged."""
+
+
 class ExportError(SubgraphPeftError):
     """An ONNX model could not be written, or does not reproduce the torch outputs."""
 

@@ -150,7 +150,8 @@ def difference(expected: Any, actual: Any) -> float:
 def write_to(program: Program, model: nn.Module) -> list[str]:
     """Copy the program's weights into `model`. Nothing is written unless everything fits. Returns the changed names.
 
-    A weight that was untied in the program is untied in the model. Raises FoldError.
+    A weight that was untied in the program is untied in the model. Programs captured from the model keep the memory that
+    they share with it, hence their weights. Raises FoldError.
     """
     if any(adapter.method.foldable() for adapter in program.adapters):
         raise FoldError("The program still has adapters: write_to takes a folded one, sp.fold(program).write_to(model).")
@@ -177,5 +178,5 @@ def write_to(program: Program, model: nn.Module) -> list[str]:
                 if hasattr(getattr(model, "config", None), "tie_word_embeddings"):
                     model.config.tie_word_embeddings = False
             else:
-                theirs[name].copy_(own[name])
+                theirs[name].data = own[name].detach().to(theirs[name].device, copy=True)
     return changed

@@ -131,6 +131,11 @@ def attributes(graph: fx.Graph) -> Iterator[tuple[str, fx.Node]]:
     return ((str(node.target), node) for node in graph.find_nodes(op="get_attr"))
 
 
+def fixed_size(size: int | torch.SymInt) -> int | None:
+    """The number that a dimension is fixed to, or None where it varies. A SymInt may be a constant too."""
+    return int(str(size)) if str(size).isdigit() else None
+
+
 def operator_name(node: fx.Node) -> str:
     """`linear` for aten.linear.default, `getitem` for operator.getitem."""
     target = node.target

@@ -68,9 +68,9 @@ class Signature:
         args_spec, kwargs_spec = spec.children()
         parameters = tuple(inspect.signature(forward).parameters.values()) if forward else ()
         inputs: dict[str, pytree.TreeSpec] = {}
+        if not parameters:
+            parameters = positional_parameters(program, len(args_spec.children()))
         names = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        if not names:
-            names = [f"input_{i}" for i in range(len(args_spec.children()))]
         variadic = {p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL}
         children = list(args_spec.children())
         for name in names:
@@ -156,6 +156,14 @@ class Signature:
         kept = {name: self.inputs[name] for name in inputs}
         parameters = tuple(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in kept)
         return replace(self, inputs=kept, constants={}, parameters=parameters, output=spec)
+
+
+def positional_parameters(program: torch.export.ExportedProgram, count: int) -> tuple[inspect.Parameter, ...]:
+    """Parameters of a program whose source is not at hand: placeholder names where each argument is one tensor."""
+    leaves = program.graph_signature.user_inputs
+    flat = program.call_spec.in_spec.num_leaves == len(leaves) and all(c.is_leaf() for c in program.call_spec.in_spec.children()[0].children())
+    names = [str(leaves[i]) if flat else f"input_{i}" for i in range(count)]
+    return tuple(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in names)
 
 
 def compile_forward(parameters: Sequence[inspect.Parameter]) -> Callable:

@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import inspect
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ CLASSES: Mapping[str, str] = {
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
     "feature-extraction": "AutoModel",
 }
+TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model"
 LABELLED = ("sequence-classification", "token-classification", "image-classification")
 
 
@@ -41,8 +41,8 @@ class ModelSpec(BaseModel):
 
     transformers: a model's name on the hub, or a folder (which is read without any network)
     package:      an installed Python package that holds the model in `folder`
-    factory:      "module:function", called with `arguments`; gives a model or (model, tokenizer). Modules of the current
-                  directory can be named too
+    factory:      "module:function", called with `arguments`; gives a model or (model, tokenizer). The module may lie in
+                  the current directory
     task:         which head: see CLASSES
     num_labels:   classes of a classification head (1: regression); by default as many as the data's labels
     tokenizer:    name or folder of the tokenizer, where it is not the model's own
@@ -70,7 +70,7 @@ class ModelSpec(BaseModel):
     def _one_source(self) -> "ModelSpec":
         named = [name for name in ("transformers", "package", "factory") if getattr(self, name)]
         if len(named) != 1:
-            raise ValueError(f"give one of transformers, package and factory; {' and '.join(named) or 'none'} was given")
+            raise ValueError(f"give one of transformers, package, factory; not {' and '.join(named) or 'none'}")
         return self
 
 
@@ -111,22 +111,25 @@ def head(spec: ModelSpec, labels: Sequence[str]) -> dict[str, Any]:
     """Configuration of a classification head."""
     if spec.task not in LABELLED:
         if spec.num_labels:
-            raise ConfigError(f"num_labels has no meaning for the task {spec.task}; it belongs to {', '.join(LABELLED)}.")
+            raise ConfigError(f"num_labels belongs to {', '.join(LABELLED)}, not to {spec.task}.")
         return {}
     if spec.num_labels and labels and spec.num_labels != len(labels):
-        raise ConfigError(f"num_labels is {spec.num_labels}, but the data has {len(labels)} labels: {', '.join(labels)}.")
+        raise ConfigError(f"num_labels is {spec.num_labels}; the data has {len(labels)} labels: {', '.join(labels)}.")
     if labels:
         return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     return {"num_labels": spec.num_labels} if spec.num_labels else {}
 
 
 def load_tokenizer(spec: ModelSpec) -> Any | None:
-    """The tokenizer beside the model, or the one named; None where the model has none or comes from a factory."""
-    if spec.factory and not spec.tokenizer:
+    """The tokenizer beside the model, or the one named; None where there is none. Its end token pads if none does."""
+    if spec.tokenizer:
+        source, local = spec.tokenizer, Path(spec.tokenizer).expanduser().is_dir()
+    elif spec.factory or spec.task == "image-classification":
         return None
-    source, local = (spec.tokenizer, Path(spec.tokenizer).expanduser().is_dir()) if spec.tokenizer else location(spec)
-    if not spec.tokenizer and local and not any(map((Path(source) / "x").with_name, TOKENIZER_FILES), ):
-        return None
+    else:
+        source, local = location(spec)
+        if local and not any((Path(source) / name).is_file() for name in TOKENIZER_FILES):
+            return None
     from transformers import AutoTokenizer
 
     with quiet(), naming_failure(source, local):
@@ -134,3 +137,113 @@ def load_tokenizer(spec: ModelSpec) -> Any | None:
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def location(spec: ModelSpec) -> tuple[str, bool]:
+    """(name or folder, whether it is a folder)"""
+    if spec.package:
+        found = importlib.util.find_spec(spec.package)
+        if found is None or not found.submodule_search_locations:
+            raise ConfigError(f"The package {spec.package!r} is not installed in {sys.prefix}.")
+        folder = Path(found.submodule_search_locations[0]) / spec.folder
+    else:
+        folder = Path(spec.transformers).expanduser()
+        if not folder.is_dir():
+            if folder.is_absolute() or spec.transformers.startswith("."):
+                raise ConfigError(f"There is no folder {folder.absolute()}.")
+            return spec.transformers, False
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} holds no transformers model: config.json is missing.")
+    return str(folder), True
+
+
+def from_factory(spec: ModelSpec) -> LoadedModel:
+    with importable():
+        made = imported(spec.factory, spec.arguments)(**spec.arguments)
+    model, tokenizer = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        kind = type(made).__name__
+        raise ConfigError(f"Factory {spec.factory!r} gives {kind}, not an nn.Module or (nn.Module, tokenizer).")
+    tokenizer = load_tokenizer(spec) or tokenizer
+    share_padding(model, tokenizer)
+    return LoadedModel(model, tokenizer)
+
+
+def share_padding(model: nn.Module, tokenizer: Any | None) -> None:
+    """Tell a model without a padding token the tokenizer's: its classification head looks for the last real token."""
+    config = getattr(model, "config", None)
+    if tokenizer is not None and config is not None and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def imported(name: str, arguments: Mapping[str, Any]) -> Callable[..., Any]:
+    """The callable `module:function`, which must take `arguments`. Raises ConfigError: which part was not found."""
+    module_name, _, path = name.partition(":")
+    if not module_name or not path:
+        raise ConfigError(f"A factory is written 'module:function', not {name!r}.")
+    with importable():
+        try:
+            target: Any = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if f"{module_name}.".startswith(f"{error.name}."):
+                where = f"neither in {Path.cwd()} nor among the installed packages"
+                raise ConfigError(f"Factory {name!r}: there is no module {error.name!r}, {where}.") from error
+            raise ConfigError(f"Factory {name!r}: {module_name} needs {error.name!r}, not installed here.") from error
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+            raise ConfigError(f"Factory {name!r}: importing {module_name} failed: {what}.") from error
+    for part in path.split("."):
+        if not hasattr(target, part):
+            close = ", ".join(nearest(part, [n for n, value in vars(target).items() if callable(value)])) or "none"
+            raise ConfigError(f"Factory {name!r}: {module_name} has no {path!r}. Nearest: {close}.")
+        target = getattr(target, part)
+    if not callable(target):
+        raise ConfigError(f"Factory {name!r} is a {type(target).__name__}, not a function.")
+    try:
+        signature = inspect.signature(target)
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"Factory {name!r} takes {signature}: {error}.") from error
+    return target
+
+
+@contextmanager
+def importable() -> Iterator[None]:
+    """The current directory is searched for modules too, after all else."""
+    here = str(Path.cwd())
+    if here in sys.path:
+        yield
+        return
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+@contextmanager
+def naming_failure(source: str, local: bool) -> Iterator[None]:
+    """What transformers could not load, as a ConfigError."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+        what = f"{source} cannot be loaded" if local else f"{source!r} is no folder here and cannot be had from the hub"
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise ConfigError(f"{what}: {type(error).__name__}: {reason}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the bars and tables of transformers: what they say is in the result."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

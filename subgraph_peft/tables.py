@@ -85,10 +85,18 @@ def rewrite_table(program: Program) -> Table:
     return table
 
 
+def fold_rows(program: Program) -> list[dict[str, object]]:
+    """One row a folded weight."""
+    return [
+        {"weight": name, "relative_delta": site.relative_delta, "retained": site.retained}
+        for name, site in program.folded.sites.items()
+    ]
+
+
 def fold_table(program: Program) -> Table:
     report = program.folded
     title = f"Folded into {report.dtype}; outputs differ by {report.output_error:.1e} of the largest"
     table = new_table(title, ["weight", ">‖ΔW‖ / ‖W‖", ">delta retained"])
-    for name, site in report.sites.items():
-        table.add_row(name, f"{site.relative_delta:.3%}", f"{site.retained:.4%}")
+    for row in fold_rows(program):
+        table.add_row(row["weight"], f"{row['relative_delta']:.3%}", f"{row['retained']:.4%}")
     return table

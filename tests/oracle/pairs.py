@@ -25,11 +25,12 @@ class Places:
     inputs: tuple[str, ...]
 
 
+LLAMA_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PLACES = {
     "bert": Places(("query", "key", "value", "dense"), ("key", "value"), ("output.dense",)),
     "gpt2": Places(("c_attn", "c_proj", "c_fc"), ("c_attn",), ("mlp.c_proj",)),
-    "llama": Places(("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"), ("k_proj", "v_proj"), ("down_proj",)),
-    "tied_llama": Places(("q_proj", "k_proj", "v_proj", "o_proj"), ("k_proj", "v_proj"), ("o_proj",)),
+    "llama": Places((*LLAMA_ATTENTION, "gate_proj", "up_proj", "down_proj"), ("k_proj", "v_proj"), ("down_proj",)),
+    "tied_llama": Places(LLAMA_ATTENTION, ("k_proj", "v_proj"), ("o_proj",)),
     "albert": Places(("query", "key", "value", "dense", "ffn", "ffn_output"), ("key", "value"), ("ffn_output",)),
 }
 METHODS = {

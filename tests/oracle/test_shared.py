@@ -1,4 +1,4 @@
-"""A weight that is called more than once: DeBERTa's query_proj and key_proj read hidden states and relative positions."""
+"""A weight that is called twice: DeBERTa's query_proj and key_proj read hidden states and relative positions."""
 
 from functools import cache
 

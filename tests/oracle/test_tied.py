@@ -1,5 +1,7 @@
 """A head that is tied to the embedding: refused, or untied, never changed behind its twin's back."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 METHODS = [LoRA(r=3), DoRA(of=LoRA(r=3))]
 
 
+@cache
 def captured() -> sp.Program:
     model, inputs = tied_llama()
     return sp.capture(model.double(), inputs)

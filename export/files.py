@@ -1,0 +1,61 @@
+"""A model and its weights appear together, or the files that were there stay."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx_ir as ir
+
+from subgraph_peft.errors import ExportError
+
+PROTOBUF_LIMIT = 2**31
+ROOM_FOR_THE_GRAPH = 2**26
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that is gone when the block ends, however it ends. Raises ExportError."""
+    if target.is_dir():
+        raise ExportError(f"{target} is a folder; name a file in it, such as {target / 'model.onnx'}.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            yield Path(folder)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ExportError(f"{target} cannot be written: {reason}. Choose another folder, or make room on the disk.") from error
+
+
+def data_name(target: Path) -> str:
+    return f"{target.name}.data"
+
+
+def write(model: ir.Model, path: Path, external: bool) -> None:
+    """`path`, and beside it `<name>.data` with the weights where one file cannot hold them or `external` asks for it."""
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    apart = external or size > PROTOBUF_LIMIT - ROOM_FOR_THE_GRAPH
+    ir.save(model, path, external_data=data_name(path) if apart else None)
+
+
+def place(folder: Path, target: Path) -> None:
+    """Move the model in `folder` onto `target`, its data first; a failure in between brings the former data back.
+
+    Data of a former model goes when the new one has none.
+    """
+    staged_model, staged_data = folder / target.name, folder / data_name(target)
+    data, former = target.with_name(data_name(target)), folder / "former"
+    try:
+        if data.exists():
+            os.replace(data, former)
+        if staged_data.exists():
+            os.replace(staged_data, data)
+        os.replace(staged_model, target)
+    except BaseException:
+        if staged_model.exists():
+            if former.exists():
+                os.replace(former, data)
+            elif not staged_data.exists():
+                data.unlink(missing_ok=True)
+        raise

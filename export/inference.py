@@ -1,0 +1,139 @@
+"""The part of a program that inference needs: its eval graph, cut to some outputs and to the inputs they read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from subgraph_peft.errors import ExportError, suggestion
+from subgraph_peft.graphs import flat_outputs
+from subgraph_peft.module import attach
+from subgraph_peft.normalise import attribute
+from subgraph_peft.program import Program
+
+from .axes import Axes, axis_names
+
+STAMP = "fx_node"
+
+
+class Runner(nn.Module):
+    """Interprets a graph, so that a second trace of it keeps the metadata of its nodes."""
+
+    def __init__(self, graph: fx.Graph):
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with fx.traceback.preserve_node_meta():
+            return fx.Interpreter(self, graph=self.graph).run(*inputs)
+
+
+@dataclass(frozen=True)
+class Inference:
+    """module: takes tensors in the order of `inputs`, returns them in the order of `outputs`
+    inputs:    input name -> shape, an int for each fixed dimension
+    axes:      the dynamic dimensions of every input of the program, also of those that are left out here
+    left_out:  inputs of the program that no output needs
+    """
+
+    module: Runner
+    inputs: Mapping[str, Sequence[Any]]
+    outputs: tuple[str, ...]
+    axes: Axes
+    left_out: tuple[str, ...]
+
+    @property
+    def fixed(self) -> dict[str, int]:
+        """`x[1]` -> size, for every dimension of an input that does not vary."""
+        return {f"{name}[{d}]": n for name, shape in self.inputs.items() for d, n in enumerate(shape) if isinstance(n, int)}
+
+
+def inference(program: Program, outputs: Sequence[str] | None = None) -> Inference:
+    """Cut the eval graph of `program` to `outputs` (all but the loss by default).
+
+    Tensors keep their qualified names; tied ones are there once, under the first. Every node carries its name in
+    `meta["custom"]`. Raises ExportError for an unknown output.
+    """
+    source = program.module
+    graph = source.specialise(training=False)
+    placeholders = dict(zip(source.signature.input_names(), graph.find_nodes(op="placeholder"), strict=True))
+    shapes = shapes_of(placeholders)
+    leaves = dict(zip(source.signature.output_names(), flat_outputs(graph), strict=True))
+    chosen = choose(leaves, outputs, program.source)
+    graph.output_node().args = (tuple(leaves[name] for name in chosen),)
+    graph.eliminate_dead_code(is_impure_node=is_kept)
+    inputs = {name: shape for name, shape in shapes.items() if placeholders[name].users}
+    for node in placeholders.values():
+        if not node.users:
+            graph.erase_node(node)
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.meta["custom"] = {**node.meta.get("custom", {}), STAMP: node.name}
+    return Inference(
+        module=runner(graph, source),
+        inputs=inputs,
+        outputs=chosen,
+        axes=axes_of(program),
+        left_out=tuple(name for name in placeholders if name not in inputs),
+    )
+
+
+def shapes_of(placeholders: Mapping[str, fx.Node]) -> dict[str, Sequence[Any]]:
+    """Input name -> shape as captured, ints and symbols, of the inputs that are tensors."""
+    return {n: p.meta["val"].shape for n, p in placeholders.items() if isinstance(p.meta.get("val"), torch.Tensor)}
+
+
+def axes_of(program: Program) -> Axes:
+    """The dynamic dimensions of every input of the program."""
+    graph = program.module.graphs()[-1]
+    placeholders = dict(zip(program.module.signature.input_names(), graph.find_nodes(op="placeholder"), strict=True))
+    return axis_names(shapes_of(placeholders), flat_example(program, program.example))
+
+
+def is_kept(node: fx.Node) -> bool:
+    """Whether a node that nothing reads stays: the graph's ends, and operators that write into their arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op in ("placeholder", "output") or (schema is not None and schema.is_mutable)
+
+
+def choose(leaves: Mapping[str, Any], wanted: Sequence[str] | None, source: str) -> tuple[str, ...]:
+    tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, fx.Node) and not is_number(leaf)}
+    if wanted is None:
+        named = tuple(name for name, leaf in tensors.items() if name != "loss" and not is_scalar(leaf))
+        return named or tuple(tensors)
+    if not wanted:
+        raise ExportError(f"No outputs were asked for. {source} gives {', '.join(tensors)}.")
+    for name in wanted:
+        if name not in tensors:
+            raise ExportError(f"{source} has no output {name!r}.{suggestion(name, tensors)} Outputs: {', '.join(tensors)}.")
+    return tuple(dict.fromkeys(wanted))
+
+
+def is_number(node: fx.Node) -> bool:
+    return "val" in node.meta and not isinstance(node.meta["val"], torch.Tensor)
+
+
+def is_scalar(node: fx.Node) -> bool:
+    """A mean over the whole batch, as a loss is."""
+    return "val" in node.meta and node.meta["val"].ndim == 0
+
+
+def runner(graph: fx.Graph, source: nn.Module) -> Runner:
+    first: dict[int, str] = {}
+    for name, tensor in source.tensors():
+        first.setdefault(id(tensor), name)
+    module = Runner(graph)
+    for node in graph.find_nodes(op="get_attr"):
+        value = attribute(source, str(node.target))
+        node.target = first.get(id(value), node.target)
+        attach(module, node.target, value)
+    return module.eval()
+
+
+def flat_example(program: Program, example: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Tensors by placeholder name. Raises CaptureError where `example` does not fit the signature."""
+    signature = program.module.signature
+    pairs = zip(signature.input_names(), signature.flatten(example), strict=True)
+    return {name: leaf.to(program.module.home.device) for name, leaf in pairs if isinstance(leaf, torch.Tensor)}

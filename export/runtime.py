@@ -1,0 +1,101 @@
+"""onnxruntime: the best provider there is, torch tensors in and out, errors that say what to do."""
+
+import contextlib
+import io
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import torch
+
+from subgraph_peft.errors import ExportError
+
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+FATAL = 4
+
+
+def session(path: str | os.PathLike) -> onnxruntime.InferenceSession:
+    """An onnxruntime session on the CUDA provider where torch sees a GPU, else on the CPU provider.
+
+    Float32 products are computed in float32 on the GPU too, not in TF32. Raises ExportError.
+    """
+    if not Path(path).is_file():
+        raise ExportError(f"There is no ONNX file {path}.")
+    wanted = [CPU]
+    if torch.cuda.is_available() and CUDA in onnxruntime.get_available_providers():
+        with contextlib.redirect_stdout(io.StringIO()):
+            onnxruntime.preload_dlls()
+        wanted = [(CUDA, {"use_tf32": "0"}), CPU]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = FATAL
+    try:
+        opened = onnxruntime.InferenceSession(os.fspath(path), options, providers=wanted)
+    except Exception as error:
+        raise unusable(path, error) from error
+    if len(wanted) > 1 and provider(opened) == CPU:
+        message = "onnxruntime could not load its CUDA provider and runs on the CPU; its CUDA and cuDNN have to match torch's."
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return opened
+
+
+def provider(opened: onnxruntime.InferenceSession) -> str:
+    return opened.get_providers()[0]
+
+
+def run(opened: onnxruntime.InferenceSession, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Outputs by name, on the CPU. Raises ExportError for inputs that the file does not take or cannot be run on."""
+    names = [value.name for value in opened.get_outputs()]
+    try:
+        results = opened.run_with_ort_values(names, {name: value_of(tensor) for name, tensor in inputs.items()})
+    except Exception as error:
+        shapes = ", ".join(f"{name}{list(tensor.shape)}" for name, tensor in inputs.items())
+        raise ExportError(f"onnxruntime ({provider(opened)}) cannot run the model on {shapes}: {first_line(error)}") from error
+    return {name: tensor_of(value) for name, value in zip(names, results, strict=True)}
+
+
+def value_of(tensor: torch.Tensor) -> onnxruntime.OrtValue:
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype is torch.bfloat16:
+        bits = tensor.view(torch.uint16).numpy()
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
+
+
+def tensor_of(value: onnxruntime.OrtValue) -> torch.Tensor:
+    """A copy: the memory of `value` is onnxruntime's. numpy has no bfloat16."""
+    if value.data_type() == "tensor(bfloat16)":
+        return torch.from_dlpack(value).clone()
+    return torch.from_numpy(np.array(value.numpy()))
+
+
+def unusable(path: str | os.PathLike, error: Exception) -> ExportError:
+    missing = re.search(r"Could not find an implementation for (\w+)\(\d+\)(?: node with name '([^']*)')?", str(error))
+    if missing is None:
+        return ExportError(f"onnxruntime cannot open {path}: {first_line(error)}")
+    operator, node = missing.groups()
+    dtype = weight_dtype(path)
+    where = f" (node {node})" if node else ""
+    return ExportError(
+        f"onnxruntime has no {operator} kernel for {dtype}{where} on this machine. Export a float32 program: fold with "
+        "dtype=torch.float32, or convert the model (model.float()) before it is captured."
+    )
+
+
+def weight_dtype(path: str | os.PathLike) -> str:
+    """The dtype that holds most of the model's weights, as torch spells it."""
+    sizes: dict[str, int] = {}
+    for value in ir.load(path).graph.initializers.values():
+        name = value.dtype.name.lower()
+        sizes[name] = sizes.get(name, 0) + value.const_value.size
+    largest = max(sizes, key=sizes.__getitem__, default="this dtype")
+    return {"float": "float32", "double": "float64"}.get(largest, largest)
+
+
+def first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,201 @@
+"""A program's inference graph as an ONNX model: names kept, metadata carried over, shape arithmetic folded."""
+
+import json
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import Sequential
+from onnx_ir.passes import common as passes
+from onnxscript.optimizer import fold_constants
+from torch.export import Dim, ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from subgraph_peft.errors import ExportError
+from subgraph_peft.lower import META
+from subgraph_peft.method import spell
+from subgraph_peft.program import Program
+
+from .axes import resize, sizes_of
+from .inference import STAMP, Inference
+
+NOISY = ("torch.onnx", "onnxscript", "onnx_ir")
+NAMESPACE = "namespace"
+TRANSLATED_FROM = "pkg.torch.onnx.fx_node"
+
+
+def translate(program: Program, cut: Inference, example: Mapping[str, torch.Tensor], opset: int | None) -> ir.Model:
+    """The ONNX model of `cut`. Raises ExportError, with the operator that has no translation where that is the reason."""
+    with quiet():
+        try:
+            exported = trace(cut, example)
+        except Exception as error:
+            raise refused(program, "torch.export cannot trace the graph again", error) from error
+        try:
+            onnx_program = torch.onnx.export(
+                exported, dynamo=True, optimize=False, verbose=False, opset_version=opset, input_names=list(cut.inputs)
+            )
+        except Exception as error:
+            raise refused(program, "the graph has no ONNX form", error) from error
+        model = onnx_program.model
+        if opset is not None and model.opset_imports[""] != opset:
+            raise ExportError(
+                f"{program.source} cannot be written in opset {opset}; opset {model.opset_imports['']} is what its operators need."
+            )
+        name_outputs(model, cut)
+        annotate(model, onnx_program.exported_program)
+        simplify(model)
+        name_outputs(model, cut)
+    name_axes(model, cut)
+    describe(model, program)
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings of the exporter's about itself."""
+    loggers = [logging.getLogger(name) for name in NOISY]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def trace(cut: Inference, example: Mapping[str, torch.Tensor]) -> ExportedProgram:
+    """The cut as an ExportedProgram, dynamic where the program is. Attention is traced as plain arithmetic: fused
+    kernels give strides that the views of the captured graph do not fit."""
+    inputs = resize({name: example[name] for name in cut.inputs}, cut.axes, sizes_of(cut.axes, example))
+    shapes = tuple(dict.fromkeys(cut.axes.get(name, ()), Dim.DYNAMIC) or None for name in cut.inputs)
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        return torch.export.export(cut.module, tuple(inputs.values()), dynamic_shapes=(shapes,), strict=False)
+
+
+def refused(program: Program, what: str, error: Exception) -> ExportError:
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    text = str(causes[-1]).strip() or type(causes[-1]).__name__
+    if operators := re.findall(r"No ONNX function found for <OpOverload\(op='([\w.:]+)'", " ".join(map(str, causes))):
+        return ExportError(
+            f"{program.source} cannot be exported: {operators[0]} has no ONNX translation. Leave out the outputs that need it "
+            "(outputs=[…]), or express it in the model by other operators and capture again."
+        )
+    return ExportError(
+        f"{program.source} cannot be exported: {what}: {type(causes[-1]).__name__}: {text.splitlines()[0]}\n"
+        "  Try fewer outputs (outputs=[…]), or capture the model with attn_implementation='eager'."
+    )
+
+
+def name_outputs(model: ir.Model, cut: Inference) -> None:
+    for value, name in zip(model.graph.outputs, cut.outputs, strict=True):
+        value.name = name
+
+
+def annotate(model: ir.Model, exported: ExportedProgram) -> None:
+    """Name every node after the node of the captured graph that it comes from, and say which rewrite made it.
+
+    Of several nodes that one graph node became, the last has its name, the others that and their operator's.
+    """
+    custom = {node.name: {STAMP: node.name, **node.meta.get("custom", {})} for node in exported.graph.nodes}
+    origin = {node: custom.get(fx_name(node), {STAMP: "graph"}) for node in model.graph}
+    last = {found[STAMP]: node for node, found in origin.items()}
+    kept = {*model.graph.initializers, *(value.name for value in (*model.graph.inputs, *model.graph.outputs))}
+    taken = Counter(kept)
+
+    def unique(name: str) -> str:
+        taken[name] += 1
+        return name if taken[name] == 1 else unique(f"{name}_{taken[name] - 1}")
+
+    for stamp, node in last.items():
+        node.name = unique(stamp)
+    for node, found in origin.items():
+        if node is not last[found[STAMP]]:
+            node.name = unique(f"{found[STAMP]}_{node.op_type}")
+        for value in node.outputs:
+            if value.name not in kept:
+                value.name = node.name if len(node.outputs) == 1 else unique(f"{node.name}_{value.index()}")
+            value.metadata_props.clear()
+        rewrite = found.get(META, {})
+        scope = node.metadata_props.get(NAMESPACE)
+        node.metadata_props.clear()
+        node.metadata_props.update({f"{META}.{key}": value for key, value in rewrite.items()})
+        if scope:
+            node.metadata_props[NAMESPACE] = scope
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+
+
+def fx_name(node: ir.Node) -> str:
+    """The name in "%linear_1 : [num_users=1] = call_function[…]"."""
+    found = re.match(r"%(\w+) ", node.metadata_props.get(TRANSLATED_FROM, ""))
+    return found.group(1) if found else ""
+
+
+def simplify(model: ir.Model) -> None:
+    """Passes that change neither results nor the tensors of the model, in place."""
+    tensors = set(model.graph.initializers.values())
+    passes.InlinePass()(model)
+    fold_constants(model, should_fold=lambda node: False if tensors.intersection(node.inputs) else None)
+    Sequential(
+        passes.IdentityEliminationPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.OutputFixPass(),
+    )(model)
+
+
+def name_axes(model: ir.Model, cut: Inference) -> None:
+    """Put the axis names in place of the trace's symbols, in every shape and in expressions such as `2*s31`."""
+    symbols: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for dimension, axis in cut.axes.get(value.name, {}).items():
+            symbols[str(value.shape[dimension])] = axis
+
+    def renamed(size: Any) -> Any:
+        if isinstance(size, int) or size.value is None:
+            return size
+        return re.sub(r"[^\W\d]\w*", lambda found: symbols.get(found.group(), found.group()), str(size.value))
+
+    for value in values(model.graph):
+        if value.shape is not None:
+            value.shape = ir.Shape([renamed(size) for size in value.shape])
+
+
+def values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from (*graph.inputs, *graph.initializers.values())
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        yield from node.outputs
+
+
+def describe(model: ir.Model, program: Program) -> None:
+    """Where the model comes from, for whoever finds the file."""
+    model.graph.name = program.source
+    facts: dict[str, Any] = {
+        "source": program.source,
+        "history": list(program.history),
+        "adapters": [
+            {"name": a.name, "method": spell(a.method), "sites": [site.name for site in a.sites]} for a in program.adapters
+        ],
+        "version": version("subgraph-peft"),
+        "torch": torch.__version__,
+    }
+    if program.folded:
+        facts["fold"] = {"dtype": str(program.folded.dtype), "sites": len(program.folded.sites), "retained": program.folded.retained}
+    model.metadata_props.update({f"{META}.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()})

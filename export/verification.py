@@ -1,0 +1,146 @@
+"""Compare an ONNX file, in onnxruntime, with what torch computes."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnxruntime
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from subgraph_peft.errors import ExportError
+from subgraph_peft.module import home_of
+from subgraph_peft.program import Program
+from subgraph_peft.signature import Signature
+
+from .axes import Axes, other_sizes, resize, sizes_of
+from .inference import axes_of, flat_example
+from .report import Drift, Verification
+from .runtime import provider, run, session
+
+BOUND = {torch.float64: 1e-7, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What torch computes: `call` takes tensors by name; `axes` are the dimensions of `example` that may vary."""
+
+    call: Callable[[Mapping[str, torch.Tensor]], Any]
+    example: Mapping[str, torch.Tensor]
+    axes: Axes
+    dtype: torch.dtype
+
+    def outputs(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Leaves of the result by name, None for what was not computed."""
+        leaves, spec = pytree.tree_flatten(self.call(inputs))
+        return dict(zip(Signature({}, {}, (), spec).output_names(), leaves, strict=True))
+
+
+def verify(
+    path: str | os.PathLike,
+    reference: Program | nn.Module,
+    example: Mapping[str, Any] | None = None,
+    *,
+    bound: float | None = None,
+) -> Verification:
+    """Run the ONNX file at `path` and `reference` on the same inputs, at two sizes of every dynamic dimension.
+
+    reference:  a Program, or an eager module whose arguments and outputs have the file's names
+    example:    inputs by name; a Program brings its own. The second size is one shorter, cropped from these
+    bound:      on the largest difference of each output, absolute or relative to its largest value: by default 1e-4
+                for float32, 1e-7 for float64, 1e-2 for float16, 5e-2 for bfloat16. Other outputs have to be equal
+
+    Raises ExportError where the file cannot be run, takes other inputs, or differs by more than the bound.
+    """
+    opened = session(path)
+    if isinstance(reference, Program):
+        return compare(opened, program_reference(reference, example), bound)
+    if example is None:
+        raise ExportError(f"verify needs example inputs to run a {type(reference).__name__}: verify(path, model, example).")
+    return compare(opened, module_reference(reference, example, opened), bound)
+
+
+def program_reference(program: Program, example: Mapping[str, Any] | None = None) -> Reference:
+    """The program with all its inputs, the ones that an export leaves out too."""
+    example = program.example if example is None else example
+    signature = program.module.signature
+
+    def call(inputs: Mapping[str, torch.Tensor]) -> Any:
+        leaves = iter([inputs.get(n, leaf) for n, leaf in zip(signature.input_names(), signature.flatten(example), strict=True)])
+        given = {n: pytree.tree_unflatten([next(leaves) for _ in range(s.num_leaves)], s) for n, s in signature.inputs.items()}
+        return program.run({name: value for name, value in given.items() if name in example})
+
+    return Reference(call, flat_example(program, example), axes_of(program), program.module.home.dtype)
+
+
+def module_reference(module: nn.Module, example: Mapping[str, Any], opened: onnxruntime.InferenceSession) -> Reference:
+    home = home_of(dict(module.named_parameters()))
+    axes = {v.name: {d: size for d, size in enumerate(v.shape) if isinstance(size, str)} for v in opened.get_inputs()}
+
+    def call(inputs: Mapping[str, torch.Tensor]) -> Any:
+        training = module.training
+        try:
+            with torch.no_grad():
+                return module.eval()(**{name: tensor.to(home.device) for name, tensor in inputs.items()})
+        finally:
+            module.train(training)
+
+    taken = {name: tensor for name, tensor in example.items() if name in axes}
+    return Reference(call, taken, axes, home.dtype)
+
+
+def compare(opened: onnxruntime.InferenceSession, reference: Reference, bound: float | None = None) -> Verification:
+    """Raises ExportError where any output drifts by more than `bound`."""
+    feeds = [value.name for value in opened.get_inputs()]
+    if missing := [name for name in feeds if name not in reference.example]:
+        raise ExportError(f"The file takes {', '.join(feeds)}; {', '.join(missing)} is not among the example inputs.")
+    bound = BOUND.get(reference.dtype, BOUND[torch.float32]) if bound is None else bound
+    sizes = sizes_of(reference.axes, reference.example)
+    drift: dict[str, Drift] = {}
+    shapes = []
+    for at in [sizes, other_sizes(sizes)] if sizes else [sizes]:
+        inputs = resize(reference.example, reference.axes, at)
+        fed = {name: inputs[name] for name in feeds}
+        shapes.append({name: tuple(tensor.shape) for name, tensor in fed.items()})
+        actual, expected = run(opened, fed), reference.outputs(inputs)
+        for name, tensor in actual.items():
+            if not isinstance(expected.get(name), torch.Tensor):
+                given = ", ".join(name for name, value in expected.items() if isinstance(value, torch.Tensor))
+                raise ExportError(f"The file gives {name!r}, torch gives {given}.")
+            found = difference(expected[name].cpu(), tensor)
+            drift[name] = max(found, drift.get(name, found), key=lambda d: d.relative)
+    verification = Verification(provider(opened), tuple(shapes), drift, bound)
+    check(verification)
+    return verification
+
+
+def difference(expected: torch.Tensor, actual: torch.Tensor) -> Drift:
+    """Infinite where shapes, dtypes or the places of non-finite values differ, and where exact values do."""
+    worst = Drift(float("inf"), float("inf"))
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
+        return worst
+    if not expected.is_floating_point():
+        return Drift(0.0, 0.0) if torch.equal(expected, actual) else worst
+    expected, actual = expected.double(), actual.double()
+    finite = expected.isfinite()
+    if not torch.allclose(expected[~finite], actual[~finite], equal_nan=True) or not actual[finite].isfinite().all():
+        return worst
+    if not finite.any():
+        return Drift(0.0, 0.0)
+    absolute = (expected - actual)[finite].abs().max().item()
+    scale = expected[finite].abs().max().item()
+    return Drift(absolute, absolute / scale if scale else absolute)
+
+
+def check(verification: Verification) -> None:
+    over = {name: drift for name, drift in verification.drift.items() if drift.exceeds(verification.bound)}
+    if not over:
+        return
+    name, drift = max(over.items(), key=lambda item: item[1].relative)
+    raise ExportError(
+        f"onnxruntime ({verification.provider}) differs from torch: {name} by {drift.absolute:.1e}, {drift.relative:.1e} of its "
+        f"largest value, where {verification.bound:.0e} is allowed ({len(over)} of {len(verification.drift)} outputs are over). "
+        "If the model amplifies rounding that much, pass a larger bound."
+    )

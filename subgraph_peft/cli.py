@@ -1,0 +1,251 @@
+"""The command line. Exit codes: 0 done, 1 refused with a message, 2 wrong usage, 130 interrupted."""
+
+import json
+import sys
+from contextlib import contextmanager
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from . import __version__
+from .errors import SubgraphPeftError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="A compiler for parameter-efficient fine-tuning.", pretty_exceptions_enable=False)
+out, err = Console(), Console(stderr=True)
+
+Config = Annotated[str, typer.Argument(help="a pipeline file, or the name of a shipped one", metavar="PIPELINE")]
+Set = Annotated[list[str], typer.Option("--set", help="override, e.g. --set lora.r=16 --set train.epochs=1", metavar="A.B=C")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="results folder, in place of the file's")]
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Errors of this package as one message without a traceback."""
+    try:
+        yield
+    except SubgraphPeftError as error:
+        err.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        err.print("Interrupted. Nothing half-written is left; run the same command again to go on from the last checkpoint.")
+        raise typer.Exit(130) from error
+
+
+def announce(text: str) -> None:
+    out.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def configured(pipeline: str, overrides: list[str], output: Path | None):
+    from .config import load_config
+
+    config = load_config(pipeline, overrides)
+    return config.model_copy(update={"output": str(output)}) if output else config
+
+
+def until(config, last: str):
+    """The configuration up to and with its pass `last`."""
+    from .config import ConfigError
+
+    passes = config.pipeline().passes
+    names = [item.name for item in passes]
+    if last not in names:
+        raise ConfigError(f"This pipeline has no {last!r} pass; it has {', '.join(item.option_name() for item in passes)}.")
+    kept = passes[: names.index(last) + 1]
+    return config.model_copy(update={"passes": ",".join(item.spelled() for item in kept)})
+
+
+@app.command()
+def run(pipeline: Config, set_: Set = [], output: Output = None) -> None:  # noqa: B006
+    """Run a whole pipeline: capture, rewrite, train, fold, export; writes a folder with a report."""
+    from .run import run as run_
+
+    with refusals():
+        config = configured(pipeline, set_, output)
+        run_(config, announce)
+        out.print(f"\nReport: {config.output}/report.md")
+
+
+@app.command()
+def train(pipeline: Config, set_: Set = [], output: Output = None) -> None:  # noqa: B006
+    """Run a pipeline up to its training; the adapter is saved."""
+    from .run import run as run_
+
+    with refusals():
+        config = until(configured(pipeline, set_, output), "train")
+        run_(config, announce)
+        out.print(f"\nAdapter: {config.output}/adapter")
+
+
+@app.command()
+def inspect(
+    pipeline: Config,
+    set_: Set = [],  # noqa: B006
+    output: Output = None,
+    graph: Annotated[bool, typer.Option("--graph", help="print what each pass changes in the graph")] = False,
+    all_sites: Annotated[bool, typer.Option("--sites", help="print every site, rewritten or not")] = False,
+) -> None:
+    """Dry run: each site, what matched it, what the method will cost. Nothing is trained or written."""
+    import tempfile
+
+    from .run import prepare
+    from .sites import sites
+    from .steps import Capture, Rewrite
+    from .tables import rewrite_table, site_table
+
+    with refusals(), tempfile.TemporaryDirectory() as scratch:
+        config = configured(pipeline, set_, output)
+        state = prepare(config, Path(scratch), announce)
+        for item in config.pipeline().passes:
+            if isinstance(item, (Capture, Rewrite)):
+                result = item(state)
+                state = result.state
+                announce(f"{item.spelled()}  {result.summary}  ({result.seconds:.1f} s)")
+                if graph and result.difference:
+                    announce("\n".join(result.difference))
+        if all_sites or not state.program.adapters:
+            out.print(site_table(sites(state.program)))
+        if state.program.adapters:
+            out.print(rewrite_table(state.program))
+            for adapter in state.program.adapters:
+                for name, why in adapter.left_out:
+                    announce(f"left out by {adapter.name}: {name} ({why})")
+
+
+def with_adapter(config, adapter: Path | None):
+    """The state of a pipeline with the captured model and a trained adapter on it."""
+    from dataclasses import replace
+
+    from .checkpoint import load
+    from .run import prepare
+    from .steps import Capture
+
+    folder = Path(config.output)
+    state = prepare(config, folder, announce)
+    capturing = next((item for item in config.pipeline().passes if isinstance(item, Capture)), Capture())
+    state = capturing(state).state
+    return replace(state, program=load(state.program, adapter or folder / "adapter"))
+
+
+Adapter = Annotated[Path | None, typer.Option("--adapter", help="adapter folder; the pipeline's own by default")]
+
+
+@app.command()
+def fold(pipeline: Config, set_: Set = [], output: Output = None, adapter: Adapter = None) -> None:  # noqa: B006
+    """Fold a trained adapter into plain weights and write them to OUTPUT/merged."""
+    from .merged import save_merged
+    from .steps import Fold
+    from .tables import fold_table
+
+    with refusals():
+        config = configured(pipeline, set_, output)
+        state = with_adapter(config, adapter)
+        folding = next((item for item in config.pipeline().passes if isinstance(item, Fold)), Fold())
+        result = folding(state)
+        save_merged(result.state.program, state.model, state.tokenizer, Path(config.output) / "merged")
+        out.print(fold_table(result.state.program))
+        out.print(f"{result.summary}\nMerged weights: {config.output}/merged")
+
+
+@app.command()
+def export(pipeline: Config, set_: Set = [], output: Output = None, adapter: Adapter = None) -> None:  # noqa: B006
+    """Fold a trained adapter and export the merged model to ONNX, checked in onnxruntime."""
+    from .steps import Export, Fold
+
+    with refusals():
+        config = configured(pipeline, set_, output)
+        passes = config.pipeline().passes
+        state = with_adapter(config, adapter)
+        state = next((item for item in passes if isinstance(item, Fold)), Fold())(state).state
+        result = next((item for item in passes if isinstance(item, Export)), Export())(state)
+        print_rows("Export", result.state.records["export"].rows())
+
+
+@app.command()
+def verify(
+    model: Annotated[Path, typer.Argument(help="an ONNX file")],
+    against: Annotated[str, typer.Option("--against", help="the pipeline whose model it should equal")],
+    set_: Set = [],  # noqa: B006
+    output: Output = None,
+    adapter: Adapter = None,
+) -> None:
+    """Compare an ONNX file with the pipeline's torch model, adapter folded in, in onnxruntime."""
+    from .export import verify as verify_
+    from .steps import Fold
+
+    with refusals():
+        state = with_adapter(configured(against, set_, output), adapter)
+        print_rows("Verified", verify_(model, Fold()(state).state.program).rows())
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="one method")] = None) -> None:
+    """The catalogue of methods, printed from their equations."""
+    from . import catalogue, registry
+
+    with refusals():
+        if name is None:
+            table = new(["method", "family", "equation", "trained per site", "folds", "paper"], "Methods")
+            for entry in catalogue.catalogue():
+                table.add_row(*map(escape, entry.row()))
+            out.print(table)
+            return
+        cls = registry.method_class(name)
+        entry = catalogue.entry(cls)
+        out.print(f"[bold]{entry.name}[/]  {escape(entry.equation)}\n\n{escape(entry.text)}\n", highlight=False)
+        for title, columns, rows in (
+            ("Options", ["option", "type", "default"], catalogue.options(cls)),
+            ("Tensors at a site", ["tensor", "shape", "", "starts at"], catalogue.tensors(cls)),
+        ):
+            table = new(columns, title)
+            for row in rows:
+                table.add_row(*map(escape, row))
+            out.print(table)
+
+
+@app.command()
+def schema() -> None:
+    """The JSON schema of pipeline files, for editors."""
+    from .config import schema as schema_
+
+    sys.stdout.write(json.dumps(schema_(), indent=2) + "\n")
+
+
+@app.command()
+def quickstart(output: Annotated[Path, typer.Option("--output", "-o", help="results folder")] = Path("runs/quickstart")) -> None:
+    """MiniLM, five methods, one table: minutes on a CPU, no downloads."""
+    from . import quickstart as quickstart_
+
+    with refusals():
+        rows, best = quickstart_.quickstart(output, announce)
+        out.print()
+        out.print(quickstart_.table(rows))
+        out.print(f"\nBest: {best.method}. Its folder {best.folder} has adapter/, merged/, model.onnx and report.md.")
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+def new(columns: list[str], title: str) -> Table:
+    from .tables import new_table
+
+    return new_table(title, columns)
+
+
+def print_rows(title: str, rows: list[tuple[str, str]]) -> None:
+    table = new(["", ""], title)
+    for what, value in rows:
+        table.add_row(what, escape(value))
+    out.print(table)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,193 @@
+"""Pipeline files: YAML with a schema; unknown keys are refused with their line; `--set lora.r=16` overrides."""
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from . import registry
+from .data import DataSpec
+from .errors import ConfigError, MethodError, suggestion
+from .pipeline import Pipeline
+from .sources import ModelSpec
+from .steps import STEPS, Rewrite, names
+
+
+class PipelineConfig(BaseModel):
+    """model, data, passes, output, seed: one run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: ModelSpec
+    data: DataSpec | None = None
+    passes: str | list[str | dict[str, Any]] = Field(min_length=1)
+    output: str = "runs/pipeline"
+    seed: int = 0
+
+    @field_validator("passes", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [{k: v or {} for k, v in item.items()} if isinstance(item, dict) else item for item in value] if isinstance(value, list) else value
+
+    def pipeline(self) -> Pipeline:
+        return Pipeline.read(self.passes)
+
+
+class Lines(yaml.SafeLoader):
+    """A safe loader that refuses duplicate keys."""
+
+
+def construct_mapping(loader: Lines, node: yaml.MappingNode) -> dict:
+    seen = set()
+    for key, _ in node.value:
+        if key.value in seen:
+            raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
+        seen.add(key.value)
+    loader.flatten_mapping(node)
+    return dict((loader.construct_object(k, deep=True), loader.construct_object(v, deep=True)) for k, v in node.value)
+
+
+Lines.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, construct_mapping)
+
+
+def find_config(name: str | os.PathLike) -> Path:
+    """A path, or the name of a pipeline that this package ships."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    if str(name).removesuffix(".yaml") in shipped:
+        return shipped[str(name).removesuffix(".yaml")]
+    raise ConfigError(f"{name} is neither a file nor a shipped pipeline.{suggestion(str(name), shipped)} Shipped: {', '.join(shipped)}.")
+
+
+def shipped_configs() -> dict[str, Path]:
+    folder = resources.files("subgraph_peft.passes.pipelines")
+    return {Path(str(item)).stem: Path(str(item)) for item in sorted(folder.iterdir(), key=str) if str(item).endswith(".yaml")}
+
+
+def load_config(name: str | os.PathLike, overrides: Sequence[str] = ()) -> PipelineConfig:
+    """Read, override, check. Every error names file and line. Relative paths in the file are relative to the
+    current directory, or to the file where they exist there."""
+    path = find_config(name)
+    text = path.read_text(encoding="utf-8")
+    try:
+        root = yaml.compose(text, Loader=Lines)
+        raw = yaml.load(text, Loader=Lines)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path}:{line}: {error.problem}.") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}:1: a pipeline file is a mapping with model, data, passes and output.")
+    for override in overrides:
+        apply_override(raw, override)
+    try:
+        config = PipelineConfig(**raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(located(path, root, item, raw) for item in error.errors())) from error
+    for index, item in enumerate(config.passes if isinstance(config.passes, list) else []):
+        try:
+            Pipeline.read([item])
+        except (ConfigError, MethodError) as error:
+            location = ("passes", index, *([next(iter(item))] if isinstance(item, dict) else []))
+            deeper = next((k for k in option_names(item) if f"option {k!r}" in str(error)), None)
+            raise ConfigError(f"{path}:{line_of(root, (*location, *([deeper] if deeper else [])))}: {error}") from error
+    return config
+
+
+def option_names(item: Any) -> list[str]:
+    return list(next(iter(item.values())) or {}) if isinstance(item, dict) else []
+
+
+def located(path: Path, root: yaml.Node, item: Mapping[str, Any], raw: Any) -> str:
+    location = tuple(item["loc"])
+    line = line_of(root, location)
+    key = ".".join(map(str, location))
+    if item["type"] == "extra_forbidden":
+        owner: Any = PipelineConfig
+        for part in location[:-1]:
+            owner = {"model": ModelSpec, "data": DataSpec}.get(str(part), owner)
+        known = list(owner.model_fields)
+        return f"{path}:{line}: unknown key {key!r}.{suggestion(str(location[-1]), known)} Keys: {', '.join(known)}."
+    if item["type"] == "missing":
+        return f"{path}:{line}: {key!r} is required."
+    return f"{path}:{line}: {key}: {item['msg'].removeprefix('Value error, ')}."
+
+
+def line_of(node: yaml.Node, location: Sequence[str | int]) -> int:
+    """1-based line of the deepest node of a location that the file has."""
+    line = node.start_mark.line + 1
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((k, v) for k, v in node.value if k.value == str(part)), None)
+            if found is None:
+                continue
+            line, node = found[0].start_mark.line + 1, found[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+    return line
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """`a.b=value`: `a` is a top-level key or the name of a pass; the value is YAML."""
+    path, equals, text = override.partition("=")
+    parts = path.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set takes a.b=value, not {override!r}.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if parts[0] in PipelineConfig.model_fields:
+        target: Any = raw
+    else:
+        target, parts = pass_options(raw, parts[0], override), parts[1:]
+        if not parts:
+            raise ConfigError(f"--set {override}: name an option of the pass, {path}.option=value.")
+    for part in parts[:-1]:
+        if not isinstance(target.get(part), dict):
+            target[part] = {}
+        target = target[part]
+    target[parts[-1]] = value
+
+
+def pass_options(raw: dict[str, Any], name: str, override: str) -> dict[str, Any]:
+    passes = raw.get("passes") or []
+    if isinstance(passes, str):
+        raise ConfigError(f"--set {override}: `passes` is in the one-line form; change it there.")
+    present = []
+    for index, item in enumerate(passes):
+        own = item if isinstance(item, str) else next(iter(item))
+        present.append(own)
+        if own == name:
+            if isinstance(item, str) or item[own] is None:
+                passes[index] = {own: {}}
+            return passes[index][own]
+    known = [*PipelineConfig.model_fields, *present]
+    raise ConfigError(f"--set {override}: there is no {name!r} in this pipeline.{suggestion(name, known)} There are: {', '.join(known)}.")
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a pipeline file, for editors."""
+    document = PipelineConfig.model_json_schema()
+    definitions = document.setdefault("$defs", {})
+    choices: list[dict[str, Any]] = [{"enum": names()}]
+    rewriting = {k: v for k, v in Rewrite.model_json_schema(by_alias=True)["properties"].items() if k != "method"}
+    for name in names():
+        if name in STEPS:
+            options = STEPS[name].model_json_schema()
+        else:
+            options = registry.methods()[name].model_json_schema()
+            options["properties"] = {**options.get("properties", {}), **rewriting}
+            if "of" in options["properties"]:
+                options["properties"]["of"] = {"description": "the inner method: a name, or {name: {options}}"}
+        definitions |= options.pop("$defs", {})
+        options["additionalProperties"] = False
+        choices.append({"type": "object", "properties": {name: {"anyOf": [options, {"type": "null"}]}}, "required": [name], "additionalProperties": False})
+    document["properties"]["passes"] = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": choices}, "minItems": 1}]}
+    return document

@@ -1,0 +1,269 @@
+"""Data for training: rows of text become token ids and labels, batches are padded."""
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from torch.utils.data import Dataset, default_collate
+
+from .errors import ConfigError
+from .rows import Row, read_rows
+from .sources import Task
+
+IGNORED = -100
+LONGEST = 512
+Item = dict[str, Any]
+Collate = Callable[[Sequence[Item]], dict[str, torch.Tensor]]
+
+
+class DataSpec(BaseModel):
+    """Where the rows are, and which columns hold what.
+
+    train, eval, test: a .jsonl or .csv file, "module:function", or a name of the `datasets` library with an optional
+                 split ("glue@train"). Rows without any text in them are taken as finished model inputs
+    arguments:   of factories and of datasets.load_dataset
+    text, text_pair: the input; sentence pairs are encoded together
+    completion:  for causal language models: what follows `text` after `separator`; the loss is on it alone
+    label:       whole numbers are class numbers, names are numbered in alphabetical order
+    labels:      names of the classes, in the order of their numbers
+    regression:  labels are real numbers
+    max_length:  in tokens; by default the tokenizer's own limit, at most 512. A prompt is cut on the left
+    limit:       at most so many rows of each set, drawn with the seed
+    eval_share:  without `eval`, this share of the distinct texts of `train` is set aside; 0 for none
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    train: str
+    eval: str | None = None
+    test: str | None = None
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    text: str = "text"
+    text_pair: str | None = None
+    completion: str | None = None
+    separator: str = "\n"
+    label: str = "label"
+    labels: tuple[str, ...] = ()
+    regression: bool = False
+    max_length: PositiveInt | None = None
+    limit: PositiveInt | None = None
+    eval_share: float = Field(0.1, ge=0, lt=1)
+    seed: int = 0
+
+
+class Examples(Dataset):
+    """Model inputs, one dict of lists, numbers or tensors an example."""
+
+    def __init__(self, items: Sequence[Item]):
+        self.items = list(items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.items[index]
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the contents: what tells two runs on different data apart."""
+        digest = hashlib.sha256()
+        for item in self.items:
+            digest.update(json.dumps(item, default=lambda t: torch.as_tensor(t).tolist(), sort_keys=True).encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Data:
+    """labels: names of the classes by number; none for regression and language models."""
+
+    train: Examples
+    eval: Examples | None
+    test: Examples | None
+    labels: tuple[str, ...]
+    collate: Collate
+
+
+def load_data(spec: DataSpec, tokenizer: Any | None, task: Task = "sequence-classification") -> Data:
+    """Read, number the labels, set an evaluation share aside, encode.
+
+    Raises ConfigError with the file and line where a row is at fault, and the columns there are where one is missing.
+    """
+    sets = {
+        name: read_rows(source, split, spec.arguments)
+        for name, split in (("train", "train"), ("eval", "validation"), ("test", "test"))
+        if (source := getattr(spec, name)) is not None
+    }
+    finished = not any(isinstance(value, str) for value in sets["train"][0].values.values())
+    if not finished:
+        sets["train"][0].text(spec.text)
+    names, numbering = (), {}
+    if task == "sequence-classification" and not finished and not spec.regression:
+        names, numbering = number_labels(spec, [row for rows in sets.values() for row in rows])
+    if "eval" not in sets and spec.eval_share:
+        sets["train"], sets["eval"] = set_aside(sets["train"], spec)
+    if spec.limit:
+        draw = random.Random(spec.seed)
+        sets = {name: [rows[i] for i in sorted(draw.sample(range(len(rows)), min(spec.limit, len(rows))))]
+                for name, rows in sets.items()}  # fmt: skip
+    encoded = {
+        name: Examples([dict(r.values) for r in rows] if finished else encode(spec, rows, tokenizer, task, numbering))
+        for name, rows in sets.items()
+    }
+    return Data(encoded["train"], encoded.get("eval"), encoded.get("test"), names, Padding(tokenizer))
+
+
+def number_labels(spec: DataSpec, rows: Sequence[Row]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """(class names, label as the data spells it -> number), over every row of every set: `limit` changes nothing."""
+    seen: dict[str, Row] = {}
+    for row in rows:
+        label = row[spec.label]
+        if not isinstance(label, (str, int, float)):
+            raise ConfigError(f"{row.where}: column {spec.label!r} holds {label!r}; a label is a name or a number.")
+        seen.setdefault(spelled(label), row)
+    numbers = {label: number for label in seen if (number := as_number(label)) is not None}
+    numeric = len(numbers) == len(seen)
+    for label, number in numbers.items():
+        if numeric and number != int(number):
+            raise ConfigError(f"{seen[label].where}: {label} is no class; for real numbers set regression: true.")
+    if spec.labels:
+        names = spec.labels
+        by_number = numeric and not set(seen) <= set(names)
+        numbering = {str(i) if by_number else name: i for i, name in enumerate(names)}
+    elif numeric:
+        low, high = int(min(numbers.values())), int(max(numbers.values()))
+        names = tuple(str(number) for number in (range(high + 1) if low >= 0 else sorted(map(int, numbers.values()))))
+        numbering = {name: i for i, name in enumerate(names)}
+    else:
+        names = tuple(sorted(seen))
+        numbering = {name: i for i, name in enumerate(names)}
+    if unknown := next((label for label in seen if label not in numbering), None):
+        raise ConfigError(f"{seen[unknown].where}: label {unknown!r} is not among labels: {', '.join(names)}.")
+    return names, numbering
+
+
+def as_number(value: Any) -> float | None:
+    """A finite number, or None."""
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def spelled(value: Any) -> str:
+    """One spelling for 1, 1.0, True and "1"."""
+    number = as_number(value)
+    return str(int(number)) if number is not None and number == int(number) else str(value)
+
+
+def set_aside(rows: list[Row], spec: DataSpec) -> tuple[list[Row], list[Row]]:
+    """(train, eval): a share of the distinct inputs, so that no text stands on both sides."""
+
+    def key(row: Row) -> tuple:
+        return tuple(json.dumps(row.values.get(c), default=str) for c in (spec.text, spec.text_pair) if c)
+
+    keys = sorted({key(row) for row in rows}) if spec.text in rows[0].values else []
+    if not keys:
+        chosen = set(random.Random(spec.seed).sample(range(len(rows)), share(len(rows), spec)))
+        return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
+    held = set(random.Random(spec.seed).sample(keys, share(len(keys), spec)))
+    return [row for row in rows if key(row) not in held], [row for row in rows if key(row) in held]
+
+
+def share(count: int, spec: DataSpec) -> int:
+    if count < 2:
+        raise ConfigError(f"{spec.train} has one text; none can be set aside for evaluation: set eval_share: 0.")
+    return min(count - 1, max(1, round(count * spec.eval_share)))
+
+
+def encode(
+    spec: DataSpec, rows: Sequence[Row], tokenizer: Any | None, task: Task, numbering: Mapping[str, int]
+) -> list[Item]:
+    if tokenizer is None:
+        raise ConfigError("The rows hold text, but the model has no tokenizer: name one with its `tokenizer` option.")
+    limit = length_limit(spec, tokenizer)
+    texts = [row.text(spec.text) for row in rows]
+    if task == "causal-lm":
+        return list(completions(spec, rows, texts, tokenizer, limit))
+    if task != "sequence-classification":
+        raise ConfigError(f"Text is encoded for sequence-classification and causal-lm; {task} needs finished inputs.")
+    pairs = [row.text(spec.text_pair) for row in rows] if spec.text_pair else None
+    encoded = tokenizer(texts, pairs, truncation=True, max_length=limit)
+    labels = [real(row, spec.label) if spec.regression else numbering[spelled(row[spec.label])] for row in rows]
+    return [{**{key: encoded[key][i] for key in encoded}, "labels": label} for i, label in enumerate(labels)]
+
+
+def length_limit(spec: DataSpec, tokenizer: Any) -> int:
+    if spec.max_length is None:
+        return min(tokenizer.model_max_length, LONGEST)
+    if spec.max_length > tokenizer.model_max_length:
+        raise ConfigError(f"max_length is {spec.max_length}; the tokenizer's limit is {tokenizer.model_max_length}.")
+    return spec.max_length
+
+
+def real(row: Row, column: str) -> float:
+    number = as_number(row[column]) if isinstance(row[column], (str, int, float)) else None
+    if number is None:
+        raise ConfigError(f"{row.where}: column {column!r} holds {row[column]!r}; a finite number is needed.")
+    return number
+
+
+def completions(
+    spec: DataSpec, rows: Sequence[Row], texts: Sequence[str], tokenizer: Any, limit: int
+) -> Iterator[Item]:
+    """Token ids of text + separator + completion + end, with labels on the completion and its end alone."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if spec.completion:
+        prompts = tokenizer([text + spec.separator for text in texts])["input_ids"]
+        answers = tokenizer([row.text(spec.completion) for row in rows], add_special_tokens=False)["input_ids"]
+    else:
+        prompts, answers = [[] for _ in texts], tokenizer(list(texts))["input_ids"]
+    for row, prompt, answer in zip(rows, prompts, answers, strict=True):
+        answer = (answer + end)[: limit - 1 if spec.completion else limit]
+        prompt = prompt[max(0, len(prompt) + len(answer) - limit) :]
+        labels = [IGNORED] * len(prompt) + answer
+        if all(label == IGNORED for label in labels[1:]):
+            raise ConfigError(f"{row.where}: no token is left to predict.")
+        yield {"input_ids": prompt + answer, "attention_mask": [1] * len(labels), "labels": labels}
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Collates items: tokens padded as the tokenizer pads them, sequences of labels with -100, the rest stacked."""
+
+    tokenizer: Any | None = None
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
+        if self.tokenizer is None or "input_ids" not in items[0]:
+            return default_collate([{k: torch.as_tensor(v) for k, v in item.items()} for item in items])
+        named = [name for name in self.tokenizer.model_input_names if name in items[0]]
+        batch = dict(self.tokenizer.pad([{name: item[name] for name in named} for item in items], return_tensors="pt"))
+        width = batch["input_ids"].shape[1]
+        for name in items[0].keys() - batch.keys():
+            values = [torch.as_tensor(item[name]) for item in items]
+            if name == "labels" and values[0].ndim:
+                values = [self.pad(value, width) for value in values]
+            batch[name] = torch.stack(values)
+        return batch
+
+    def pad(self, labels: torch.Tensor, width: int) -> torch.Tensor:
+        filler = labels.new_full((width - len(labels),), IGNORED)
+        return torch.cat([filler, labels] if self.tokenizer.padding_side == "left" else [labels, filler])
+
+
+def example_batch(examples: Sequence[Item] | Dataset, collate: Collate) -> dict[str, torch.Tensor]:
+    """Two examples as one batch, with their labels: of different length where there are such, so that one is padded."""
+    first, *others = (examples[i] for i in range(min(len(examples), 64)))
+
+    def length(item: Item) -> int:
+        return len(item["input_ids"]) if "input_ids" in item else 0
+
+    second = next((item for item in others if length(item) != length(first)), [*others, first][0])
+    return collate([first, second])

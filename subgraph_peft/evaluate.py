@@ -1,0 +1,169 @@
+"""Evaluation: the loss and the metrics of a program on a set of examples, whatever the batch size."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+
+from .errors import TrainError, suggestion
+from .program import Program
+
+IGNORED = -100
+NAMED = ("accuracy", "mse", "pearson", "spearman", "perplexity")
+Metrics = str | Sequence[str] | Callable[[Any], Mapping[str, float]]
+
+
+def evaluate(
+    program: Program,
+    data: Dataset,
+    *,
+    metrics: Metrics | None = None,
+    batch_size: int = 32,
+    collate: Callable | None = None,
+    each: Callable[[], None] | None = None,
+) -> dict[str, float]:
+    """{"loss": …} and the metrics of `program` on `data`, in eval mode, without gradients.
+
+    metrics:  names out of NAMED, or a function of a transformers EvalPrediction (all logits and labels as arrays). By
+              default accuracy for class numbers, mse, pearson and spearman for real numbers, perplexity for token labels
+    each:     called after every batch
+
+    The loss is the mean over labels (tokens for a language model), not over batches. Under torch.distributed every
+    process takes a share of the examples, and all get the result.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share = Subset(data, range(rank, len(data), world))
+    loader = DataLoader(share, batch_size, collate_fn=collate or default_collate)
+    module, training = program.module, program.module.training
+    tally = Tally(metrics, shifts_labels(program))
+    try:
+        module.eval()
+        with torch.no_grad():
+            for batch in loader:
+                batch = pytree.tree_map_only(torch.Tensor, lambda t: t.to(module.home.device), dict(batch))
+                tally.add(*loss_and_logits(module(**batch)), batch.get("labels"))
+                if each is not None:
+                    each()
+    finally:
+        module.train(training)
+    return tally.gathered(world).result()
+
+
+def shifts_labels(program: Program) -> bool:
+    """Whether the model compares the logits at one position with the label at the next."""
+    return program.source.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def scored(labels: torch.Tensor, shifted: bool) -> torch.Tensor:
+    """The labels that the loss is a mean over: without those it ignores, and without the first if it shifts them."""
+    labels = labels[:, 1:] if shifted else labels
+    return labels.flatten() if labels.is_floating_point() else labels[labels != IGNORED]
+
+
+def loss_and_logits(outputs: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """By name in a ModelOutput or dict; otherwise the loss is a first scalar, the logits what follows."""
+    if isinstance(outputs, Mapping):
+        others = (v for k, v in outputs.items() if k != "loss" and isinstance(v, torch.Tensor))
+        logits = outputs.get("logits")
+        return outputs.get("loss"), next(others, None) if logits is None else logits
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    loss = leaves.pop(0) if leaves and leaves[0].ndim == 0 else None
+    return loss, next(iter(leaves), None)
+
+
+class Tally:
+    """Sums over batches; logits are kept only where a metric needs them all."""
+
+    def __init__(self, metrics: Metrics | None, shifted: bool):
+        self.metrics, self.shifted = metrics, shifted
+        self.loss, self.labels, self.correct = 0.0, 0, 0
+        self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, loss: torch.Tensor | None, logits: torch.Tensor | None, labels: torch.Tensor | None) -> None:
+        if labels is None or logits is None:
+            raise TrainError("Evaluation needs `labels` in every batch and logits among the outputs of the graph.")
+        if self.metrics is None:
+            self.metrics = usual(labels)
+        for name in self.names():
+            if name not in NAMED:
+                raise TrainError(f"Unknown metric {name!r}.{suggestion(name, NAMED)} Metrics: {', '.join(NAMED)}.")
+        count = len(scored(labels, self.shifted))
+        self.labels += count
+        if loss is not None:
+            self.loss += loss.item() * count if count else 0.0
+        if "accuracy" in self.names():
+            shown = logits[:, :-1] if self.shifted else logits
+            compared = labels[:, 1:] if self.shifted else labels
+            if shown.shape[:-1] != compared.shape:
+                raise TrainError(f"accuracy compares logits {list(logits.shape)} with class numbers, not {list(labels.shape)}.")
+            self.correct += ((shown.argmax(-1) == compared) & (compared != IGNORED)).sum().item()
+        if callable(self.metrics) or {"mse", "pearson", "spearman"} & set(self.names()):
+            self.pairs.append((logits.float().cpu().numpy(), labels.cpu().numpy()))
+
+    def names(self) -> Sequence[str]:
+        return [self.metrics] if isinstance(self.metrics, str) else () if callable(self.metrics) else self.metrics
+
+    def gathered(self, world: int) -> "Tally":
+        """This tally and those of the other processes as one."""
+        if world == 1:
+            return self
+        tallies: list[Any] = [None] * world
+        dist.all_gather_object(tallies, (self.loss, self.labels, self.correct, self.pairs))
+        self.loss, self.labels, self.correct = (sum(part) for part in list(zip(*tallies, strict=True))[:3])
+        self.pairs = [pair for tally in tallies for pair in tally[3]]
+        return self
+
+    def result(self) -> dict[str, float]:
+        values = {"loss": self.loss / max(self.labels, 1)}
+        if callable(self.metrics):
+            from transformers import EvalPrediction
+
+            predictions, labels = (stacked([pair[i] for pair in self.pairs]) for i in (0, 1))
+            return values | {k: float(v) for k, v in self.metrics(EvalPrediction(predictions, labels)).items()}
+        return values | {name: self.value(name, values["loss"]) for name in self.names()}
+
+    def value(self, name: str, loss: float) -> float:
+        if name == "accuracy":
+            return self.correct / max(self.labels, 1)
+        if name == "perplexity":
+            return math.exp(loss) if loss < 700 else math.inf
+        predictions, labels = (np.concatenate([pair[i].reshape(-1) for pair in self.pairs]) for i in (0, 1))
+        if len(predictions) != len(labels):
+            raise TrainError(f"{name} compares one number with each label; the logits have {len(predictions)} for {len(labels)}.")
+        if name == "mse":
+            return float(np.mean((predictions.astype(np.float64) - labels) ** 2))
+        return correlation(predictions, labels) if name == "pearson" else correlation(ranks(predictions), ranks(labels))
+
+
+def usual(labels: torch.Tensor) -> Sequence[str]:
+    if labels.is_floating_point():
+        return ("mse", "pearson", "spearman") if labels.shape[1:].numel() == 1 else ()
+    return ("accuracy",) if labels.ndim == 1 else ("perplexity",)
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's; 0 where one side does not vary."""
+    a, b = a.astype(np.float64) - a.mean(dtype=np.float64), b.astype(np.float64) - b.mean(dtype=np.float64)
+    scale = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / scale if scale else 0.0
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks, equal values sharing the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """One array along the batch; shorter sequences are filled up with -100."""
+    shape = np.max([array.shape[1:] for array in arrays], axis=0, initial=0)
+    filled: Iterator[np.ndarray] = (
+        np.pad(a, [(0, 0), *((0, int(w - n)) for w, n in zip(shape, a.shape[1:], strict=True))], constant_values=IGNORED)
+        for a in arrays
+    )
+    return np.concatenate(list(filled))

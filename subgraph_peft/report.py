@@ -1,0 +1,158 @@
+"""The report of a run: `report.json` for programs, `report.md` with the loss curve for people, `graph.diff`."""
+
+import dataclasses
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import ConfigError
+from .files import write_json, write_text
+from .pipeline import Result
+from .program import Program
+from .sites import sites
+from .tables import fold_rows, rewrite_rows
+
+PACKAGES = ("subgraph-peft", "torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "machine": machine()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def accuracies(records: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Scores before training, after it, and of the folded model."""
+    scores: dict[str, dict[str, float]] = {}
+    if (trained := records.get("train")) is not None and trained.evaluations:
+        scores["before"], scores["after"] = trained.evaluations[0][1], trained.evaluations[-1][1]
+    if "folded" in records:
+        scores["folded"] = records["folded"]
+    return scores
+
+
+def summary(results: Sequence[Result]) -> dict[str, Any]:
+    """Everything a run did, as plain data."""
+    state = results[-1].state
+    records = {name: plain(value) for name, value in state.records.items()}
+    adapted = last_adapted(results)
+    document: dict[str, Any] = {
+        "versions": versions(),
+        "passes": [
+            {"pass": item.pass_.spelled(), "summary": item.summary, "seconds": item.seconds, "difference": list(item.difference)}
+            for item in results
+        ],
+        "scores": accuracies(state.records),
+        "records": records,
+    }
+    if adapted is not None:
+        trainable, everything = adapted.counts()
+        document["parameters"] = {"trainable": trainable, "all": everything}
+        document["sites"] = rewrite_rows(adapted)
+        document["left_out"] = [list(entry) for adapter in adapted.adapters for entry in adapter.left_out]
+    if state.program is not None and state.program.folded is not None:
+        folded = state.program.folded
+        document["fold"] = {"dtype": str(folded.dtype), "output_error": folded.output_error, "sites": fold_rows(state.program)}
+    return document
+
+
+def last_adapted(results: Sequence[Result]) -> Program | None:
+    programs = [item.state.program for item in results if item.state.program is not None]
+    return next((program for program in reversed(programs) if program.adapters), None)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and models as JSON-able data."""
+    if hasattr(value, "as_dict"):
+        return value.as_dict()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return json.loads(json.dumps(dataclasses.asdict(value), default=str))
+    return value
+
+
+def write_report(results: Sequence[Result], folder: Path) -> Path:
+    """Write report.json, report.md, graph.diff and loss.png to `folder`; returns the path of report.md."""
+    document = summary(results)
+    state = results[-1].state
+    write_json(folder / "report.json", document, ConfigError, default=str)
+    differences = [line for item in results for line in (f"# {item.pass_.spelled()}", *item.difference) if item.difference]
+    if differences:
+        write_text(folder / "graph.diff", "\n".join(differences) + "\n", ConfigError)
+    trained = state.records.get("train")
+    if trained is not None and trained.losses:
+        trained.curve(folder / "loss.png")
+    write_text(folder / "report.md", "\n".join(page(document, results, trained is not None and bool(trained.losses))) + "\n", ConfigError)
+    return folder / "report.md"
+
+
+def page(document: Mapping[str, Any], results: Sequence[Result], curve: bool) -> list[str]:
+    program = results[-1].state.program
+    lines = [f"# {program.source if program is not None else 'Pipeline'}", ""]
+    lines += [f"`{','.join(item['pass'] for item in document['passes'])}`", ""]
+    lines += table(("pass", "what it did", "seconds"), ((f"`{p['pass']}`", p["summary"], f"{p['seconds']:.1f}") for p in document["passes"]))
+    if document["scores"]:
+        names = sorted({name for scores in document["scores"].values() for name in scores})
+        rows = ((stage, *(number(scores.get(name)) for name in names)) for stage, scores in document["scores"].items())
+        lines += ["## Scores on held-out data", "", *table(("model", *names), rows)]
+    if curve:
+        lines += ["## Training", "", "![loss curve](loss.png)", ""]
+    if "parameters" in document:
+        trainable, everything = document["parameters"]["trainable"], document["parameters"]["all"]
+        lines += ["## Sites", "", f"{trainable:,} of {everything:,} numbers train ({trainable / everything:.3%}).", ""]
+        columns = ("weight", "shape", "adapters", "form", "trainable", "FLOPs/token", "FLOPs/step", "bytes")
+        rows = (
+            (f"`{r['site']}`", "×".join(map(str, r["shape"])), r["adapters"], form(r), *(f"{r[k]:,}" for k in ("trainable", "flops_per_token", "flops_per_step", "bytes")))
+            for r in document["sites"]
+        )  # fmt: skip
+        lines += table(columns, rows)
+        if document["left_out"]:
+            lines += ["Left out: " + ", ".join(f"`{name}` ({why})" for name, why in document["left_out"]) + ".", ""]
+    if "fold" in document:
+        lines += ["## Fold", "", f"Into {document['fold']['dtype']}; outputs differ by {document['fold']['output_error']:.1e} of the largest.", ""]
+        rows = ((f"`{r['weight']}`", f"{r['relative_delta']:.3%}", f"{r['retained']:.4%}") for r in document["fold"]["sites"])
+        lines += table(("weight", "‖ΔW‖ / ‖W‖", "delta retained"), rows)
+    for item in document["passes"]:
+        if item["difference"]:
+            lines += [f"## Graph: `{item['pass']}`", "", "```diff", *shortened(item["difference"]), "```", ""]
+    lines += ["## Versions", "", *table(("package", "version"), document["versions"].items())]
+    return lines
+
+
+def form(row: Mapping[str, Any]) -> str:
+    return f"dense: {'; '.join(row['dense'])}" if row["dense"] else row["form"]
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def shortened(lines: Sequence[str], limit: int = 60) -> list[str]:
+    rest = len(lines) - limit
+    return [*lines[:limit], f"… {rest} more lines in graph.diff"] if rest > 0 else list(lines)
+
+
+def table(columns: Sequence[str], rows: Any) -> list[str]:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return [*("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines), ""]
+
+
+def site_rows(program: Program) -> list[dict[str, Any]]:
+    return [
+        {"weight": s.name, "form": s.kind, "shape": list(s.shape), "calls": len(s.calls), "bias": s.bias, "ties": list(s.ties), "head": s.head}
+        for s in sites(program)
+    ]

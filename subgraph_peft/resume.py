@@ -1,0 +1,131 @@
+"""Training checkpoints: the adapter, and what a resumed run needs to go on as if it had never stopped.
+
+A folder `checkpoint-<step>` appears whole or not at all. Tensors are safetensors, all else is JSON; the base weights are not
+in it.
+"""
+
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from .errors import CheckpointError
+from .program import Program
+
+OPTIMIZER, BUFFERS, STATE = "optimizer.safetensors", "buffers.safetensors", "run.json"
+TRAINER_STATE = "trainer_state.json"  # the name that Trainer reads
+PREFIX = "checkpoint-"
+
+
+def write(folder: Path, program: Program, optimizer: Any, progress: Any, run: Mapping[str, Any]) -> None:
+    """Write a checkpoint folder.
+
+    progress: the TrainerState
+    run:      what else JSON can hold; arrays and tensors become lists
+    """
+    state = optimizer.state_dict()
+    tensors = {
+        f"{index}.{key}": value.detach().cpu().contiguous()
+        for index, entries in state["state"].items()
+        for key, value in entries.items()
+    }
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+            new = Path(temporary) / folder.name
+            program.save(new)
+            save_file(tensors, new / OPTIMIZER)
+            save_file(buffers(program), new / BUFFERS)
+            text = json.dumps({**run, "groups": state["param_groups"]}, default=lambda value: value.tolist())
+            (new / STATE).write_text(text, encoding="utf-8")
+            progress.save_to_json(str(new / TRAINER_STATE))
+            if folder.exists():
+                os.replace(folder, Path(temporary) / "old")
+            os.replace(new, folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}. Free space or choose another.") from error
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is damaged: {STATE}: {error}. Remove it to resume from the one before.") from error
+
+
+def load_weights(folder: Path, program: Program) -> None:
+    """The adapter, and the buffers that training writes to (batch norm)."""
+    program.load(folder)
+    held = buffers(program, copy=False)
+    found = read_tensors(folder / BUFFERS)
+    if held.keys() != found.keys():
+        raise CheckpointError(f"{folder / BUFFERS} does not fit the program: {', '.join(sorted(held.keys() ^ found.keys()))}.")
+    for name, value in held.items():
+        value.copy_(found[name])
+
+
+def load_optimizer(folder: Path, optimizer: Any) -> None:
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in read_tensors(folder / OPTIMIZER).items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = value
+    try:
+        optimizer.load_state_dict({"state": state, "param_groups": read_run(folder)["groups"]})
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder / OPTIMIZER} does not fit the program: {error}.") from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Remove the folder to resume from the one before.") from error
+
+
+def buffers(program: Program, copy: bool = True) -> dict[str, torch.Tensor]:
+    """Buffers of the state dict."""
+    parameters = {name for name, _ in program.module.named_parameters(remove_duplicate=False)}
+    held = {name: value for name, value in program.module.state_dict().items() if name not in parameters}
+    return {name: value.cpu().contiguous().clone() for name, value in held.items()} if copy else held
+
+
+def found(output: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    folders = [path for path in output.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit() and path.is_dir()]
+    return sorted(folders, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))
+
+
+def rotate(output: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and what an interrupted write left behind."""
+    stale = [path for path in output.glob(f".{PREFIX}*") if path.is_dir()]
+    for folder in found(output)[: -keep or None] + stale:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def random_state() -> dict[str, Any]:
+    """States of the random number generators of Python, NumPy and torch."""
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Takes what `random_state` gives, also after a journey through JSON."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(torch.as_tensor(state["torch"], dtype=torch.uint8))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.as_tensor(state["cuda"], dtype=torch.uint8))

@@ -1,0 +1,60 @@
+"""Run a pipeline file: load data and model, apply the passes, write the report."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from .config import PipelineConfig
+from .data import load_data
+from .errors import ConfigError
+from .files import write_text
+from .pipeline import Result, State
+from .report import write_report
+from .sources import load_model, load_tokenizer
+
+Announce = Callable[[str], None]
+
+
+def prepare(config: PipelineConfig, output: Path, announce: Announce) -> State:
+    """Data, tokenizer and model. The results folder is made first, so that one that cannot be written to stops the run
+    before it starts."""
+    write_text(output / "config.yaml", spelled(config), ConfigError)
+    tokenizer = load_tokenizer(config.model)
+    data = load_data(config.data, tokenizer, config.model.task) if config.data is not None else None
+    loaded = load_model(config.model, data.labels if data is not None else ())
+    model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = f", {len(data.train):,} examples to train" if data is not None else ""
+    sizes += f", {len(data.eval):,} held out" if data is not None and data.eval is not None else ""
+    announce(f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters{sizes}")
+    if loaded.fresh:
+        announce(f"newly drawn, not in the stored model: {', '.join(loaded.fresh)}")
+    return State(
+        model=model, tokenizer=loaded.tokenizer or tokenizer, data=data, folder=output, seed=config.seed, announce=announce
+    )
+
+
+def spelled(config: PipelineConfig) -> str:
+    """The configuration as YAML, with every override in it."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
+
+
+def run_pipeline(config: PipelineConfig, state: State, announce: Announce) -> list[Result]:
+    """The results of every pass, in order."""
+    folder = Path(config.output)
+    write_text(folder / "config.yaml", spelled(config), ConfigError)
+    results = []
+    for result in config.pipeline().run(replace(state, folder=folder, seed=config.seed)):
+        announce(f"{result.pass_.spelled()}  {result.summary}  ({result.seconds:.1f} s)")
+        results.append(result)
+    return results
+
+
+def run(config: PipelineConfig, announce: Announce) -> list[Result]:
+    """Everything that `subgraph-peft run` does. The folder then holds config.yaml, adapter/, merged/, model.onnx,
+    report.json, report.md, loss.png and graph.diff, as far as the passes made them."""
+    results = run_pipeline(config, prepare(config, Path(config.output), announce), announce)
+    write_report(results, Path(config.output))
+    return results

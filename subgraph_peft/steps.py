@@ -1,0 +1,191 @@
+"""The passes of a pipeline: capture, one rewrite pass for every method, train, evaluate, fold, export."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from . import registry
+from .capture import capture
+from .data import example_batch
+from .errors import ConfigError, suggestion
+from .fold import fold
+from .method import Method
+from .pipeline import Pass, State
+from .rewrite import rewrite
+from .train import TrainOptions, evaluate, train
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Capture(Pass):
+    """Capture the model as a graph, with an example batch of the data."""
+
+    name: ClassVar[str] = "capture"
+
+    dynamic: dict[str, list[int]] | None = None
+    verify: bool = True
+
+    def requires(self, state: State) -> None:
+        if state.program is None and (state.model is None or state.data is None):
+            raise ConfigError("capture needs a model, and data for an example batch: give `model` and `data`.")
+
+    def apply(self, state: State) -> tuple[State, str]:
+        if state.program is not None:
+            return state, "captured already"
+        device = next(state.model.parameters()).device
+        batch = {name: value.to(device) for name, value in example_batch(state.data.train, state.data.collate).items()}
+        program = capture(state.model, batch, dynamic=self.dynamic, verify=self.verify)
+        return replace(state, program=program), f"{program.source}: {len(program.graph.nodes)} nodes"
+
+
+class Rewrite(Pass):
+    """φ(W) at the selected sites, for one method; its options stand beside the method's own."""
+
+    name: ClassVar[str] = "rewrite"
+
+    method: Method
+    where: str | list[str] = "*"
+    exclude: str | list[str] = Field(default_factory=list)
+    kinds: list[str] | None = None
+    as_: str | None = Field(None, alias="as", description="name of the adapter")
+    trainable: str | list[str] = Field(default_factory=list)
+    tied: Literal["refuse", "untie"] = "refuse"
+
+    def requires(self, state: State) -> None:
+        if state.program is None:
+            raise ConfigError(f"{self.option_name()} rewrites a captured program: put `capture` before it.")
+
+    def apply(self, state: State) -> tuple[State, str]:
+        program = rewrite(
+            state.program, self.method, self.where, exclude=self.exclude, kinds=self.kinds, name=self.as_,
+            trainable=self.trainable, tied=self.tied, seed=state.seed,
+        )  # fmt: skip
+        adapter = program.adapters[-1]
+        trainable, everything = program.counts()
+        dense = sum(bool(lowered.dense) for lowered in program.lowered.values())
+        summary = f"{len(adapter.sites)} sites, {trainable:,} of {everything:,} numbers train ({trainable / everything:.3%})"
+        if dense:
+            summary += f"; {dense} sites evaluate a full-size matrix each step"
+        if adapter.left_out:
+            summary += f"; left out: {', '.join(f'{name} ({why})' for name, why in adapter.left_out[:3])}"
+            summary += " …" if len(adapter.left_out) > 3 else ""
+        return replace(state, program=program), summary
+
+    def option_name(self) -> str:
+        return self.method.name
+
+    def options(self) -> dict[str, Any]:
+        own = self.model_dump(mode="json", exclude_defaults=True, exclude={"method"}, by_alias=True)
+        return {**self.method.model_dump(mode="json", exclude_defaults=True), **own}
+
+    @classmethod
+    def of(cls, method: type[Method], options: Mapping[str, Any]) -> "Rewrite":
+        own = {(field.alias or name) for name, field in cls.model_fields.items()} - {"method"}
+        known = [*method.model_fields, *sorted(own)]
+        for option in options:
+            if option not in known:
+                raise ConfigError(f"{method.name}: unknown option {option!r}.{suggestion(option, known)} Options: {', '.join(known)}.")
+        return cls(
+            method=method(**{key: value for key, value in options.items() if key not in own}),
+            **{key: value for key, value in options.items() if key in own},
+        )
+
+
+class Train(Pass, TrainOptions):
+    """Train what requires gradients, and evaluate before and after."""
+
+    name: ClassVar[str] = "train"
+
+    def requires(self, state: State) -> None:
+        if state.program is None or state.data is None:
+            raise ConfigError("train needs a program and data: put `capture` before it and give `data`.")
+        if state.folder is None:
+            raise ConfigError("train writes checkpoints: give an `output` folder.")
+
+    def apply(self, state: State) -> tuple[State, str]:
+        options = TrainOptions(**{**self.model_dump(), **({} if "seed" in self.model_fields_set else {"seed": state.seed})})
+        data = state.data
+        result = train(
+            state.program, data.train, data.eval, output=state.folder / "checkpoints", options=options,
+            collate=data.collate, metrics=data.metrics, progress=True,
+        )  # fmt: skip
+        state.program.save(state.folder / "adapter")
+        after = result.evaluations[-1][1] if result.evaluations else {}
+        figures = ", ".join(f"{key} {value:.4f}" for key, value in after.items())
+        return state.with_record("train", result), f"{result.steps} steps in {result.seconds:.1f} s; {figures}"
+
+
+class Fold(Pass):
+    """Fold every adapter that folds into plain weights, and compare outputs and accuracy."""
+
+    name: ClassVar[str] = "fold"
+
+    dtype: Literal["float32", "float64", "float16", "bfloat16"] | None = None
+    retain: float = Field(0.9, ge=0, le=1)
+
+    def requires(self, state: State) -> None:
+        if state.program is None:
+            raise ConfigError("fold needs a captured program: put `capture` before it.")
+
+    def apply(self, state: State) -> tuple[State, str]:
+        program = fold(state.program, dtype=DTYPES[self.dtype] if self.dtype else None, retain=self.retain)
+        if program.folded is None:
+            return state, "nothing to fold"
+        report = program.folded
+        summary = f"{len(report.sites)} weights, outputs differ by {report.output_error:.1e}, {report.retained:.2%} of the delta retained"
+        if report.remaining:
+            summary += f"; {', '.join(report.remaining)} cannot fold and stays in the graph"
+        after = replace(state, program=program)
+        if state.data is not None and state.data.eval is not None and "train" in state.records:
+            scores = evaluate(program, state.data.eval, collate=state.data.collate, metrics=state.data.metrics)
+            after = after.with_record("folded", scores)
+        return after, summary
+
+
+class Export(Pass):
+    """Write ONNX, verified in onnxruntime; with `weights`, the merged model too."""
+
+    name: ClassVar[str] = "export"
+
+    file: str = "model.onnx"
+    outputs: list[str] | None = None
+    opset: int | None = None
+    weights: bool = True
+
+    def requires(self, state: State) -> None:
+        if state.program is None:
+            raise ConfigError("export needs a captured program: put `capture` before it.")
+
+    def apply(self, state: State) -> tuple[State, str]:
+        from .export import to_onnx
+        from .merged import save_merged
+
+        report = to_onnx(state.program, state.resolve(self.file), outputs=self.outputs, opset=self.opset)
+        if self.weights and state.folder is not None and not state.program.adapters:
+            save_merged(state.program, state.model, state.tokenizer, state.folder / "merged")
+        drift = max(report.drift.values(), default=0.0)
+        summary = f"{report.path}: {report.nodes} nodes, {report.bytes / 2**20:.1f} MiB, drift {drift:.1e} on {report.provider}"
+        return state.with_record("export", report), summary
+
+
+STEPS: dict[str, type[Pass]] = {step.name: step for step in (Capture, Train, Fold, Export)}
+
+
+@cache
+def names() -> list[str]:
+    return [*STEPS, *registry.methods()]
+
+
+def make(name: str, options: Mapping[str, Any]) -> Pass:
+    """The pass called `name`: a step, or the rewrite by the method of that name."""
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"{name}: options are a mapping, not {options!r}.")
+    if name in STEPS:
+        return STEPS[name](**options)
+    if name in registry.methods():
+        return Rewrite.of(registry.methods()[name], options)
+    raise ConfigError(f"Unknown pass {name!r}.{suggestion(name, names())} Passes: {', '.join(names())}.")
