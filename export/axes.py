@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 
+from subgraph_peft.graphs import fixed_size
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
 USUAL = {4: ("batch", "channels", "height", "width")}
 
 Axes = dict[str, dict[int, str]]
@@ -23,7 +26,7 @@ def axis_names(shapes: Mapping[str, Sequence[Any]], example: Mapping[str, torch.
     axes: Axes = {}
     for name, shape in shapes.items():
         for dimension, size in enumerate(shape):
-            if isinstance(size, int):
+            if fixed_size(size) is not None:
                 continue
             symbol = str(size)
             if symbol not in names:

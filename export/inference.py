@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from subgraph_peft.errors import ExportError, suggestion
-from subgraph_peft.graphs import flat_outputs
+from subgraph_peft.graphs import aten, flat_outputs
 from subgraph_peft.module import attach
 from subgraph_peft.normalise import attribute
 from subgraph_peft.program import Program
@@ -47,14 +48,15 @@ class Inference:
     @property
     def fixed(self) -> dict[str, int]:
         """`x[1]` -> size, for every dimension of an input that does not vary."""
-        return {f"{name}[{d}]": n for name, shape in self.inputs.items() for d, n in enumerate(shape) if isinstance(n, int)}
+        sizes = ((f"{name}[{d}]", size) for name, shape in self.inputs.items() for d, size in enumerate(shape))
+        return {dimension: int(size) for dimension, size in sizes if is_concrete_int(size)}
 
 
 def inference(program: Program, outputs: Sequence[str] | None = None) -> Inference:
     """Cut the eval graph of `program` to `outputs` (all but the loss by default).
 
     Tensors keep their qualified names; tied ones are there once, under the first. Every node carries its name in
-    `meta["custom"]`. Raises ExportError for an unknown output.
+    `meta["custom"]`. Raises ExportError for an unknown output, or one with the name of an input.
     """
     source = program.module
     graph = source.specialise(training=False)
@@ -62,9 +64,11 @@ def inference(program: Program, outputs: Sequence[str] | None = None) -> Inferen
     shapes = shapes_of(placeholders)
     leaves = dict(zip(source.signature.output_names(), flat_outputs(graph), strict=True))
     chosen = choose(leaves, outputs, program.source)
-    graph.output_node().args = (tuple(leaves[name] for name in chosen),)
+    graph.output_node().args = (tuple(computed(graph, leaves[name]) for name in chosen),)
     graph.eliminate_dead_code(is_impure_node=is_kept)
     inputs = {name: shape for name, shape in shapes.items() if placeholders[name].users}
+    if clash := sorted(set(inputs).intersection(chosen)):
+        raise ExportError(f"{clash[0]!r} is an input and an output of {program.source}; choose others: outputs=[…].")
     for node in placeholders.values():
         if not node.users:
             graph.erase_node(node)
@@ -109,6 +113,14 @@ def choose(leaves: Mapping[str, Any], wanted: Sequence[str] | None, source: str)
         if name not in tensors:
             raise ExportError(f"{source} has no output {name!r}.{suggestion(name, tensors)} Outputs: {', '.join(tensors)}.")
     return tuple(dict.fromkeys(wanted))
+
+
+def computed(graph: fx.Graph, leaf: fx.Node) -> fx.Node:
+    """An input or a tensor of the model that is also an output, by a node of its own."""
+    if leaf.op == "call_function":
+        return leaf
+    with graph.inserting_before(graph.output_node()):
+        return graph.call_function(aten.clone.default, (leaf,))
 
 
 def is_number(node: fx.Node) -> bool:

@@ -26,6 +26,7 @@ from subgraph_peft.program import Program
 from .axes import resize, sizes_of
 from .inference import STAMP, Inference
 
+OLDEST_OPSET = 18  # what torch translates to; it converts to older ones without names and metadata
 NOISY = ("torch.onnx", "onnxscript", "onnx_ir")
 NAMESPACE = "namespace"
 TRANSLATED_FROM = "pkg.torch.onnx.fx_node"
@@ -33,6 +34,8 @@ TRANSLATED_FROM = "pkg.torch.onnx.fx_node"
 
 def translate(program: Program, cut: Inference, example: Mapping[str, torch.Tensor], opset: int | None) -> ir.Model:
     """The ONNX model of `cut`. Raises ExportError, with the operator that has no translation where that is the reason."""
+    if opset is not None and opset < OLDEST_OPSET:
+        raise ExportError(f"Opset {opset} is too old; the oldest that can be written is {OLDEST_OPSET}.")
     with quiet():
         try:
             exported = trace(cut, example)

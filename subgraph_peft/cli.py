@@ -16,7 +16,8 @@ from . import __version__
 from .errors import SubgraphPeftError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A compiler for parameter-efficient fine-tuning.", pretty_exceptions_enable=False)
-out, err = Console(), Console(stderr=True)
+WIDE = None if sys.stdout.isatty() else 140
+out, err = Console(width=WIDE), Console(stderr=True, width=WIDE)
 
 Config = Annotated[str, typer.Argument(help="a pipeline file, or the name of a shipped one", metavar="PIPELINE")]
 Set = Annotated[list[str], typer.Option("--set", help="override, e.g. --set lora.r=16 --set train.epochs=1", metavar="A.B=C")]

@@ -81,13 +81,16 @@ class Examples(Dataset):
 
 @dataclass(frozen=True)
 class Data:
-    """labels: names of the classes by number; none for regression and language models."""
+    """labels:  names of the classes by number; the name of the column for regression; none for language models
+    metrics: what `evaluate` reports for such data; None leaves it to the form of the labels
+    """
 
     train: Examples
     eval: Examples | None
     test: Examples | None
     labels: tuple[str, ...]
     collate: Collate
+    metrics: tuple[str, ...] | None = None
 
 
 def load_data(spec: DataSpec, tokenizer: Any | None, task: Task = "sequence-classification") -> Data:
@@ -103,9 +106,14 @@ def load_data(spec: DataSpec, tokenizer: Any | None, task: Task = "sequence-clas
     finished = not any(isinstance(value, str) for value in sets["train"][0].values.values())
     if not finished:
         sets["train"][0].text(spec.text)
-    names, numbering = (), {}
-    if task == "sequence-classification" and not finished and not spec.regression:
+    names, numbering, metrics = (), {}, None
+    if task == "causal-lm":
+        metrics = ("perplexity",)
+    elif task == "sequence-classification" and spec.regression:
+        names, metrics = (spec.label,), ("mse", "pearson", "spearman")
+    elif task == "sequence-classification" and not finished:
         names, numbering = number_labels(spec, [row for rows in sets.values() for row in rows])
+        metrics = ("accuracy",)
     if "eval" not in sets and spec.eval_share:
         sets["train"], sets["eval"] = set_aside(sets["train"], spec)
     if spec.limit:
@@ -116,7 +124,7 @@ def load_data(spec: DataSpec, tokenizer: Any | None, task: Task = "sequence-clas
         name: Examples([dict(r.values) for r in rows] if finished else encode(spec, rows, tokenizer, task, numbering))
         for name, rows in sets.items()
     }
-    return Data(encoded["train"], encoded.get("eval"), encoded.get("test"), names, Padding(tokenizer))
+    return Data(encoded["train"], encoded.get("eval"), encoded.get("test"), names, Padding(tokenizer), metrics)
 
 
 def number_labels(spec: DataSpec, rows: Sequence[Row]) -> tuple[tuple[str, ...], dict[str, int]]:

@@ -1,7 +1,7 @@
 """Evaluation: the loss and the metrics of a program on a set of examples, whatever the batch size."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,8 @@ def evaluate(
 ) -> dict[str, float]:
     """{"loss": …} and the metrics of `program` on `data`, in eval mode, without gradients.
 
-    metrics:  names out of NAMED, or a function of a transformers EvalPrediction (all logits and labels as arrays). By
-              default accuracy for class numbers, mse, pearson and spearman for real numbers, perplexity for token labels
+    metrics:  names out of NAMED, or a function of a transformers EvalPrediction (all logits and labels as arrays).
+              By default accuracy for class numbers, mse, pearson and spearman for real numbers, perplexity for tokens
     each:     called after every batch
 
     The loss is the mean over labels (tokens for a language model), not over batches. Under torch.distributed every
@@ -100,7 +100,8 @@ class Tally:
             shown = logits[:, :-1] if self.shifted else logits
             compared = labels[:, 1:] if self.shifted else labels
             if shown.shape[:-1] != compared.shape:
-                raise TrainError(f"accuracy compares logits {list(logits.shape)} with class numbers, not {list(labels.shape)}.")
+                shapes = f"logits {list(logits.shape)} and labels {list(labels.shape)}"
+                raise TrainError(f"accuracy compares class scores with class numbers, not {shapes}.")
             self.correct += ((shown.argmax(-1) == compared) & (compared != IGNORED)).sum().item()
         if callable(self.metrics) or {"mse", "pearson", "spearman"} & set(self.names()):
             self.pairs.append((logits.float().cpu().numpy(), labels.cpu().numpy()))
@@ -134,7 +135,8 @@ class Tally:
             return math.exp(loss) if loss < 700 else math.inf
         predictions, labels = (np.concatenate([pair[i].reshape(-1) for pair in self.pairs]) for i in (0, 1))
         if len(predictions) != len(labels):
-            raise TrainError(f"{name} compares one number with each label; the logits have {len(predictions)} for {len(labels)}.")
+            counts = f"{len(predictions)} numbers for {len(labels)} labels"
+            raise TrainError(f"{name} compares one number with each label; the logits have {counts}.")
         if name == "mse":
             return float(np.mean((predictions.astype(np.float64) - labels) ** 2))
         return correlation(predictions, labels) if name == "pearson" else correlation(ranks(predictions), ranks(labels))
@@ -162,8 +164,8 @@ def ranks(values: np.ndarray) -> np.ndarray:
 def stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:
     """One array along the batch; shorter sequences are filled up with -100."""
     shape = np.max([array.shape[1:] for array in arrays], axis=0, initial=0)
-    filled: Iterator[np.ndarray] = (
-        np.pad(a, [(0, 0), *((0, int(w - n)) for w, n in zip(shape, a.shape[1:], strict=True))], constant_values=IGNORED)
-        for a in arrays
-    )
-    return np.concatenate(list(filled))
+
+    def widths(array: np.ndarray) -> list[tuple[int, int]]:
+        return [(0, 0), *((0, int(full - own)) for full, own in zip(shape, array.shape[1:], strict=True))]
+
+    return np.concatenate([np.pad(array, widths(array), constant_values=IGNORED) for array in arrays])

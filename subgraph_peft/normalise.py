@@ -33,7 +33,20 @@ def normalise(root: fx.GraphModule) -> None:
             node.target = node.name
             node.args = ()
     graph.set_codegen(fx.graph.CodeGen())
+    read_sizes_early(graph)
     sweep(graph)
+
+
+def read_sizes_early(graph: fx.Graph) -> None:
+    """Read every dynamic size from the first input that has it, in place: a batch size must not hang on the labels."""
+    first: dict[str, tuple[fx.Node, int]] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        for dimension, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(size, torch.SymInt):
+                first.setdefault(str(size), (node, dimension))
+    for node in graph.find_nodes(op="call_function", target=aten.sym_size.int):
+        node.args = first.get(str(node.meta.get("val")), node.args)
 
 
 def region_body(node: fx.Node) -> tuple[fx.Node, tuple] | None:

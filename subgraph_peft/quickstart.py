@@ -71,7 +71,7 @@ class Row:
         trained, export, fold = state.records["train"], state.records["export"], state.program.folded
         return [
             self.method, f"{(trainable - head) / everything:.3%}", f"{self.accuracy:.1%}", f"{trained.seconds:.1f}",
-            f"{fold.output_error:.1e}", f"{fold.retained:.3%}", f"{max(export.drift.values()):.1e}",
+            f"{fold.output_error:.1e}", f"{fold.retained:.3%}", f"{max(d.absolute for d in export.drift.values()):.1e}",
         ]  # fmt: skip
 
 

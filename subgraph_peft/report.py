@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from .errors import ConfigError
 from .files import write_json, write_text
 from .pipeline import Result
 from .program import Program
-from .sites import sites
 from .tables import fold_rows, rewrite_rows
 
 PACKAGES = ("subgraph-peft", "torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
@@ -78,8 +78,8 @@ def last_adapted(results: Sequence[Result]) -> Program | None:
 
 def plain(value: Any) -> Any:
     """Dataclasses and models as JSON-able data."""
-    if hasattr(value, "as_dict"):
-        return value.as_dict()
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return json.loads(json.dumps(dataclasses.asdict(value), default=str))
     return value
@@ -150,9 +150,3 @@ def table(columns: Sequence[str], rows: Any) -> list[str]:
     lines = [columns, ["---"] * len(columns), *rows]
     return [*("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines), ""]
 
-
-def site_rows(program: Program) -> list[dict[str, Any]]:
-    return [
-        {"weight": s.name, "form": s.kind, "shape": list(s.shape), "calls": len(s.calls), "bias": s.bias, "ties": list(s.ties), "head": s.head}
-        for s in sites(program)
-    ]

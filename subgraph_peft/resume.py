@@ -1,7 +1,7 @@
 """Training checkpoints: the adapter, and what a resumed run needs to go on as if it had never stopped.
 
-A folder `checkpoint-<step>` appears whole or not at all. Tensors are safetensors, all else is JSON; the base weights are not
-in it.
+A folder `checkpoint-<step>` appears whole or not at all. Tensors are safetensors, all else is JSON; the base weights are
+not in it.
 """
 
 import json
@@ -23,6 +23,7 @@ from .program import Program
 OPTIMIZER, BUFFERS, STATE = "optimizer.safetensors", "buffers.safetensors", "run.json"
 TRAINER_STATE = "trainer_state.json"  # the name that Trainer reads
 PREFIX = "checkpoint-"
+REMEDY = "Remove the folder to resume from the one before it."
 
 
 def write(folder: Path, program: Program, optimizer: Any, progress: Any, run: Mapping[str, Any]) -> None:
@@ -51,14 +52,14 @@ def write(folder: Path, program: Program, optimizer: Any, progress: Any, run: Ma
                 os.replace(folder, Path(temporary) / "old")
             os.replace(new, folder)
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}. Free space or choose another.") from error
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}.") from error
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is damaged: {STATE}: {error}. Remove it to resume from the one before.") from error
+        raise CheckpointError(f"{folder} is damaged: {STATE}: {error}. {REMEDY}") from error
 
 
 def load_weights(folder: Path, program: Program) -> None:
@@ -67,7 +68,8 @@ def load_weights(folder: Path, program: Program) -> None:
     held = buffers(program, copy=False)
     found = read_tensors(folder / BUFFERS)
     if held.keys() != found.keys():
-        raise CheckpointError(f"{folder / BUFFERS} does not fit the program: {', '.join(sorted(held.keys() ^ found.keys()))}.")
+        names = ", ".join(sorted(held.keys() ^ found.keys()))
+        raise CheckpointError(f"{folder / BUFFERS} does not fit the program: {names}.")
     for name, value in held.items():
         value.copy_(found[name])
 
@@ -87,7 +89,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except Exception as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Remove the folder to resume from the one before.") from error
+        raise CheckpointError(f"{path} is damaged: {error}. {REMEDY}") from error
 
 
 def buffers(program: Program, copy: bool = True) -> dict[str, torch.Tensor]:

@@ -12,11 +12,12 @@ from . import registry
 from .capture import capture
 from .data import example_batch
 from .errors import ConfigError, suggestion
+from .evaluate import evaluate
 from .fold import fold
 from .method import Method
 from .pipeline import Pass, State
 from .rewrite import rewrite
-from .train import TrainOptions, evaluate, train
+from .train import TrainOptions, train
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -110,13 +111,14 @@ class Train(Pass, TrainOptions):
         options = TrainOptions(**{**self.model_dump(), **({} if "seed" in self.model_fields_set else {"seed": state.seed})})
         data = state.data
         result = train(
-            state.program, data.train, data.eval, output=state.folder / "checkpoints", options=options,
-            collate=data.collate, metrics=data.metrics, progress=True,
-        )  # fmt: skip
+            state.program, data.train, data.eval, output=state.folder / "checkpoints", options=options, collate=data.collate
+        )
         state.program.save(state.folder / "adapter")
-        after = result.evaluations[-1][1] if result.evaluations else {}
-        figures = ", ".join(f"{key} {value:.4f}" for key, value in after.items())
-        return state.with_record("train", result), f"{result.steps} steps in {result.seconds:.1f} s; {figures}"
+        summary = f"{result.steps} steps in {result.seconds:.1f} s"
+        if result.evaluations:
+            before, after = result.evaluations[0][1], result.evaluations[-1][1]
+            summary += "; " + ", ".join(f"{name} {before[name]:.4f} → {value:.4f}" for name, value in after.items())
+        return state.with_record("train", result), summary
 
 
 class Fold(Pass):
@@ -141,7 +143,7 @@ class Fold(Pass):
             summary += f"; {', '.join(report.remaining)} cannot fold and stays in the graph"
         after = replace(state, program=program)
         if state.data is not None and state.data.eval is not None and "train" in state.records:
-            scores = evaluate(program, state.data.eval, collate=state.data.collate, metrics=state.data.metrics)
+            scores = evaluate(program, state.data.eval, collate=state.data.collate)
             after = after.with_record("folded", scores)
         return after, summary
 
@@ -167,7 +169,7 @@ class Export(Pass):
         report = to_onnx(state.program, state.resolve(self.file), outputs=self.outputs, opset=self.opset)
         if self.weights and state.folder is not None and not state.program.adapters:
             save_merged(state.program, state.model, state.tokenizer, state.folder / "merged")
-        drift = max(report.drift.values(), default=0.0)
+        drift = max((d.absolute for d in report.drift.values()), default=0.0)
         summary = f"{report.path}: {report.nodes} nodes, {report.bytes / 2**20:.1f} MiB, drift {drift:.1e} on {report.provider}"
         return state.with_record("export", report), summary
 

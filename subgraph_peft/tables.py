@@ -1,6 +1,7 @@
 """Tables for people: sites, what a rewrite costs, what a fold kept."""
 
 import io
+import re
 from collections.abc import Iterable
 
 from rich.console import Console
@@ -28,18 +29,42 @@ def new_table(title: str, columns: Iterable[str]) -> Table:
     return table
 
 
+def layered(name: str) -> str:
+    """A weight's path with its layer numbers as `*`: a selector that matches the same place in every layer."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight"))
+
+
+def add_grouped(table: Table, rows: Iterable[tuple[str, ...]]) -> None:
+    """Rows that differ only in the layer number of their first cell become one, with their count as second cell."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, *cells in rows:
+        groups.setdefault((layered(name), *cells), []).append(name)
+    for (pattern, *cells), names in groups.items():
+        shown = pattern if len(names) > 1 else names[0].removesuffix(".weight")
+        table.add_row(escape(shown), str(len(names)), *cells)
+
+
+def without_empty(table: Table) -> Table:
+    """The table without columns that hold nothing."""
+    table.columns = [column for column in table.columns if any(cell not in ("", "0") for cell in column.cells)]
+    return table
+
+
 def site_table(sites: Iterable[Site]) -> Table:
-    table = new_table("Sites", ["weight", "form", "layout", "shape", ">out", ">in", ">calls", "bias", "note"])
-    for site in sites:
+    table = new_table("Sites", ["module", ">sites", "form", "layout", "shape", ">out", ">in", ">calls", "bias", "note"])
+
+    def cells(site: Site) -> tuple[str, ...]:
         notes = [f"tied to {', '.join(site.ties)}"] if site.ties else []
         notes += ["output head"] if site.head else []
         notes += [", ".join(sorted({call.operator for call in site.calls}))] if site.kind == "other" else []
         notes += [f"{site.groups} groups"] if site.groups > 1 else []
-        table.add_row(
+        return (
             site.name, site.kind, escape(site.layout), "×".join(map(str, site.shape)), str(site.out_features),
             str(site.in_features), str(len(site.calls)), "yes" if site.bias else "", "; ".join(notes),
         )  # fmt: skip
-    return table
+
+    add_grouped(table, map(cells, sites))
+    return without_empty(table)
 
 
 def rewrite_rows(program: Program) -> list[dict[str, object]]:
@@ -71,18 +96,21 @@ def rewrite_rows(program: Program) -> list[dict[str, object]]:
 
 
 def rewrite_table(program: Program) -> Table:
-    title = f"Rewritten sites of {program.source}"
-    table = new_table(title, ["weight", "adapters", "form", ">trainable", ">FLOPs/token", ">FLOPs/step", ">bytes", "why dense"])
+    title = f"Rewritten sites of {program.source}, numbers per site"
+    columns = ["module", ">sites", "adapters", "form", ">trainable", ">FLOPs/token", ">FLOPs/step", ">bytes", "why dense"]
+    table = new_table(title, columns)
     rows = rewrite_rows(program)
-    for row in rows:
-        table.add_row(
-            row["site"], row["adapters"], row["form"], f"{row['trainable']:,}", f"{row['flops_per_token']:,}",
-            f"{row['flops_per_step']:,}", f"{row['bytes']:,}", "; ".join(row["dense"]),
-        )  # fmt: skip
-    total = {key: sum(row[key] for row in rows) for key in ("trainable", "flops_per_token", "flops_per_step", "bytes")}
+    numbers = ("trainable", "flops_per_token", "flops_per_step", "bytes")
+    add_grouped(
+        table,
+        (
+            (row["site"], row["adapters"], row["form"], *(f"{row[key]:,}" for key in numbers), "; ".join(row["dense"]))
+            for row in rows
+        ),
+    )
     table.add_section()
-    table.add_row("total", "", "", *(f"{value:,}" for value in total.values()), "")
-    return table
+    table.add_row("total", str(len(rows)), "", "", *(f"{sum(row[key] for row in rows):,}" for key in numbers), "")
+    return without_empty(table)
 
 
 def fold_rows(program: Program) -> list[dict[str, object]]:
@@ -96,7 +124,7 @@ def fold_rows(program: Program) -> list[dict[str, object]]:
 def fold_table(program: Program) -> Table:
     report = program.folded
     title = f"Folded into {report.dtype}; outputs differ by {report.output_error:.1e} of the largest"
-    table = new_table(title, ["weight", ">‖ΔW‖ / ‖W‖", ">delta retained"])
+    table = new_table(title, ["module", ">‖ΔW‖ / ‖W‖", ">delta retained"])
     for row in fold_rows(program):
-        table.add_row(row["weight"], f"{row['relative_delta']:.3%}", f"{row['retained']:.4%}")
+        table.add_row(escape(row["weight"].removesuffix(".weight")), f"{row['relative_delta']:.3%}", f"{row['retained']:.4%}")
     return table

@@ -4,25 +4,18 @@ import importlib.util
 import math
 import os
 import shutil
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from . import curve, resume
-from .errors import CheckpointError, ConfigError, TrainError
-from .evaluate import Metrics
+from .errors import ConfigError, TrainError
+from .evaluate import Metrics, evaluate
 from .program import Program
-
-if TYPE_CHECKING:
-    from .trainer import ProgramTrainer, Record
 
 Interval = PositiveInt | Literal["epoch"] | None
 
@@ -67,12 +60,6 @@ class TrainOptions(BaseModel):
         return int(self.warmup) if self.warmup >= 1 else math.ceil(self.warmup * steps)
 
 
-OUTCOME = set(TrainOptions.model_fields) - {
-    "eval_batch_size", "eval_every", "save_every", "logging_every", "keep_checkpoints", "resume", "report", "epochs",
-    "max_steps", "device",
-}  # fmt: skip
-
-
 class TrainResult(BaseModel):
     """What a run did, over all its sessions.
 
@@ -112,7 +99,7 @@ def train(
     callbacks: Sequence[Any] = (),
     progress: bool | None = None,
 ) -> TrainResult:
-    """Train `program` in place: its adapters' tensors, and the parameters named trainable. Base weights stay as they are.
+    """Train `program` in place: its adapters' tensors and the parameters named trainable. All else stays as it is.
 
     train_data, eval_data: map-style datasets of dicts; `collate` makes batches of them (default: torch's own)
     output:     folder of the checkpoints. They hold what trains, not the base
@@ -121,12 +108,14 @@ def train(
     progress:   a bar on stderr; by default in a terminal only
 
     An interrupt (SIGINT, SIGTERM) is taken after the step in progress: a checkpoint is written, then KeyboardInterrupt
-    or SystemExit(143) is raised. Calling `train` again goes on from there, to the same weights and losses bit for bit on
-    the same machine, provided that `collate` draws no random numbers. A second interrupt stops at once, without saving.
+    or SystemExit(143) is raised. Calling `train` again goes on from there, to the same weights and losses bit for bit
+    on the same machine, provided that `collate` draws no random numbers. A second interrupt stops without saving.
 
     Raises TrainError if there is nothing to train or the loss is not finite, CheckpointError if the output folder holds
     checkpoints of another run, ConfigError for a device or a library that is not there.
     """
+    from .trainer import build_trainer, run_trainer
+
     check(program, train_data, options)
     output = Path(output)
     prepare_output(output, options)
@@ -135,8 +124,9 @@ def train(
     training, config = module.training, getattr(module, "config", None)
     use_cache = getattr(config, "use_cache", None)
     try:
-        trainer, record = build_trainer(program, train_data, eval_data, output, options, collate, metrics, callbacks, folder)
-        run_trainer(trainer, record, folder, progress)
+        data = (train_data, eval_data)
+        trainer = build_trainer(program, data, output, options, collate, metrics, callbacks, folder)
+        run_trainer(trainer, folder, progress)
     finally:
         for name in ("forward", "_original_forward"):  # what accelerate wraps for autocast
             module.__dict__.pop(name, None)
@@ -144,7 +134,7 @@ def train(
         module.train(training)
         if use_cache is not None:
             config.use_cache = use_cache
-    trainable, total = program.counts()
+    record, (trainable, total) = trainer.record, program.counts()
     seconds = record.elapsed()
     return TrainResult(
         losses=record.losses,
@@ -162,11 +152,13 @@ def train(
 def parameter_groups(program: Program, weight_decay: float) -> list[dict[str, Any]]:
     """Groups for any torch optimiser, over exactly what trains.
 
-    Weight decay is off for a method's tensors that say so (those whose neutral value is not 0), and for vectors among the
-    model's own parameters (biases, norm scales).
+    Weight decay is off for a method's tensors that say so (those whose neutral value is not 0), and for vectors among
+    the model's own parameters (biases, norm scales).
     """
     declared = {
-        path: adapter.method.tensors(site)[tensor].decay for adapter in program.adapters for site, tensor, path in adapter.all_paths()
+        path: adapter.method.tensors(site)[tensor].decay
+        for adapter in program.adapters
+        for site, tensor, path in adapter.all_paths()
     }
     decayed, kept = [], []
     for name, parameter in program.parameters(trainable=True):
@@ -181,7 +173,7 @@ def parameter_groups(program: Program, weight_decay: float) -> list[dict[str, An
 def check(program: Program, data: Dataset, options: TrainOptions) -> None:
     """Refuse early what could only fail late."""
     if not any(program.parameters(trainable=True)):
-        raise TrainError("Nothing requires gradients: rewrite the program first, or name parameters with trainable=[…].")
+        raise TrainError("Nothing requires gradients: rewrite the program, or name parameters with trainable=[…].")
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or not len(data):
         raise TrainError("Training data is a dataset with at least one example, a length and random access.")
     names, outputs = program.module.signature.output_names(), program.module.graph.output_node().args[0]
@@ -212,113 +204,4 @@ def prepare_output(output: Path, options: TrainOptions) -> None:
             shutil.rmtree(folder)
 
 
-def build_trainer(
-    program: Program,
-    train_data: Dataset,
-    eval_data: Dataset | None,
-    output: Path,
-    options: TrainOptions,
-    collate: Callable | None,
-    metrics: Metrics | None,
-    callbacks: Sequence[Any],
-    folder: Path | None,
-) -> "tuple[ProgramTrainer, Record]":
-    from transformers import TrainingArguments
-
-    from .trainer import ProgramTrainer, Record
-
-    cuda = options.device != "cpu" and torch.cuda.is_available()
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.eval_batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation,
-        learning_rate=options.lr,
-        lr_scheduler_type=options.schedule if options.schedule != "constant" else "constant_with_warmup",
-        max_grad_norm=options.max_grad_norm,
-        bf16=options.bf16,
-        seed=options.seed,
-        use_cpu=not cuda,
-        dataloader_pin_memory=cuda,
-        logging_steps=options.logging_every,
-        eval_strategy="no",
-        save_strategy="no",
-        logging_nan_inf_filter=False,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to=options.report,
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for several processes
-    batches = math.ceil(len(train_data) / (options.batch_size * arguments.world_size))
-    steps_per_epoch = math.ceil(batches / options.gradient_accumulation)
-    arguments.max_steps = options.max_steps or math.ceil(options.epochs * steps_per_epoch)
-    arguments.warmup_steps = options.warmup_steps(arguments.max_steps)
-    run = {
-        **options.model_dump(mode="json", include=OUTCOME),
-        "steps": arguments.max_steps,
-        "examples": len(train_data),
-        "data": getattr(train_data, "digest", None),
-        "processes": arguments.world_size,
-    }
-    past = resume.read_run(folder) if folder else {}
-    if folder and past["run"] != run:
-        differs = [f"{key} was {past['run'].get(key)}, is {value}" for key, value in run.items() if past["run"].get(key) != value]
-        raise CheckpointError(
-            f"{folder} belongs to another run: {'; '.join(differs)}. Choose another output folder, or resume=False to "
-            "remove it and start anew."
-        )
-    record = Record(options, steps_per_epoch, past)
-    data = (train_data, eval_data)
-    trainer = ProgramTrainer(
-        program, arguments, options, parameter_groups(program, options.weight_decay), data, collate or default_collate,
-        metrics, record, run, callbacks,
-    )  # fmt: skip
-    return trainer, record
-
-
-def run_trainer(trainer: "ProgramTrainer", record: "Record", folder: Path | None, progress: bool | None) -> None:
-    """Train to the end; on an interrupt save, if the last step is whole, and raise."""
-    from .trainer import Bar
-
-    bar = Bar()
-    if progress or (progress is None and sys.stderr.isatty()):
-        trainer.add_callback(bar)
-    try:
-        with signals(record):
-            if folder and resume.step_of(folder) >= trainer.args.max_steps:
-                resume.load_weights(folder, trainer.program)
-            else:
-                trainer.train(resume_from_checkpoint=str(folder) if folder else None)
-            record.check_signal()
-    except KeyboardInterrupt as interrupt:
-        step, kept = trainer.state.global_step, trainer.checkpoint()
-        if record.whole and step and (kept is None or resume.step_of(kept) != step):
-            trainer._save_checkpoint(None)
-            kept = trainer.checkpoint()
-        if record.signal == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM) from interrupt
-        where = f"the checkpoint {kept} resumes it" if kept else "nothing had been saved"
-        raise KeyboardInterrupt(f"Training was interrupted after step {step}; {where}.") from interrupt
-    finally:
-        bar.close()
-
-
-@contextmanager
-def signals(record: "Record") -> Iterator[None]:
-    """SIGINT and SIGTERM are noted in the record; a second one stops at once. Other threads get no signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def note(number: int, frame: Any) -> None:
-        if record.signal is not None:
-            record.whole = False
-            raise KeyboardInterrupt
-        record.signal = number
-
-    former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+__all__ = ["TrainOptions", "TrainResult", "evaluate", "parameter_groups", "train"]

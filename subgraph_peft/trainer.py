@@ -1,164 +1,31 @@
 """transformers.Trainer over a Program: exact resumption, exact accumulation, its own evaluation, no chatter."""
 
 import math
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
+from torch.utils.data import DataLoader, Dataset, default_collate
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from . import resume
-from .errors import TrainError
+from .errors import CheckpointError, TrainError
 from .evaluate import Metrics, evaluate, loss_and_logits, scored, shifts_labels
+from .order import Order
 from .program import Program
+from .record import Bar, Record, signals
+from .train import TrainOptions, parameter_groups
 
-if TYPE_CHECKING:
-    from .train import TrainOptions
-
-MEGABATCH = 50
-
-
-class Order(Sampler[int]):
-    """The order of the examples in an epoch: a function of (seed, epoch) alone.
-
-    With lengths, batches are of similar length: within chunks of 50 batches examples are sorted, then batches shuffled.
-    """
-
-    def __init__(self, count: int, seed: int, batch: int, lengths: Sequence[int] | None = None):
-        self.count, self.seed, self.batch, self.lengths = count, seed, batch, lengths
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-        order = torch.randperm(self.count, generator=generator).tolist()
-        if self.lengths is None:
-            return iter(order)
-        size = self.batch * MEGABATCH
-        order = [i for at in range(0, self.count, size) for i in sorted(order[at : at + size], key=self.lengths.__getitem__)]
-        batches = [order[at : at + self.batch] for at in range(0, self.count, self.batch)]
-        last = [batches.pop()] if len(batches[-1]) < self.batch else []
-        shuffled = torch.randperm(len(batches), generator=generator).tolist()
-        return (i for batch in [*(batches[j] for j in shuffled), *last] for i in batch)
-
-
-class Record(TrainerCallback):
-    """What happened, step by step; decides when to evaluate and save, and stops cleanly.
-
-    Losses stay on their device until they are needed; a loss that is not finite ends the run before anything is saved.
-    """
-
-    def __init__(self, options: "TrainOptions", steps_per_epoch: int, past: Mapping[str, Any]):
-        self.options, self.steps_per_epoch = options, steps_per_epoch
-        self.losses = [tuple(entry) for entry in past.get("losses", ())]
-        self.evaluations = [tuple(entry) for entry in past.get("evaluations", ())]
-        self.seconds, self.aside = past.get("seconds", 0.0), past.get("aside", 0.0)
-        self.examples = past.get("examples", 0)
-        self.started = time.perf_counter()
-        self.current: list[torch.Tensor] = []
-        self.pending: list[tuple[int, torch.Tensor]] = []
-        self.random: Mapping[str, Any] | None = None
-        self.signal: int | None = None
-        self.whole = True
-        self.trainer: "ProgramTrainer"
-
-    def every(self, interval: int | str | None, step: int) -> bool:
-        return bool(interval) and step % (self.steps_per_epoch if interval == "epoch" else interval) == 0
-
-    def elapsed(self) -> float:
-        return self.seconds + time.perf_counter() - self.started
-
-    @contextmanager
-    def apart(self) -> Iterator[None]:
-        """Time that is not training, and random numbers that do not count."""
-        start, state = time.perf_counter(), resume.random_state()
-        try:
-            yield
-        finally:
-            resume.set_random_state(state)
-            self.aside += time.perf_counter() - start
-
-    def check_signal(self) -> None:
-        """Stop if a signal came; under torch.distributed all processes stop at the same step."""
-        if dist.is_initialized():
-            asked = torch.tensor(self.signal or 0, device=self.trainer.args.device)
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-            self.signal = int(asked) or None
-        if self.signal is not None:
-            raise KeyboardInterrupt
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step = state.global_step
-        due = step == 0 or self.every(self.options.eval_every, step)
-        if due and not any(at == step for at, _ in self.evaluations):
-            self.trainer.evaluate()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.order.epoch = state.global_step // self.steps_per_epoch
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.whole = False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step, last = state.global_step, state.global_step >= state.max_steps
-        self.pending.append((step, torch.stack(self.current).sum()))
-        self.current.clear()
-        self.random, self.whole = resume.random_state(), True
-        control.should_evaluate = last or self.every(self.options.eval_every, step)
-        control.should_save = last or self.every(self.options.save_every, step)
-        if control.should_evaluate or control.should_save or control.should_log:
-            self.settle()
-        self.check_signal()
-
-    def settle(self) -> None:
-        """Read the losses of the last steps. Raises TrainError if one is not finite."""
-        if not self.pending:
-            return
-        values = torch.stack([loss for _, loss in self.pending])
-        if dist.is_initialized():
-            dist.all_reduce(values)
-            values /= dist.get_world_size()
-        read = [(step, value) for (step, _), value in zip(self.pending, values.tolist(), strict=True)]
-        self.pending.clear()
-        for step, value in read:
-            if not math.isfinite(value):
-                raise TrainError(f"The loss is {value} at step {step}. {self.trainer.rescue()}")
-        self.losses += read
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "losses": self.losses, "evaluations": self.evaluations, "seconds": self.elapsed(), "aside": self.aside,
-            "examples": self.examples,
-        }  # fmt: skip
-
-
-class Bar(TrainerCallback):
-    """A progress bar on stderr."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.shown: dict[str, str] = {}
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:
-        self.shown |= {name: f"{logs[name]:.4g}" for name in logs if name == "loss" or name.startswith("eval_")}
-        self.bar.set_postfix(self.shown)
-
-    def close(self) -> None:
-        if hasattr(self, "bar"):
-            self.bar.close()
-
+NEUTRAL = {
+    "epochs", "max_steps", "eval_batch_size", "eval_every", "save_every", "logging_every", "keep_checkpoints", "resume",
+    "device", "report",
+}  # fmt: skip
 
 class ProgramTrainer(Trainer):
     """Trainer with its hooks for data order, loss, optimizer, evaluation and checkpoints set to those of a Program."""
@@ -167,8 +34,7 @@ class ProgramTrainer(Trainer):
         self,
         program: Program,
         arguments: TrainingArguments,
-        options: "TrainOptions",
-        groups: list[dict[str, Any]],
+        options: TrainOptions,
         data: tuple[Dataset, Dataset | None],
         collate: Callable,
         metrics: Metrics | None,
@@ -176,18 +42,15 @@ class ProgramTrainer(Trainer):
         run: Mapping[str, Any],
         callbacks: Sequence[TrainerCallback],
     ):
-        self.program, self.options, self.groups, self.metrics, self.record, self.run = (
-            program, options, groups, metrics, record, run,
-        )  # fmt: skip
+        self.program, self.options, self.metrics, self.record, self.run = program, options, metrics, record, run
         self.shifted = shifts_labels(program)
-        train_data, eval_data = data
-        lengths = [len(train_data[i]["input_ids"]) for i in range(len(train_data))] if options.group_by_length else None
-        self.order = Order(len(train_data), options.seed, options.batch_size, lengths)
+        train, held_out = data
+        lengths = [len(train[i]["input_ids"]) for i in range(len(train))] if options.group_by_length else None
+        self.order = Order(len(train), options.seed, options.batch_size, lengths)
         record.trainer = self
         super().__init__(
-            model=program.module, args=arguments, data_collator=collate, train_dataset=train_data, eval_dataset=eval_data,
-            callbacks=[record, *callbacks],
-        )  # fmt: skip
+            program.module, arguments, collate, train_dataset=train, eval_dataset=held_out, callbacks=[record, *callbacks]
+        )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False
 
@@ -199,19 +62,23 @@ class ProgramTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        self.optimizer = torch.optim.AdamW(self.groups, lr=self.args.learning_rate)
+        groups = parameter_groups(self.program, self.options.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate)
         return self.optimizer
 
     # the loss of a step is the mean over all its labels, however they are spread over batches and processes
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, Any]:
         batches = list(islice(epoch_iterator, num_batches))
-        if self.args.gradient_accumulation_steps * self.args.world_size == 1 or not batches or "labels" not in batches[0]:
+        alone = self.args.gradient_accumulation_steps * self.args.world_size == 1
+        if alone or not batches or "labels" not in batches[0]:
             return batches, None
         count = sum(scored(batch["labels"], self.shifted).numel() for batch in batches)
         return batches, self.accelerator.reduce(torch.tensor(count, device=device), "sum")
 
-    def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         loss, logits = loss_and_logits(model(**inputs))
         if num_items_in_batch is not None:
             share = scored(inputs["labels"], self.shifted).numel() / num_items_in_batch
@@ -286,3 +153,92 @@ class ProgramTrainer(Trainer):
             self.record.random = resume.read_run(Path(checkpoint))["random"][self.args.process_index]
             resume.set_random_state(self.record.random)
 
+
+def build_trainer(
+    program: Program,
+    data: tuple[Dataset, Dataset | None],
+    output: Path,
+    options: TrainOptions,
+    collate: Callable | None,
+    metrics: Metrics | None,
+    callbacks: Sequence[TrainerCallback],
+    folder: Path | None,
+) -> ProgramTrainer:
+    """A trainer that starts anew, or goes on from the checkpoint `folder` if that is of the same run."""
+    arguments = training_arguments(options, output)
+    batches = math.ceil(len(data[0]) / (options.batch_size * arguments.world_size))
+    steps_per_epoch = math.ceil(batches / options.gradient_accumulation)
+    arguments.max_steps = options.max_steps or math.ceil(options.epochs * steps_per_epoch)
+    arguments.warmup_steps = options.warmup_steps(arguments.max_steps)
+    run = {
+        **options.model_dump(mode="json", exclude=NEUTRAL),
+        "steps": arguments.max_steps,
+        "examples": len(data[0]),
+        "data": getattr(data[0], "digest", None),
+        "processes": arguments.world_size,
+    }
+    past = resume.read_run(folder) if folder else {}
+    if folder and past["run"] != run:
+        before = past["run"]
+        differs = [f"{key} was {before.get(key)}, is {run.get(key)}" for key in run if before.get(key) != run[key]]
+        raise CheckpointError(
+            f"{folder} belongs to another run: {'; '.join(differs)}. Choose another output folder, or resume=False to "
+            "remove it and start anew."
+        )
+    return ProgramTrainer(
+        program, arguments, options, data, collate or default_collate, metrics, Record(options, steps_per_epoch, past), run,
+        callbacks,
+    )  # fmt: skip
+
+
+def training_arguments(options: TrainOptions, output: Path) -> TrainingArguments:
+    cuda = options.device != "cpu" and torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.eval_batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=options.lr,
+        lr_scheduler_type="constant_with_warmup" if options.schedule == "constant" else options.schedule,
+        max_grad_norm=options.max_grad_norm,
+        bf16=options.bf16,
+        seed=options.seed,
+        use_cpu=not cuda,
+        dataloader_pin_memory=cuda,
+        logging_steps=options.logging_every,
+        eval_strategy="no",
+        save_strategy="no",
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=options.report,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for several processes
+    return arguments
+
+
+def run_trainer(trainer: ProgramTrainer, folder: Path | None, progress: bool | None) -> None:
+    """Train to the end; on an interrupt save, if the last step is whole, and raise."""
+    record, bar = trainer.record, None
+    if progress or (progress is None and sys.stderr.isatty()):
+        bar = Bar(trainer.args.max_steps, resume.step_of(folder) if folder else 0)
+        trainer.add_callback(bar)
+    try:
+        with signals(record):
+            if folder and resume.step_of(folder) >= trainer.args.max_steps:
+                resume.load_weights(folder, trainer.program)
+            else:
+                trainer.train(resume_from_checkpoint=str(folder) if folder else None)
+            record.check_signal()
+    except KeyboardInterrupt as interrupt:
+        step, kept = trainer.state.global_step, trainer.checkpoint()
+        if record.whole and step and (kept is None or resume.step_of(kept) != step):
+            trainer._save_checkpoint(None)
+            kept = trainer.checkpoint()
+        if record.signal == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM) from interrupt
+        where = f"the checkpoint {kept} resumes it" if kept else "nothing had been saved"
+        raise KeyboardInterrupt(f"Training was interrupted after step {step}; {where}.") from interrupt
+    finally:
+        if bar is not None:
+            bar.bar.close()
