@@ -53,12 +53,10 @@ def to_onnx(
         cut = inference(program, outputs)
         model = translate(program, cut, reference.example, opset)
         write(model, folder / target.name, external_data)
-        opened = session(folder / target.name)
         try:
-            verification = compare(opened, reference, bound)
+            verification = compare(session(folder / target.name), reference, bound)
         except ExportError as error:
             raise ExportError(f"{error} {target} was not written.") from error
-        del opened
         place(folder, target)
     return report(program, cut, model, target, verification)
 

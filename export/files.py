@@ -24,7 +24,7 @@ def staged(target: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             yield Path(folder)
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
         raise ExportError(f"{target} cannot be written: {reason}. Choose another folder, or make room on the disk.") from error
 
 
@@ -46,16 +46,17 @@ def place(folder: Path, target: Path) -> None:
     """
     staged_model, staged_data = folder / target.name, folder / data_name(target)
     data, former = target.with_name(data_name(target)), folder / "former"
+    brings_data = staged_data.exists()
     try:
         if data.exists():
             os.replace(data, former)
-        if staged_data.exists():
+        if brings_data:
             os.replace(staged_data, data)
         os.replace(staged_model, target)
     except BaseException:
         if staged_model.exists():
             if former.exists():
                 os.replace(former, data)
-            elif not staged_data.exists():
-                data.unlink(missing_ok=True)
+            elif brings_data and not staged_data.exists():
+                data.unlink()
         raise

@@ -18,6 +18,8 @@ from subgraph_peft.errors import ExportError
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 FATAL = 4
+NO_KERNEL = r"Could not find an implementation for (?P<operator>\w+)\(\d+\) node with name '(?P<node>[^']*)'"
+NO_DTYPE = r"Type '[^']*' of input parameter \(\w*\) of operator \((?P<operator>\w+)\) in node \((?P<node>[^)]*)\) is invalid"
 
 
 def session(path: str | os.PathLike) -> onnxruntime.InferenceSession:
@@ -75,16 +77,14 @@ def tensor_of(value: onnxruntime.OrtValue) -> torch.Tensor:
 
 
 def unusable(path: str | os.PathLike, error: Exception) -> ExportError:
-    missing = re.search(r"Could not find an implementation for (\w+)\(\d+\)(?: node with name '([^']*)')?", str(error))
-    if missing is None:
-        return ExportError(f"onnxruntime cannot open {path}: {first_line(error)}")
-    operator, node = missing.groups()
-    dtype = weight_dtype(path)
-    where = f" (node {node})" if node else ""
-    return ExportError(
-        f"onnxruntime has no {operator} kernel for {dtype}{where} on this machine. Export a float32 program: fold with "
-        "dtype=torch.float32, or convert the model (model.float()) before it is captured."
-    )
+    for pattern in (NO_KERNEL, NO_DTYPE):
+        if found := re.search(pattern, str(error)):
+            where = f" (node {found['node']})" if found["node"] else ""
+            return ExportError(
+                f"onnxruntime has no {found['operator']} kernel for {weight_dtype(path)}{where} on this machine. Convert the model "
+                "to float32 (model.float()) before it is captured; adapters of a 16-bit model fold into float32 by default."
+            )
+    return ExportError(f"onnxruntime cannot open {Path(path).name}: {first_line(error).replace(os.fspath(path), Path(path).name)}")
 
 
 def weight_dtype(path: str | os.PathLike) -> str:

@@ -7,17 +7,18 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import Sequential
 from onnx_ir.passes import common as passes
+from onnx_ir.traversal import RecursiveGraphIterator
 from onnxscript.optimizer import fold_constants
 from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import subgraph_peft
 from subgraph_peft.errors import ExportError
 from subgraph_peft.lower import META
 from subgraph_peft.method import spell
@@ -110,7 +111,8 @@ def name_outputs(model: ir.Model, cut: Inference) -> None:
 def annotate(model: ir.Model, exported: ExportedProgram) -> None:
     """Name every node after the node of the captured graph that it comes from, and say which rewrite made it.
 
-    Of several nodes that one graph node became, the last has its name, the others that and their operator's.
+    Of several nodes that one graph node became, the last has its name, the others that and their operator's. What the
+    exporter notes beside the module path (stack traces, its own node names) is dropped.
     """
     custom = {node.name: {STAMP: node.name, **node.meta.get("custom", {})} for node in exported.graph.nodes}
     origin = {node: custom.get(fx_name(node), {STAMP: "graph"}) for node in model.graph}
@@ -137,6 +139,9 @@ def annotate(model: ir.Model, exported: ExportedProgram) -> None:
         node.metadata_props.update({f"{META}.{key}": value for key, value in rewrite.items()})
         if scope:
             node.metadata_props[NAMESPACE] = scope
+    for inner in (node for body in (model.graph, *model.functions.values()) for node in RecursiveGraphIterator(body)):
+        if inner not in origin:
+            inner.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     model.graph.metadata_props.clear()
@@ -183,7 +188,7 @@ def name_axes(model: ir.Model, cut: Inference) -> None:
 
 def values(graph: ir.Graph) -> Iterator[ir.Value]:
     yield from (*graph.inputs, *graph.initializers.values())
-    for node in ir.traversal.RecursiveGraphIterator(graph):
+    for node in RecursiveGraphIterator(graph):
         yield from node.outputs
 
 
@@ -196,7 +201,7 @@ def describe(model: ir.Model, program: Program) -> None:
         "adapters": [
             {"name": a.name, "method": spell(a.method), "sites": [site.name for site in a.sites]} for a in program.adapters
         ],
-        "version": version("subgraph-peft"),
+        "version": subgraph_peft.__version__,
         "torch": torch.__version__,
     }
     if program.folded:

@@ -27,7 +27,7 @@ def evaluate(
     collate: Callable | None = None,
     each: Callable[[], None] | None = None,
 ) -> dict[str, float]:
-    """{"loss": …} and the metrics of `program` on `data`, in eval mode, without gradients.
+    """The loss, if the graph gives one, and the metrics of `program` on `data`, in eval mode, without gradients.
 
     metrics:  names out of NAMED, or a function of a transformers EvalPrediction (all logits and labels as arrays).
               By default accuracy for class numbers, mse, pearson and spearman for real numbers, perplexity for tokens
@@ -81,7 +81,8 @@ class Tally:
 
     def __init__(self, metrics: Metrics | None, shifted: bool):
         self.metrics, self.shifted = metrics, shifted
-        self.loss, self.labels, self.correct = 0.0, 0, 0
+        self.losses: list[tuple[float, int]] = []
+        self.labels, self.correct = 0, 0
         self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, loss: torch.Tensor | None, logits: torch.Tensor | None, labels: torch.Tensor | None) -> None:
@@ -94,8 +95,8 @@ class Tally:
                 raise TrainError(f"Unknown metric {name!r}.{suggestion(name, NAMED)} Metrics: {', '.join(NAMED)}.")
         count = len(scored(labels, self.shifted))
         self.labels += count
-        if loss is not None:
-            self.loss += loss.item() * count if count else 0.0
+        if loss is not None and count:
+            self.losses.append((loss.item(), count))
         if "accuracy" in self.names():
             shown = logits[:, :-1] if self.shifted else logits
             compared = labels[:, 1:] if self.shifted else labels
@@ -114,24 +115,29 @@ class Tally:
         if world == 1:
             return self
         tallies: list[Any] = [None] * world
-        dist.all_gather_object(tallies, (self.loss, self.labels, self.correct, self.pairs))
-        self.loss, self.labels, self.correct = (sum(part) for part in list(zip(*tallies, strict=True))[:3])
-        self.pairs = [pair for tally in tallies for pair in tally[3]]
+        dist.all_gather_object(tallies, (self.labels, self.correct, self.losses, self.pairs))
+        labels, correct, losses, pairs = zip(*tallies, strict=True)
+        self.labels, self.correct = sum(labels), sum(correct)
+        self.losses, self.pairs = [x for part in losses for x in part], [x for part in pairs for x in part]
         return self
 
     def result(self) -> dict[str, float]:
-        values = {"loss": self.loss / max(self.labels, 1)}
+        if not self.labels:
+            raise TrainError("Evaluation data has no label to compare with.")
+        values = {"loss": sum(loss * count for loss, count in self.losses) / self.labels} if self.losses else {}
         if callable(self.metrics):
             from transformers import EvalPrediction
 
             predictions, labels = (stacked([pair[i] for pair in self.pairs]) for i in (0, 1))
             return values | {k: float(v) for k, v in self.metrics(EvalPrediction(predictions, labels)).items()}
-        return values | {name: self.value(name, values["loss"]) for name in self.names()}
+        return values | {name: self.value(name, values.get("loss")) for name in self.names()}
 
-    def value(self, name: str, loss: float) -> float:
+    def value(self, name: str, loss: float | None) -> float:
         if name == "accuracy":
-            return self.correct / max(self.labels, 1)
+            return self.correct / self.labels
         if name == "perplexity":
+            if loss is None:
+                raise TrainError("perplexity needs a loss: capture the model with labels among its example inputs.")
             return math.exp(loss) if loss < 700 else math.inf
         predictions, labels = (np.concatenate([pair[i].reshape(-1) for pair in self.pairs]) for i in (0, 1))
         if len(predictions) != len(labels):

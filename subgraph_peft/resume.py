@@ -1,7 +1,7 @@
 """Training checkpoints: the adapter, and what a resumed run needs to go on as if it had never stopped.
 
-A folder `checkpoint-<step>` appears whole or not at all. Tensors are safetensors, all else is JSON; the base weights are
-not in it.
+A folder `checkpoint-<step>` appears whole or not at all. Tensors are safetensors, all else is JSON; base weights are not
+in it.
 """
 
 import json

@@ -85,7 +85,7 @@ def rewrite(
     with torch.no_grad():
         for site in adapter.sites:
             W = current_weight(program, site, tensors)
-            generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(site.name.encode()))
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {site.name}".encode()))
             for tensor, (declared, value) in initial(method, site, W, generator).items():
                 value = value.detach().to(device=home.device, dtype=dtype, copy=True).contiguous()
                 added[adapter.path(site, tensor)] = nn.Parameter(value, requires_grad=declared.trainable)

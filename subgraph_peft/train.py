@@ -120,7 +120,7 @@ def train(
     output = Path(output)
     prepare_output(output, options)
     folder = next(reversed(resume.found(output)), None)
-    module = program.module
+    module, attributes = program.module, set(program.module.__dict__)
     training, config = module.training, getattr(module, "config", None)
     use_cache = getattr(config, "use_cache", None)
     try:
@@ -128,8 +128,8 @@ def train(
         trainer = build_trainer(program, data, output, options, collate, metrics, callbacks, folder)
         run_trainer(trainer, folder, progress)
     finally:
-        for name in ("forward", "_original_forward"):  # what accelerate wraps for autocast
-            module.__dict__.pop(name, None)
+        for name in set(module.__dict__) - attributes:  # accelerate's, such as a forward under autocast
+            del module.__dict__[name]
         module.zero_grad(set_to_none=True)
         module.train(training)
         if use_cache is not None:
@@ -177,7 +177,7 @@ def check(program: Program, data: Dataset, options: TrainOptions) -> None:
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or not len(data):
         raise TrainError("Training data is a dataset with at least one example, a length and random access.")
     names, outputs = program.module.signature.output_names(), program.module.graph.output_node().args[0]
-    if "loss" not in names and len(outputs[0].meta["val"].shape):
+    if "loss" not in names and (outputs[0] is None or outputs[0].meta["val"].ndim):
         raise TrainError(
             f"The graph gives {', '.join(names)} and no loss: capture the model with labels among its example inputs, "
             "or train program.module in a loop of your own."

@@ -48,9 +48,8 @@ class ProgramTrainer(Trainer):
         lengths = [len(train[i]["input_ids"]) for i in range(len(train))] if options.group_by_length else None
         self.order = Order(len(train), options.seed, options.batch_size, lengths)
         record.trainer = self
-        super().__init__(
-            program.module, arguments, collate, train_dataset=train, eval_dataset=held_out, callbacks=[record, *callbacks]
-        )
+        watchers = [record, *callbacks]
+        super().__init__(program.module, arguments, collate, train_dataset=train, eval_dataset=held_out, callbacks=watchers)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False
 
@@ -185,10 +184,9 @@ def build_trainer(
             f"{folder} belongs to another run: {'; '.join(differs)}. Choose another output folder, or resume=False to "
             "remove it and start anew."
         )
-    return ProgramTrainer(
-        program, arguments, options, data, collate or default_collate, metrics, Record(options, steps_per_epoch, past), run,
-        callbacks,
-    )  # fmt: skip
+    record = Record(options, steps_per_epoch, past)
+    collate = collate or default_collate
+    return ProgramTrainer(program, arguments, options, data, collate, metrics, record, run, callbacks)
 
 
 def training_arguments(options: TrainOptions, output: Path) -> TrainingArguments:

@@ -5,17 +5,21 @@
     python -m tests.benchmarks.attach --device cuda --compile --json results.json
                                                                    MiniLM and a Llama of 1.9 G parameters in bfloat16
 
-The two sides take turns, step by step; numbers are medians. LoRA and DoRA of rank 16 at every linear layer but the head;
-a step is forward, backward and AdamW. The first attach and the peak memory are measured in a new process for each side.
+LoRA and DoRA of rank 16 at every linear layer but the head; a step is forward, backward and AdamW. The two sides take
+turns, step by step: numbers are medians, the ratio is the median of the turns' ratios, which a drifting machine moves
+less than a ratio of medians. The first attach and the peak memory are measured in a new process for each side.
 
 In a source tree that is not installed, first `pip install -e . --no-deps --no-build-isolation`, or, without building
 anything, `ln -s ../passes ../export subgraph_peft/`.
 """
 
 import copy
+import gc
 import platform
 import warnings
 from collections import defaultdict
+from enum import StrEnum
+from operator import truediv
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
@@ -48,13 +52,15 @@ ROWS = {
     "peak attaching": ("peak memory, attaching (MiB)", 1, ".0f"),
     "peak training": ("peak memory, training too (MiB)", 1, ".0f"),
 }
+CaseName = StrEnum("CaseName", [*CASES])
+MethodName = StrEnum("MethodName", [*METHODS])
 Samples = dict[str, dict[str, list[float]]]
 
 
 def main(
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where models live.")] = "cpu",
-    case: Annotated[list[str] | None, typer.Option(help="minilm, llama; llama needs a GPU unless --tiny.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="lora, dora.")] = None,
+    case: Annotated[list[CaseName] | None, typer.Option(help="llama needs a GPU unless --tiny.")] = None,
+    method: Annotated[list[MethodName] | None, typer.Option(help="All by default.")] = None,
     tiny: Annotated[bool, typer.Option(help="Small random models.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Steps under torch.compile too.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of each side.")] = 20,
@@ -82,8 +88,8 @@ def machine(device: str) -> dict[str, str]:
     chip = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        chip = models[0] if models else chip
+        named = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        chip = named[0].partition(":")[2].strip() if named else chip
     return {
         "on": torch.cuda.get_device_name() if device == "cuda" else chip,
         "threads": str(torch.get_num_threads()),
@@ -97,6 +103,7 @@ def machine(device: str) -> dict[str, str]:
 
 def compare(case: str, method: str, device: str, tiny: bool, compiled: bool, steps: int, rounds: int) -> dict[str, Any]:
     """Every sample of every measure, by side; and the errors of measures that failed."""
+    release(device)
     samples: Samples = {side: defaultdict(list) for side in SIDES}
     for side in SIDES:
         extend(samples[side], in_new_process(case, method, side, device, tiny))
@@ -106,18 +113,30 @@ def compare(case: str, method: str, device: str, tiny: bool, compiled: bool, ste
         for side, library in turns(libraries, index):
             extend(samples[side], library.attach(copy.deepcopy(model), inputs))
     trained = same_work(libraries, inputs)
-    time_steps(libraries, samples, inputs, steps, compiled=False)
-    errors = {}
+
+    def merges() -> None:
+        for index in range(rounds):
+            for side, library in turns(libraries, index):
+                extend(samples[side], library.merge())
+
+    measures = {"step": lambda: time_steps(libraries, samples, inputs, steps, compiled=False), "merge": merges}
     if compiled:
-        torch.compiler.reset()
+        measures["compiled step"] = lambda: time_steps(libraries, samples, inputs, steps, compiled=True)
+    errors = {}
+    for name, measure in measures.items():
         try:
-            time_steps(libraries, samples, inputs, steps, compiled=True)
-        except Exception as error:  # a compiler that fails on one side leaves the other measures standing
-            errors["compile"] = f"{type(error).__name__}: {error}"[:500]
-    for index in range(rounds):
-        for side, library in turns(libraries, index):
-            extend(samples[side], library.merge())
+            measure()
+        except Exception as error:  # shown in the table: one measure that fails leaves the others standing
+            errors[name] = f"{type(error).__name__}: {error}"[:500]
     return {"case": case, "method": method, "text": text, "trainable": trained, "samples": samples, "errors": errors}
+
+
+def release(device: str) -> None:
+    """Let go of what earlier comparisons left."""
+    torch.compiler.reset()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def same_work(libraries: dict[str, Side], inputs: dict[str, torch.Tensor]) -> int:
@@ -130,7 +149,8 @@ def same_work(libraries: dict[str, Side], inputs: dict[str, torch.Tensor]) -> in
     return trained["ours"]
 
 
-def time_steps(libraries: dict[str, Side], samples: Samples, inputs: dict, steps: int, compiled: bool, warm: int = 3) -> None:
+def time_steps(libraries: dict[str, Side], samples: Samples, inputs: dict, steps: int, compiled: bool) -> None:
+    warm = 3
     steppers = {side: library.stepper(inputs, compiled) for side, library in libraries.items()}
     for index in range(warm + steps):
         for side, library in turns(libraries, index):
@@ -161,7 +181,7 @@ def table(result: dict[str, Any]) -> Table:
     ours, theirs = (result["samples"][side] for side in ("ours", "peft"))
     for measure, (row, factor, digits) in ROWS.items():
         pair = [format(median(side[measure]) * factor, digits) if side.get(measure) else "" for side in (ours, theirs)]
-        ratio = format(median(ours[measure]) / median(theirs[measure]), ".2f") if all(pair) else ""
+        ratio = format(median(map(truediv, ours[measure], theirs[measure])), ".2f") if all(pair) else ""
         if any(pair):
             shown.add_row(row, *pair, ratio)
     for name, error in result["errors"].items():

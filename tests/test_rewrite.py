@@ -1,0 +1,385 @@
+"""What a rewrite does to the graph, shown before and after."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import subgraph_peft as sp
+from subgraph_peft.graphs import show
+from subgraph_peft.passes import IA3, SSB, BitFit, DoRA, LoRA, ParallelAdapter, PiSSA
+from subgraph_peft.tables import rewrite_rows
+from tests import models
+
+
+def body(program: sp.Program) -> str:
+    return "\n".join(line for line in show(program.graph).splitlines() if not line.endswith("= input"))
+
+
+@pytest.fixture
+def base():
+    torch.manual_seed(0)
+    return sp.capture(nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3)), torch.randn(4, 6))
+
+
+SNAPSHOTS = {
+    "captured": (
+        None,
+        """
+        linear = linear(input_1, 0.weight, 0.bias)
+        relu = relu(linear)
+        linear_1 = linear(relu, 2.weight, 2.bias)
+        return [linear_1]""",
+    ),
+    "lora": (
+        LoRA(r=2, alpha=6),
+        """
+        _0_base = linear(input_1, 0.weight, 0.bias)
+        _0_lora_A = linear(input_1, 0.weight_lora.A)
+        _0_lora_scale = mul(_0_lora_A, 3.0)
+        _0_lora_B = linear(_0_lora_scale, 0.weight_lora.B)
+        _0_lora_sum = add(_0_base, _0_lora_B)
+        relu = relu(_0_lora_sum)
+        linear_1 = linear(relu, 2.weight, 2.bias)
+        return [linear_1]""",
+    ),
+    "ssb": (
+        SSB(),
+        """
+        _0_ssb_columns = mul(input_1, 0.weight_ssb.c)
+        _0_base = linear(_0_ssb_columns, 0.weight)
+        _0_ssb_rows = mul(_0_base, 0.weight_ssb.rho)
+        _0_ssb_bias = add(_0_ssb_rows, 0.bias)
+        relu = relu(_0_ssb_bias)
+        linear_1 = linear(relu, 2.weight, 2.bias)
+        return [linear_1]""",
+    ),
+    "pissa": (
+        PiSSA(r=2),
+        """
+        _0_pissa_sub = linear(input_1, 0.weight_pissa.constant_0, 0.bias)
+        _0_pissa_A = linear(input_1, 0.weight_pissa.A)
+        _0_pissa_B = linear(_0_pissa_A, 0.weight_pissa.B)
+        _0_pissa_sum = add(_0_pissa_sub, _0_pissa_B)
+        relu = relu(_0_pissa_sum)
+        linear_1 = linear(relu, 2.weight, 2.bias)
+        return [linear_1]""",
+    ),
+    "ia3": (
+        IA3(),
+        """
+        _0_ia3_mul = mul(0.weight_ia3.l, 0.bias)
+        _0_base = linear(input_1, 0.weight)
+        _0_ia3_rows = mul(_0_base, 0.weight_ia3.l)
+        _0_ia3_bias = add(_0_ia3_rows, _0_ia3_mul)
+        relu = relu(_0_ia3_bias)
+        linear_1 = linear(relu, 2.weight, 2.bias)
+        return [linear_1]""",
+    ),
+    "dora": (
+        DoRA(of=LoRA(r=2, alpha=6)),
+        """
+        _0_base = linear(input_1, 0.weight)
+        _0_dora_A = linear(input_1, 0.weight_dora.A)
+        _0_dora_scale = mul(_0_dora_A, 3.0)
+        _0_dora_B = linear(_0_dora_scale, 0.weight_dora.B)
+        _0_dora_sum = add(_0_base, _0_dora_B)
+        _0_dora_matmul = matmul(0.weight_dora.B, 0.weight_dora.A)
+        _0_dora_mul = mul(_0_dora_matmul, 3.0)
+        _0_dora_add = add(0.weight, _0_dora_mul)
+        _0_dora_linalg_vector_norm = linalg_vector_norm(_0_dora_add, 2, [1])
+        _0_dora_clamp_min = clamp_min(_0_dora_linalg_vector_norm, 1e-12)
+        _0_dora_detach = detach(_0_dora_clamp_min)
+        _0_dora_div = div(0.weight_dora.m, _0_dora_detach)
+        _0_dora_rows = mul(_0_dora_sum, _0_dora_div)
+        _0_dora_bias = add(_0_dora_rows, 0.bias)
+        relu = relu(_0_dora_bias)
+        linear_1 = linear(relu, 2.weight, 2.bias)
+        return [linear_1]""",
+    ),
+    "parallel": (
+        ParallelAdapter(r=2, scale=4.0),
+        """
+        linear = linear(input_1, 0.weight, 0.bias)
+        _0_parallel_adapter_A = linear(input_1, 0.weight_parallel_adapter.A)
+        _0_parallel_adapter_relu = relu(_0_parallel_adapter_A)
+        _0_parallel_adapter_B = linear(_0_parallel_adapter_relu, 0.weight_parallel_adapter.B)
+        _0_parallel_adapter_mul = mul(_0_parallel_adapter_B, 4.0)
+        _0_parallel_adapter_add = add(linear, _0_parallel_adapter_mul)
+        relu = relu(_0_parallel_adapter_add)
+        linear_1 = linear(relu, 2.weight, 2.bias)
+        return [linear_1]""",
+    ),
+    "bitfit": (
+        BitFit(),
+        """
+        _0_bitfit_add = add(0.bias, 0.bias_bitfit.delta)
+        linear = linear(input_1, 0.weight, _0_bitfit_add)
+        relu = relu(linear)
+        linear_1 = linear(relu, 2.weight, 2.bias)
+        return [linear_1]""",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SNAPSHOTS)
+def test_the_graph_reads_like_the_equation(base, name):
+    method, expected = SNAPSHOTS[name]
+    program = base if method is None else sp.rewrite(base, method, where="0")
+    lines = [line.strip() for line in expected.strip().splitlines()]
+    assert body(program).splitlines() == lines
+    assert body(base).splitlines() == [line.strip() for line in SNAPSHOTS["captured"][1].strip().splitlines()]
+
+
+def test_every_emitted_node_says_site_adapter_and_term(base):
+    program = sp.rewrite(base, DoRA(of=LoRA(r=2)), where="0", name="mine")
+    known = {node.name for node in base.graph.nodes}
+    new = [node for node in program.graph.nodes if node.op == "call_function" and node.name not in known]
+    assert len(new) == len(program.lowered["0.weight"].nodes) == 14
+    for node in new:
+        origin = node.meta["custom"]["subgraph_peft"]
+        assert origin["site"] == "0.weight" and origin["adapter"] in ("mine", "base")
+        assert node.name.startswith("_0_mine_") or node.name == "_0_base"
+
+
+def test_values_are_made_once_for_all_calls_and_at_every_call():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.a(torch.tanh(self.a(x)))
+
+    program = sp.rewrite(sp.capture(Twice(), torch.randn(3, 4)), DoRA(of=LoRA(r=1)), where="exact:a")
+    text = show(program.graph)
+    assert text.count("linalg_vector_norm(") == 1
+    assert text.count("a.weight_dora.A)") == 3, "two calls and one norm"
+
+
+class Elementwise(sp.Method):
+    """φ(W) = W ⊙ (1 + B A)"""
+
+    name = "elementwise"
+    r: int = 1
+
+    def tensors(self, site):
+        return {"A": sp.trainable(self.r, site.in_features, init=sp.ones), "B": sp.trainable(site.out_features, self.r)}
+
+    def weight(self, W, A, B):
+        return W * (1 + B @ A)
+
+
+class Laws(sp.Method):
+    """Every law at once: sums, differences, products of three, negation, transposes, diagonals, quotients, scalars."""
+
+    name = "laws"
+
+    def tensors(self, site):
+        shapes = {"A": (2, site.in_features), "B": (2, site.out_features), "G": (2, 2), "v": (site.in_features,),
+                  "u": (site.out_features,), "s": ()}  # fmt: skip
+        return {n: sp.trainable(*shape, init=sp.normal(1.0)) for n, shape in shapes.items()}
+
+    def weight(self, W, A, B, G, v, u, s):
+        low = B.T @ G.T @ A
+        both = torch.diag(u) @ W @ torch.diag(v)
+        return -(W - 0.5 * low) + (A.T @ B).T / 4 + both * s - (u[:, None] * low) / v + 2 * (W + low) * v[None]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_law_reproduces_dense_evaluation(bias):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 7, bias=bias), nn.Tanh(), nn.Linear(7, 2)).double()
+    base = sp.capture(model, torch.randn(4, 5).double())
+    program = sp.rewrite(base, Laws(), where="0")
+    tensors = {t: program.module.get_parameter(path) for t, path in program.adapters[0].paths(program.adapters[0].sites[0]).items()}
+    phi = Laws().weight(model[0].weight, **tensors)
+    x = base.example["input"]
+    expected = model[2](torch.tanh(F.linear(x, phi, model[0].bias)))
+    assert torch.allclose(program.run(), expected, rtol=1e-12, atol=1e-12)
+    assert program.lowered["0.weight"].form == "factored"
+    assert torch.allclose(sp.fold(program).run(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_dense_site_is_right_and_says_why(base):
+    program = sp.rewrite(base, Elementwise(), where="0")
+    lowered = program.lowered["0.weight"]
+    assert lowered.form == "dense" and lowered.dense == ["no law distributes over mul of full-size factors"]
+    with torch.no_grad():
+        program.module.get_parameter("0.weight_elementwise.B").add_(0.3)
+    torch.testing.assert_close(program.run(), sp.fold(program).run())
+    from subgraph_peft.tables import render, rewrite_table
+
+    assert "no law distributes over mul" in render(rewrite_table(program))
+
+
+class Conv(nn.Module):
+    def __init__(self, groups=1):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, groups=groups)
+        self.embed = nn.Embedding(11, 4)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, ids):
+        return self.head(self.conv(self.embed(ids).permute(0, 3, 1, 2)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", [LoRA(r=2), DoRA(of=LoRA(r=2)), SSB(), PiSSA(r=2)], ids=lambda m: m.name)
+@pytest.mark.parametrize(("where", "groups"), [("conv", 1), ("conv", 2), ("embed", 1)])
+def test_convolutions_and_embeddings_are_sites(method, where, groups):
+    torch.manual_seed(0)
+    model = Conv(groups).double()
+    base = sp.capture(model, torch.randint(0, 11, (2, 7, 9)), dynamic={"ids": [0]})
+    program = sp.rewrite(base, method, where=f"exact:{where}")
+    assert torch.allclose(program.run(), base.run(), rtol=1e-11, atol=1e-11)
+    with torch.no_grad():
+        for _, p in program.parameters(trainable=True):
+            p.add_(0.3 * torch.randn_like(p))
+    folded = sp.fold(program)
+    assert not torch.allclose(folded.run(), base.run(), atol=1e-4)
+    assert torch.allclose(program.run(), folded.run(), rtol=1e-11, atol=1e-11)
+    lowered = program.lowered[f"{where}.weight"]
+    if method.name == "lora":
+        assert lowered.form == ("dense" if groups > 1 else "factored")
+        assert groups == 1 or "grouped convolution" in lowered.dense[0]
+
+
+def test_attention_in_projection_is_a_packed_site():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = attention, nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+    program = sp.capture(Model(), torch.randn(3, 5, 8))
+    site = next(s for s in sp.sites(program) if s.name.endswith("in_proj_weight"))
+    assert (site.kind, site.shape, site.bias) == ("packed", (24, 8), "attention.in_proj_bias")
+    adapted = sp.rewrite(program, LoRA(r=2), where="attention*")
+    with torch.no_grad():
+        for _, p in adapted.parameters(trainable=True):
+            p.add_(0.3)
+    torch.testing.assert_close(adapted.run(), sp.fold(adapted).run())
+
+
+def test_cost_is_read_from_the_traced_shapes(base):
+    row = rewrite_rows(sp.rewrite(base, LoRA(r=2), where="0"))[0]
+    assert row["trainable"] == 2 * 6 + 10 * 2
+    assert row["flops_per_token"] == 2 * (2 * 6 + 10 * 2) and row["flops_per_step"] == 0
+    assert row["bytes"] == row["trainable"] * (4 + 8)
+    row = rewrite_rows(sp.rewrite(base, DoRA(of=LoRA(r=2)), where="0"))[0]
+    assert row["flops_per_step"] >= 2 * 10 * 2 * 6
+
+
+def test_bf16_models_keep_float32_adapters_and_compute_in_bf16():
+    model, inputs = models.llama()
+    base = sp.capture(model.to(torch.bfloat16), inputs)
+    program = sp.rewrite(base, LoRA(r=2), where="*.{q,v}_proj")
+    assert {p.dtype for _, p in program.parameters(trainable=True)} == {torch.float32}
+    assert torch.equal(program.run().logits, base.run().logits)
+    program.module.train()
+    loss = program.module(**program.example).loss
+    loss.backward()
+    assert program.module(**program.example).logits.dtype == torch.bfloat16
+    grads = [p.grad for n, p in program.parameters(trainable=True) if n.endswith(".B")]
+    assert all(g is not None and g.dtype == torch.float32 and g.abs().max() > 0 for g in grads)
+    halves = sp.rewrite(base, LoRA(r=2), where="*.q_proj", dtype=torch.bfloat16)
+    assert {p.dtype for _, p in halves.parameters(trainable=True)} == {torch.bfloat16}
+    with pytest.raises(sp.MethodError, match="cannot join them"):
+        sp.rewrite(halves, LoRA(r=2), where="*.v_proj", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("method", [PiSSA(r=2), DoRA(of=PiSSA(r=2)), DoRA(of=SSB())], ids=str)
+def test_bf16_starts_near_the_base(method):
+    model, inputs = models.llama()
+    base = sp.capture(model.to(torch.bfloat16), inputs)
+    program = sp.rewrite(base, method, where="*.{q,v}_proj")
+    difference = (program.run().logits - base.run().logits).abs().max() / base.run().logits.abs().max()
+    assert difference < 0.05
+    assert torch.isfinite(program.module.train()(**program.example).loss)
+
+
+def test_starting_values_depend_on_the_seed_and_the_site_alone(base):
+    def start(**options):
+        return sp.rewrite(base, LoRA(r=2), **options).module.get_parameter("0.weight_lora.A")
+
+    assert torch.equal(start(where="0"), start(where=["0", "2"]))
+    assert not torch.equal(start(where="0"), start(where="0", seed=1))
+
+
+def test_a_head_trains_beside_the_adapter_on_memory_of_its_own():
+    model, inputs = models.bert()
+    program = sp.rewrite(sp.capture(model, inputs), BitFit(), where="*", trainable="classifier")
+    names = {n for n, _ in program.parameters(trainable=True)}
+    assert {"classifier.weight", "classifier.bias"} <= names and not any("classifier.bias_" in n for n in names)
+    assert ("classifier.bias", "trained in full") in program.adapters[0].left_out
+    before = model.classifier.weight.clone()
+    with torch.no_grad():
+        program.module.get_parameter("classifier.weight").add_(1.0)
+    assert torch.equal(model.classifier.weight, before)
+    assert not torch.equal(program.run().logits, program.captured.run().logits)
+
+
+def test_refusals_say_what_and_what_to_do(base):
+    with pytest.raises(sp.MethodError, match="unknown option 'rank'.*Options: r, alpha"):
+        LoRA(rank=3)
+    with pytest.raises(sp.MethodError, match="option 'r': Input should be greater than 0, got 0"):
+        LoRA(r=0)
+    with pytest.raises(sp.MethodError, match=r"r = 7 exceeds min\(in, out\) = 6"):
+        sp.rewrite(base, PiSSA(r=7), where="0")
+    with pytest.raises(sp.SelectorError, match="trainable 'clasifier' matches no parameter"):
+        sp.rewrite(base, LoRA(), where="0", trainable="clasifier")
+    with pytest.raises(sp.MethodError, match="needs a weight method inside"):
+        DoRA(of=ParallelAdapter())
+    with pytest.raises(sp.MethodError, match="has an adapter already"):
+        sp.rewrite(sp.rewrite(base, LoRA(), where="0"), SSB(), where="exact:2", trainable="0.weight")
+
+
+class Shrinks(sp.Method):
+    name = "shrinks"
+
+    def tensors(self, site):
+        return {}
+
+    def weight(self, W):
+        return W[:1]
+
+
+class Draws(sp.Method):
+    name = "draws"
+
+    def tensors(self, site):
+        return {}
+
+    def weight(self, W):
+        return F.dropout(W, 0.5)
+
+
+class Branches(sp.Method):
+    name = "branches"
+
+    def tensors(self, site):
+        return {}
+
+    def weight(self, W):
+        return W if W.sum() > 0 else -W
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [(Shrinks(), "has to keep it"), (Draws(), "draws random numbers"), (Branches(), "cannot be traced")],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_equations_that_are_none_are_refused(base, method, message):
+    with pytest.raises(sp.MethodError, match=message):
+        sp.rewrite(base, method, where="0")
+
+
+def test_adapters_are_named_and_numbered(base):
+    program = sp.rewrite(sp.rewrite(base, LoRA(r=1), where="0"), LoRA(r=2), where="0")
+    assert [a.name for a in program.adapters] == ["lora", "lora_2"]
+    assert program.history == ("capture", "lora", "lora_2")
+    assert "0.weight_lora_2.A" in dict(program.module.named_parameters())
