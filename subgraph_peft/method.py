@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, SerializationInfo, ValidationError, model_serializer, model_validator
 
 from .errors import MethodError, suggestion
 from .sites import Site
@@ -115,8 +115,10 @@ class Method(BaseModel):
         return equation(*operands, **{p.name: tensors[p.name] for p in names})
 
     @model_serializer(mode="wrap")
-    def _nested(self, handler: Callable) -> dict[str, Any]:
-        return {k: v if not isinstance(getattr(self, k), Method) else spell(getattr(self, k)) for k, v in handler(self).items()}
+    def _nested(self, handler: Callable, info: SerializationInfo) -> dict[str, Any]:
+        inner = {name: value for name in type(self).model_fields if isinstance(value := getattr(self, name), Method)}
+        spelled = {name: spell(method, exclude_defaults=info.exclude_defaults) for name, method in inner.items()}
+        return {name: spelled.get(name, value) for name, value in handler(self).items()}
 
 
 class Wrapper(Method):
@@ -148,9 +150,9 @@ class Wrapper(Method):
         return self.of.activation_dropout
 
 
-def spell(method: Method) -> dict[str, Any]:
+def spell(method: Method, exclude_defaults: bool = False) -> dict[str, Any]:
     """The method as configuration: {"lora": {"r": 8, …}}."""
-    return {method.name: method.model_dump(mode="json")}
+    return {method.name: method.model_dump(mode="json", exclude_defaults=exclude_defaults)}
 
 
 def option_error(cls: type[Method], error: ValidationError) -> MethodError:

@@ -54,10 +54,11 @@ def parse_value(text: str, whole: str) -> Any:
 
 def split(text: str, whole: str) -> list[str]:
     """Split at commas outside braces, brackets and quotes."""
-    parts, depth, quoted = [""], 0, False
+    parts, depth, quoted, escaped = [""], 0, False, False
     for character in text:
-        if character == '"':
+        if character == '"' and not escaped:
             quoted = not quoted
+        escaped = quoted and character == "\\" and not escaped
         if not quoted:
             depth += (character in OPENING) - (character in CLOSING)
         if depth < 0:

@@ -60,7 +60,7 @@ class Result:
 class Pass(BaseModel):
     """Base of passes: its fields are its options. A subclass gives `apply`, and `requires` where it has a precondition."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, coerce_numbers_to_str=True)
 
     name: ClassVar[str] = ""
 

@@ -97,7 +97,7 @@ def read_csv(path: Path) -> Iterator[Row]:
                     raise ConfigError(f"{where}: {found} fields; the header has {len(reader.fieldnames)}.")
                 yield Row(values, where)
         except csv.Error as error:
-            raise ConfigError(f"{path}:{reader.line_num}: not CSV: {error}.") from error
+            raise ConfigError(f"{path}:{reader.reader.line_num}: not CSV: {error}.") from error
 
 
 def read_dataset(source: str, split: str, arguments: Mapping[str, Any]) -> Iterable[Any]:
@@ -121,7 +121,7 @@ def number(source: str, rows: Any) -> Iterator[Row]:
     if not isinstance(rows, Iterable):
         if not (hasattr(rows, "__getitem__") and hasattr(rows, "__len__")):
             raise ConfigError(f"{source!r} gives {type(rows).__name__}; rows are an iterable or a dataset of dicts.")
-        rows = (rows[index] for index in range(len(rows)))
+        rows = map(rows.__getitem__, range(len(rows)))
     for index, values in enumerate(rows):
         if not isinstance(values, Mapping):
             raise ConfigError(f"{source!r}, row {index}: a row is a dict, not {type(values).__name__}.")

@@ -227,7 +227,7 @@ def naming_failure(source: str, local: bool) -> Iterator[None]:
     """What transformers could not load, as a ConfigError."""
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:
         what = f"{source} cannot be loaded" if local else f"{source!r} is no folder here and cannot be had from the hub"
         reason = next(iter(str(error).strip().splitlines()), "")
         raise ConfigError(f"{what}: {type(error).__name__}: {reason}") from error

@@ -133,10 +133,10 @@ def test_a_name_of_the_datasets_library(monkeypatch, tokenizer):
         load_data(DataSpec(train="glue"), tokenizer)
     asked = []
 
-    def load_dataset(name: str, split: str, **arguments: str) -> list[dict]:
-        if name == "broken":
+    def load_dataset(path: str, split: str, **arguments: str) -> list[dict]:
+        if path == "broken":
             raise OSError("no such set\nmore")
-        asked.append((name, split, arguments))
+        asked.append((path, split, arguments))
         return rows(6)
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())

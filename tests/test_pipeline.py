@@ -12,7 +12,7 @@ from subgraph_peft.config import apply_override, load_config, schema, shipped_co
 from subgraph_peft.pipeline import Pipeline, State
 from subgraph_peft.steps import names
 
-ONE_LINE = 'capture,lora{r=4,where=["*.query","*.{key,value}"],trainable=classifier},dora{of={lora{r=4}},as=second},fold'
+ONE_LINE = 'capture,lora{r=4,where=[*.query,"*.{key,value}"],trainable=classifier},dora{of={lora{r=4}},as=second},fold'
 
 
 def test_the_one_line_form_reads_back_as_it_prints():
@@ -121,7 +121,7 @@ def test_a_config_is_read_and_overridden(tmp_path):
         ("output: runs/x", "outputs: runs/x", 11, "unknown key 'outputs'. Did you mean 'output'"),
         ("  train: rows.jsonl", "  trian: rows.jsonl", 4, "unknown key 'data.trian'. Did you mean 'train'"),
         ("  - lora:", "  - lorra:", 7, "Unknown pass 'lorra'. Did you mean 'lora'"),
-        ("  factory: tests.models:bert", "  factory: [", 3, ""),
+        ("  factory: tests.models:bert", "  factory: [", 4, "expected ',' or"),
         ("output: runs/x", "seed: 1\nseed: 2", 12, "stands twice"),
         ("  factory: tests.models:bert", "  task: causal-lm", 1, "give one of transformers, package, factory"),
     ],
