@@ -12,17 +12,22 @@ from .errors import (
     MethodError,
     SelectorError,
     SubgraphPeftError,
+    TrainError,
 )
+from .evaluate import evaluate
 from .fold import fold
 from .method import Method, Tensor, Wrapper, frozen, kaiming_uniform, normal, ones, trainable, zeros
+from .pipeline import Pipeline
 from .program import Program
 from .rewrite import rewrite
 from .sites import Site, sites
+from .train import TrainOptions, TrainResult, train
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError", "CaptureWarning", "CheckpointError", "ConfigError", "ExportError", "FoldError", "Method",
-    "MethodError", "Program", "SelectorError", "Site", "SubgraphPeftError", "Tensor", "Wrapper", "capture", "fold",
-    "frozen", "kaiming_uniform", "load", "normal", "ones", "rewrite", "sites", "trainable", "zeros",
+    "MethodError", "Pipeline", "Program", "SelectorError", "Site", "SubgraphPeftError", "Tensor", "TrainError",
+    "TrainOptions", "TrainResult", "Wrapper", "capture", "evaluate", "fold", "frozen", "kaiming_uniform", "load",
+    "normal", "ones", "rewrite", "sites", "train", "trainable", "zeros",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
@@ -47,16 +47,20 @@ def file(tmp_path):
 
 
 def rows(count: int, labels: tuple = ("no", "yes")) -> list[dict]:
-    return [{"text": f"the cat {'abc'[i % 3]} " + "on " * (i % 5 + i // 15), "label": labels[i % len(labels)]} for i in range(count)]
+    texts = (f"the cat {'abc'[i % 3]} " + "on " * (i % 5 + i // 15) for i in range(count))
+    return [{"text": text, "label": labels[i % len(labels)]} for i, text in enumerate(texts)]
 
 
 # reading
+
+FIRST = '{"text": "a", "label": 0}\n'
 
 
 def test_json_lines(file, tokenizer):
     data = load_data(DataSpec(train=file("t.jsonl", rows(6)), eval_share=0), tokenizer)
     assert data.labels == ("no", "yes") and data.eval is None and data.metrics == ("accuracy",)
-    assert data.train[1] == {"input_ids": [2, 8, 9, 6, 11, 3], "token_type_ids": [0] * 6, "attention_mask": [1] * 6, "labels": 1}
+    ids = [2, 8, 9, 6, 11, 3]
+    assert data.train[1] == {"input_ids": ids, "token_type_ids": [0] * 6, "attention_mask": [1] * 6, "labels": 1}
 
 
 def test_a_line_ends_at_a_newline_alone(file, tokenizer):
@@ -76,13 +80,13 @@ def test_csv(file, tokenizer):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("t.jsonl", '{"text": "a", "label": 0}\n{"text": "b", "label": 1\n', r"t.jsonl:2: not JSON: Expecting ',' delimiter"),
-        ("t.jsonl", '{"text": "a", "label": 0}\n\n[1]\n', r"t.jsonl:3: a line holds an object of columns, not \[1\]"),
-        ("t.jsonl", '{"txt": "a", "label": 0}\n', r"t.jsonl:1: there is no column 'text'. Did you mean 'txt'\? The columns are txt, label"),
-        ("t.jsonl", '{"text": "a", "label": 0}\n{"text": "b"}\n', r"t.jsonl:2: there is no column 'label'.*The columns are text\."),
-        ("t.jsonl", '{"text": "a", "label": 0}\n{"text": 3, "label": 0}\n', r"t.jsonl:2: column 'text' holds 3; text is needed"),
+        ("t.jsonl", FIRST + '{"text": "b", "label": 1\n', r"t.jsonl:2: not JSON: Expecting ',' delimiter"),
+        ("t.jsonl", FIRST + "\n[1]\n", r"t.jsonl:3: a line holds an object of columns, not \[1\]"),
+        ("t.jsonl", '{"txt": "a", "label": 0}\n', r"t.jsonl:1: .*'text'. Did you mean 'txt'\? The columns are txt, label"),
+        ("t.jsonl", FIRST + '{"text": "b"}\n', r"t.jsonl:2: there is no column 'label'.*The columns are text\."),
+        ("t.jsonl", FIRST + '{"text": 3, "label": 0}\n', r"t.jsonl:2: column 'text' holds 3; text is needed"),
         ("t.jsonl", '{"text": "a", "label": null}\n', r"t.jsonl:1: column 'label' holds None"),
-        ("t.jsonl", '{"text": "a", "label": 0.5}\n', r"t.jsonl:1: 0.5 is no class; for real numbers set regression: true"),
+        ("t.jsonl", '{"text": "a", "label": 0.5}\n', r"t.jsonl:1: 0.5 is no class; .*set regression: true"),
         ("t.jsonl", "\n", r"t.jsonl has no rows"),
         ("t.csv", "text,label\na,0\nb\n", r"t.csv:3: 1 fields; the header has 2"),
         ("t.csv", "text,label\na,0\nb,c,1\n", r"t.csv:3: 3 fields; the header has 2"),
@@ -129,7 +133,7 @@ def test_a_factory_of_rows_and_of_finished_inputs(module, tokenizer):  # noqa: F
 
 def test_a_name_of_the_datasets_library(monkeypatch, tokenizer):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"datasets library, which is not installed: pip install 'subgraph-peft\[datasets\]'"):
+    with pytest.raises(ConfigError, match=r"library, which is not installed: pip install 'subgraph-peft\[datasets\]'"):
         load_data(DataSpec(train="glue"), tokenizer)
     asked = []
 
@@ -141,8 +145,8 @@ def test_a_name_of_the_datasets_library(monkeypatch, tokenizer):
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    load_data(DataSpec(train="glue", eval="glue@validation_matched", test="glue", arguments={"name": "mnli"}), tokenizer)
     options = {"name": "mnli"}
+    load_data(DataSpec(train="glue", eval="glue@validation_matched", test="glue", arguments=options), tokenizer)
     assert asked == [("glue", "train", options), ("glue", "validation_matched", options), ("glue", "test", options)]
     with pytest.raises(ConfigError, match="'broken' cannot be loaded: OSError: no such set$"):
         load_data(DataSpec(train="broken"), tokenizer)
@@ -198,8 +202,9 @@ def test_regression(file, tokenizer):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.sampled_from("abcdefghij"), min_size=2, max_size=60).filter(lambda x: len(set(x)) > 1), st.floats(0.01, 0.9))
-def test_no_text_stands_on_both_sides(tokenizer, tmp_path_factory, texts, share):
+@given(st.lists(st.sampled_from("abcdefghij"), min_size=2, max_size=60), st.floats(0.01, 0.9))
+def test_no_text_stands_on_both_sides(tmp_path_factory, texts, share):
+    assume(len(set(texts)) > 1)
     path = tmp_path_factory.mktemp("split") / "t.jsonl"
     path.write_text("".join(json.dumps({"text": f"{t} the", "label": i % 2}) + "\n" for i, t in enumerate(texts)))
     spec = DataSpec(train=str(path), eval_share=share)
@@ -244,7 +249,9 @@ def test_a_completion_alone_is_scored(file, generator_tokenizer):
     assert data.labels == () and data.metrics == ("perplexity",)
 
 
-@pytest.mark.parametrize(("limit", "ids", "scored"), [(5, [9, 12, 10, 11, 13], 3), (4, [12, 10, 11, 13], 3), (3, [12, 10, 11], 2)])
+@pytest.mark.parametrize(
+    ("limit", "ids", "scored"), [(5, [9, 12, 10, 11, 13], 3), (4, [12, 10, 11, 13], 3), (3, [12, 10, 11], 2)]
+)
 def test_a_prompt_is_cut_before_its_completion(file, generator_tokenizer, limit, ids, scored):
     path = file("t.jsonl", [{"text": "the cat", "answer": "sat on"}])
     spec = DataSpec(train=path, completion="answer", separator=" mat", eval_share=0, max_length=limit)
@@ -266,7 +273,7 @@ def test_without_a_completion_all_tokens_are_scored(file, generator_tokenizer):
 
 def test_labels_are_padded_on_the_tokenizers_side(generator_tokenizer, monkeypatch):
     monkeypatch.setattr(generator_tokenizer, "padding_side", "left")
-    items = [{"input_ids": [5, 6], "attention_mask": [1, 1], "labels": [5, 6]}, {"input_ids": [7], "attention_mask": [1], "labels": [7]}]
+    items = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in ([5, 6], [7])]
     batch = Padding(generator_tokenizer)(items)
     assert batch["input_ids"].tolist() == [[5, 6], [13, 7]] and batch["labels"].tolist() == [[5, 6], [-100, 7]]
 
