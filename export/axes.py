@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from subgraph_peft.graphs import fixed_size
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 USUAL = {4: ("batch", "channels", "height", "width")}
 

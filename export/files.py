@@ -25,7 +25,8 @@ def staged(target: Path) -> Iterator[Path]:
             yield Path(folder)
     except OSError as error:
         reason = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-        raise ExportError(f"{target} cannot be written: {reason}. Choose another folder, or make room on the disk.") from error
+        advice = "Choose another folder, or make room on the disk."
+        raise ExportError(f"{target} cannot be written: {reason}. {advice}") from error
 
 
 def data_name(target: Path) -> str:
@@ -33,7 +34,7 @@ def data_name(target: Path) -> str:
 
 
 def write(model: ir.Model, path: Path, external: bool) -> None:
-    """`path`, and beside it `<name>.data` with the weights where one file cannot hold them or `external` asks for it."""
+    """`path`; and `<name>.data` with the weights, where one file cannot hold them or `external` asks for it."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     apart = external or size > PROTOBUF_LIMIT - ROOM_FOR_THE_GRAPH
     ir.save(model, path, external_data=data_name(path) if apart else None)

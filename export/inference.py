@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from subgraph_peft.errors import ExportError, suggestion
-from subgraph_peft.graphs import aten, flat_outputs
+from subgraph_peft.graphs import aten, fixed_size, flat_outputs
 from subgraph_peft.module import attach
 from subgraph_peft.normalise import attribute
 from subgraph_peft.program import Program
@@ -48,8 +47,8 @@ class Inference:
     @property
     def fixed(self) -> dict[str, int]:
         """`x[1]` -> size, for every dimension of an input that does not vary."""
-        sizes = ((f"{name}[{d}]", size) for name, shape in self.inputs.items() for d, size in enumerate(shape))
-        return {dimension: int(size) for dimension, size in sizes if is_concrete_int(size)}
+        dims = ((f"{n}[{d}]", fixed_size(size)) for n, shape in self.inputs.items() for d, size in enumerate(shape))
+        return {dimension: size for dimension, size in dims if size is not None}
 
 
 def inference(program: Program, outputs: Sequence[str] | None = None) -> Inference:
@@ -111,7 +110,9 @@ def choose(leaves: Mapping[str, Any], wanted: Sequence[str] | None, source: str)
         raise ExportError(f"No outputs were asked for. {source} gives {', '.join(tensors)}.")
     for name in wanted:
         if name not in tensors:
-            raise ExportError(f"{source} has no output {name!r}.{suggestion(name, tensors)} Outputs: {', '.join(tensors)}.")
+            raise ExportError(
+                f"{source} has no output {name!r}.{suggestion(name, tensors)} Outputs: {', '.join(tensors)}."
+            )
     return tuple(dict.fromkeys(wanted))
 
 

@@ -15,6 +15,9 @@ class Drift:
         """Over the bound by either measure, a difference that is not a number included."""
         return not min(self.absolute, self.relative) <= bound
 
+    def __str__(self) -> str:
+        return f"{self.absolute:.1e} absolute, {self.relative:.1e} relative"
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -33,9 +36,16 @@ class Verification:
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, value) for a table."""
-        shapes = ["; ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in run.items()) for run in self.shapes]
-        drift = [(f"drift of {n}", f"{d.absolute:.1e} absolute, {d.relative:.1e} relative") for n, d in self.drift.items()]
-        return [("provider", self.provider), *(("checked at", text) for text in shapes), *drift, ("bound", f"{self.bound:.0e}")]
+
+        def sizes(run: Mapping[str, tuple[int, ...]]) -> str:
+            return "; ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in run.items())
+
+        return [
+            ("provider", self.provider),
+            *(("checked at", sizes(run)) for run in self.shapes),
+            *((f"drift of {name}", str(drift)) for name, drift in self.drift.items()),
+            ("bound", f"{self.bound:.0e}"),
+        ]
 
 
 @dataclass(frozen=True)

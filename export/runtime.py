@@ -19,7 +19,7 @@ from subgraph_peft.errors import ExportError
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 FATAL = 4
 NO_KERNEL = r"Could not find an implementation for (?P<operator>\w+)\(\d+\) node with name '(?P<node>[^']*)'"
-NO_DTYPE = r"Type '[^']*' of input parameter \(\w*\) of operator \((?P<operator>\w+)\) in node \((?P<node>[^)]*)\) is invalid"
+NO_DTYPE = r"Type '[^']*' of input .* of operator \((?P<operator>\w+)\) in node \((?P<node>[^)]*)\) is invalid"
 
 
 def session(path: str | os.PathLike) -> onnxruntime.InferenceSession:
@@ -41,7 +41,7 @@ def session(path: str | os.PathLike) -> onnxruntime.InferenceSession:
     except Exception as error:
         raise unusable(path, error) from error
     if len(wanted) > 1 and provider(opened) == CPU:
-        message = "onnxruntime could not load its CUDA provider and runs on the CPU; its CUDA and cuDNN have to match torch's."
+        message = "onnxruntime cannot load its CUDA provider and runs on the CPU; its CUDA has to match torch's."
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     return opened
 
@@ -57,7 +57,8 @@ def run(opened: onnxruntime.InferenceSession, inputs: Mapping[str, torch.Tensor]
         results = opened.run_with_ort_values(names, {name: value_of(tensor) for name, tensor in inputs.items()})
     except Exception as error:
         shapes = ", ".join(f"{name}{list(tensor.shape)}" for name, tensor in inputs.items())
-        raise ExportError(f"onnxruntime ({provider(opened)}) cannot run the model on {shapes}: {first_line(error)}") from error
+        message = f"onnxruntime ({provider(opened)}) cannot run the model on {shapes}: {first_line(error)}"
+        raise ExportError(message) from error
     return {name: tensor_of(value) for name, value in zip(names, results, strict=True)}
 
 
@@ -81,10 +82,12 @@ def unusable(path: str | os.PathLike, error: Exception) -> ExportError:
         if found := re.search(pattern, str(error)):
             where = f" (node {found['node']})" if found["node"] else ""
             return ExportError(
-                f"onnxruntime has no {found['operator']} kernel for {weight_dtype(path)}{where} on this machine. Convert the model "
-                "to float32 (model.float()) before it is captured; adapters of a 16-bit model fold into float32 by default."
+                f"onnxruntime has no {found['operator']} kernel for {weight_dtype(path)}{where} on this machine. "
+                "Convert the model to float32 (model.float()) before it is captured; adapters of a 16-bit model fold "
+                "into float32 by default."
             )
-    return ExportError(f"onnxruntime cannot open {Path(path).name}: {first_line(error).replace(os.fspath(path), Path(path).name)}")
+    name = Path(path).name
+    return ExportError(f"onnxruntime cannot open {name}: {first_line(error).replace(os.fspath(path), name)}")
 
 
 def weight_dtype(path: str | os.PathLike) -> str:

@@ -34,7 +34,7 @@ TRANSLATED_FROM = "pkg.torch.onnx.fx_node"
 
 
 def translate(program: Program, cut: Inference, example: Mapping[str, torch.Tensor], opset: int | None) -> ir.Model:
-    """The ONNX model of `cut`. Raises ExportError, with the operator that has no translation where that is the reason."""
+    """The ONNX model of `cut`. Raises ExportError, naming the operator where one has no translation."""
     if opset is not None and opset < OLDEST_OPSET:
         raise ExportError(f"Opset {opset} is too old; the oldest that can be written is {OLDEST_OPSET}.")
     with quiet():
@@ -50,11 +50,10 @@ def translate(program: Program, cut: Inference, example: Mapping[str, torch.Tens
             raise refused(program, "the graph has no ONNX form", error) from error
         model = onnx_program.model
         if opset is not None and model.opset_imports[""] != opset:
-            raise ExportError(
-                f"{program.source} cannot be written in opset {opset}; opset {model.opset_imports['']} is what its operators need."
-            )
+            needed = model.opset_imports[""]
+            raise ExportError(f"{program.source} cannot be written in opset {opset}; its operators need {needed}.")
         name_outputs(model, cut)
-        annotate(model, onnx_program.exported_program)
+        annotate(model, onnx_program.exported_program, cut)
         simplify(model)
         name_outputs(model, cut)
     name_axes(model, cut)
@@ -89,13 +88,13 @@ def trace(cut: Inference, example: Mapping[str, torch.Tensor]) -> ExportedProgra
 
 def refused(program: Program, what: str, error: Exception) -> ExportError:
     causes = [error]
-    while cause := causes[-1].__cause__ or causes[-1].__context__:
+    while cause := causes[-1].__cause__:
         causes.append(cause)
     text = str(causes[-1]).strip() or type(causes[-1]).__name__
     if operators := re.findall(r"No ONNX function found for <OpOverload\(op='([\w.:]+)'", " ".join(map(str, causes))):
         return ExportError(
-            f"{program.source} cannot be exported: {operators[0]} has no ONNX translation. Leave out the outputs that need it "
-            "(outputs=[…]), or express it in the model by other operators and capture again."
+            f"{program.source} cannot be exported: {operators[0]} has no ONNX translation. Leave out the outputs that "
+            "need it (outputs=[…]), or express it in the model by other operators and capture again."
         )
     return ExportError(
         f"{program.source} cannot be exported: {what}: {type(causes[-1]).__name__}: {text.splitlines()[0]}\n"
@@ -108,7 +107,7 @@ def name_outputs(model: ir.Model, cut: Inference) -> None:
         value.name = name
 
 
-def annotate(model: ir.Model, exported: ExportedProgram) -> None:
+def annotate(model: ir.Model, exported: ExportedProgram, cut: Inference) -> None:
     """Name every node after the node of the captured graph that it comes from, and say which rewrite made it.
 
     Of several nodes that one graph node became, the last has its name, the others that and their operator's. What the
@@ -117,8 +116,8 @@ def annotate(model: ir.Model, exported: ExportedProgram) -> None:
     custom = {node.name: {STAMP: node.name, **node.meta.get("custom", {})} for node in exported.graph.nodes}
     origin = {node: custom.get(fx_name(node), {STAMP: "graph"}) for node in model.graph}
     last = {found[STAMP]: node for node, found in origin.items()}
-    kept = {*model.graph.initializers, *(value.name for value in (*model.graph.inputs, *model.graph.outputs))}
-    taken = Counter(kept)
+    outputs = set(model.graph.outputs)
+    taken = Counter([*model.graph.initializers, *cut.inputs, *cut.outputs])
 
     def unique(name: str) -> str:
         taken[name] += 1
@@ -130,7 +129,7 @@ def annotate(model: ir.Model, exported: ExportedProgram) -> None:
         if node is not last[found[STAMP]]:
             node.name = unique(f"{found[STAMP]}_{node.op_type}")
         for value in node.outputs:
-            if value.name not in kept:
+            if value not in outputs:
                 value.name = node.name if len(node.outputs) == 1 else unique(f"{node.name}_{value.index()}")
             value.metadata_props.clear()
         rewrite = found.get(META, {})
@@ -195,15 +194,16 @@ def values(graph: ir.Graph) -> Iterator[ir.Value]:
 def describe(model: ir.Model, program: Program) -> None:
     """Where the model comes from, for whoever finds the file."""
     model.graph.name = program.source
+    adapters = program.adapters
     facts: dict[str, Any] = {
         "source": program.source,
         "history": list(program.history),
-        "adapters": [
-            {"name": a.name, "method": spell(a.method), "sites": [site.name for site in a.sites]} for a in program.adapters
-        ],
+        "adapters": [{"name": a.name, "method": spell(a.method), "sites": [s.name for s in a.sites]} for a in adapters],
         "version": subgraph_peft.__version__,
         "torch": torch.__version__,
     }
-    if program.folded:
-        facts["fold"] = {"dtype": str(program.folded.dtype), "sites": len(program.folded.sites), "retained": program.folded.retained}
+    if folded := program.folded:
+        facts["fold"] = {
+            "dtype": str(folded.dtype), "adapters": folded.merged, "sites": len(folded.sites), "retained": folded.retained,
+        }  # fmt: skip
     model.metadata_props.update({f"{META}.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()})

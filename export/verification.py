@@ -59,7 +59,8 @@ def verify(
     if isinstance(reference, Program):
         return compare(opened, program_reference(reference, example), bound)
     if example is None:
-        raise ExportError(f"verify needs example inputs to run a {type(reference).__name__}: verify(path, model, example).")
+        kind = type(reference).__name__
+        raise ExportError(f"verify needs example inputs to run a {kind}: verify(path, model, example).")
     return compare(opened, module_reference(reference, example, opened), bound)
 
 
@@ -69,9 +70,11 @@ def program_reference(program: Program, example: Mapping[str, Any] | None = None
     signature = program.module.signature
 
     def call(inputs: Mapping[str, torch.Tensor]) -> Any:
-        leaves = iter([inputs.get(n, leaf) for n, leaf in zip(signature.input_names(), signature.flatten(example), strict=True)])
-        given = {n: pytree.tree_unflatten([next(leaves) for _ in range(s.num_leaves)], s) for n, s in signature.inputs.items()}
-        return program.run({name: value for name, value in given.items() if name in example})
+        given = zip(signature.input_names(), signature.flatten(example), strict=True)
+        leaves = iter([inputs.get(name, leaf) for name, leaf in given])
+        taken = {name: [next(leaves) for _ in range(spec.num_leaves)] for name, spec in signature.inputs.items()}
+        nested = {name: pytree.tree_unflatten(taken[name], spec) for name, spec in signature.inputs.items()}
+        return program.run({name: value for name, value in nested.items() if name in example})
 
     return Reference(call, flat_example(program, example), axes_of(program), program.module.home.dtype)
 
@@ -157,7 +160,7 @@ def check(verification: Verification) -> None:
         return
     name, drift = max(over.items(), key=lambda item: item[1].relative)
     raise ExportError(
-        f"onnxruntime ({verification.provider}) differs from torch: {name} by {drift.absolute:.1e}, {drift.relative:.1e} of its "
-        f"largest value, where {verification.bound:.0e} is allowed ({len(over)} of {len(verification.drift)} outputs are over). "
-        "If the model amplifies rounding that much, pass a larger bound."
+        f"onnxruntime ({verification.provider}) differs from torch: {name} by {drift.absolute:.1e}, "
+        f"{drift.relative:.1e} of its largest value, where {verification.bound:.0e} is allowed ({len(over)} of "
+        f"{len(verification.drift)} outputs are over). If the model amplifies rounding that much, pass a larger bound."
     )

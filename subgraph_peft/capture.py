@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError, CaptureWarning
@@ -54,7 +53,9 @@ def capture(
     inputs = example_of(model, example_inputs)
     ranges = dynamic_dimensions(inputs, dynamic)
     inputs = widen(inputs, ranges)
-    with prepared(model):
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        warnings.warn("Gradient checkpointing is not part of the captured graph.", CaptureWarning, stacklevel=2)
+    with prepared(model, training=True):
         exported = export(model, inputs, ranges, explicit=dynamic is not None)
     program = assemble(exported, model, inputs)
     if verify and program.module.home.device.type != "meta":
@@ -118,25 +119,22 @@ def widen(inputs: dict[str, Any], ranges: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def prepared(model: nn.Module) -> Iterator[None]:
-    """Training mode, no key-value cache; restored afterwards."""
+def prepared(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in one mode, without key-value cache; restored afterwards."""
     modes = {module: module.training for module in model.modules()}
-    config = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
-    if any(getattr(module, "gradient_checkpointing", False) for module in modes):
-        warnings.warn("Gradient checkpointing is not part of the captured graph.", CaptureWarning, stacklevel=3)
+    configs = {id(c): c for module in modes if getattr(c := getattr(module, "config", None), "use_cache", None)}
     gradients = torch.is_grad_enabled()
     try:
-        if use_cache:
+        for config in configs.values():
             config.use_cache = False
-        model.train()
+        model.train(training)
         yield
     finally:
         torch.set_grad_enabled(gradients)
-        if use_cache:
-            config.use_cache = use_cache
-        for module, training in modes.items():
-            module.training = training
+        for config in configs.values():
+            config.use_cache = True
+        for module, was_training in modes.items():
+            module.training = was_training
 
 
 def export(model: nn.Module, inputs: dict[str, Any], ranges: dict[str, Any], explicit: bool) -> ExportedProgram:
@@ -261,24 +259,14 @@ def split_ties(graph: fx.Graph, ties: tuple[frozenset[str], ...]) -> None:
 
 def check_eval(program: Program, model: nn.Module, inputs: dict[str, Any], ranges: dict[str, Any]) -> Program:
     """Compare eval mode with the model; where the switched training graph differs, capture eval mode on its own."""
-    modes = {module: module.training for module in model.modules()}
-    config = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
-    try:
-        if use_cache:
-            config.use_cache = False
-        model.eval()
-        args, kwargs = export_arguments(model.forward, pytree.tree_map_only(torch.Tensor, torch.clone, inputs))
+    with prepared(model, training=False):
+        few = first_rows(inputs, ranges)
+        args, kwargs = export_arguments(model.forward, pytree.tree_map_only(torch.Tensor, torch.clone, few))
         with torch.no_grad():
             expected = pytree.tree_leaves(model(*args, **kwargs))
-        if equal(pytree.tree_leaves(program.run()), expected):
+        if equal(pytree.tree_leaves(program.run(few)), expected):
             return program
         second = export(model, inputs, ranges, explicit=False)
-    finally:
-        if use_cache:
-            config.use_cache = use_cache
-        for module, training in modes.items():
-            module.training = training
     root = second.module(check_guards=False)
     normalise(root)
     for path, _ in attributes(root.graph):
@@ -286,13 +274,22 @@ def check_eval(program: Program, model: nn.Module, inputs: dict[str, Any], range
             raise CaptureError(f"The eval graph reads {path}, which the training graph has not.")
     split_ties(root.graph, program.ties)
     program.module.eval_graph = root.graph
-    program.module.runners.clear()
-    if not equal(pytree.tree_leaves(program.run()), expected):
+    program.module.make_runners()
+    if not equal(pytree.tree_leaves(program.run(few)), expected):
         raise CaptureError(
             f"The captured graph of {type(model).__name__} does not reproduce the model in eval mode on the example inputs. "
             "The model probably keeps state in Python between calls; capture(verify=False) takes it as it is."
         )
     return program
+
+
+def first_rows(inputs: dict[str, Any], ranges: dict[str, Any], rows: int = 2) -> dict[str, Any]:
+    """The first rows of a batch whose size varies."""
+
+    def cut(leaf: Any, dims: frozenset[int]) -> Any:
+        return leaf[:rows] if 0 in dims else leaf
+
+    return {name: pytree.tree_map(cut, value, ranges[name]) for name, value in inputs.items()}
 
 
 def equal(actual: list[Any], expected: list[Any]) -> bool:
@@ -304,10 +301,14 @@ def equal(actual: list[Any], expected: list[Any]) -> bool:
                 return False
             if e.is_floating_point():
                 bound = {torch.float64: 1e-9, torch.float32: 1e-4}.get(e.dtype, 3e-2)
-                scale = e.float().abs().max().item() + 1e-6 if e.numel() else 1.0
-                if e.numel() and not (a - e).float().abs().max().item() <= bound * scale:
+                if not torch.allclose(a, e, rtol=0, atol=bound * scale(e), equal_nan=True):
                     return False
             elif not torch.equal(a, e):
                 return False
     return True
 
+
+def scale(tensor: torch.Tensor) -> float:
+    """The largest finite absolute value."""
+    finite = tensor[torch.isfinite(tensor)]
+    return finite.abs().max().item() if finite.numel() else 1.0

@@ -14,11 +14,13 @@ from torch import nn
 
 from . import registry
 from .adapter import Adapter
+from .constants import refresh
 from .errors import CheckpointError, SubgraphPeftError, nearest
 from .files import replacing, write_json
+from .generate import generate
 from .method import spell
 from .program import Program
-from .rewrite import generate, refresh, resolve_ties
+from .rewrite import resolve_ties
 from .sites import find
 
 CONFIG, TENSORS = "adapter.json", "adapter.safetensors"
@@ -26,7 +28,7 @@ FORMAT = 1
 
 
 def save(program: Program, folder: str | os.PathLike) -> None:
-    """Write the program's adapters, and the parameters of the model that were trained beside them.
+    """Write the program's adapters, and the parameters and buffers of the model that training changed beside them.
 
     The tensors are written first, under a temporary name; an interrupted save leaves the former files.
     """
@@ -41,9 +43,21 @@ def save(program: Program, folder: str | os.PathLike) -> None:
 
 def state(program: Program) -> dict[str, torch.Tensor]:
     """What the program adds to its base or changed in it, by qualified name."""
-    own = dict(program.module.named_parameters())
+    own = dict(program.module.tensors())
     paths = [path for adapter in program.adapters for _, _, path in adapter.all_paths()]
-    return {name: own[name] for name in (*paths, *trained(program))}
+    return {name: own[name] for name in (*paths, *trained(program), *written(program))}
+
+
+def buffers(program: Program) -> dict[str, torch.Tensor]:
+    """Buffers of the state dict."""
+    own = dict(program.module.named_buffers(remove_duplicate=False))
+    return {name: own[name] for name in program.module.state_dict() if name in own}
+
+
+def written(program: Program) -> list[str]:
+    """Buffers that training has written, such as the statistics of batch norm."""
+    base = dict(program.captured.module.named_buffers(remove_duplicate=False))
+    return sorted(name for name, value in buffers(program).items() if not torch.equal(value.cpu(), base[name].cpu()))
 
 
 def trained(program: Program) -> list[str]:
@@ -58,6 +72,7 @@ def describe(program: Program) -> dict[str, Any]:
         "base": {"source": program.source, "fingerprint": fingerprint(program)},
         "untied": sorted(s.name for a in program.adapters for s in a.sites if s.ties),
         "trained": trained(program),
+        "buffers": written(program),
         "adapters": [
             {"name": a.name, "method": spell(a.method), "sites": [site.name for site in a.sites]} for a in program.adapters
         ],
@@ -88,7 +103,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
         version = config["format"]
         entries = [(entry["name"], entry["method"], entry["sites"]) for entry in config["adapters"]]
-        config["base"]["fingerprint"], config["trained"], config["untied"]
+        config["base"]["fingerprint"], config["trained"], config["untied"], config["buffers"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged or was not written by this package: {type(error).__name__}: {error}.") from error
     if version != FORMAT:
@@ -146,13 +161,28 @@ def load_into(program: Program, folder: str | os.PathLike) -> Program:
             f"program has {len(own)} and trains {trained(program) or 'no other parameter'}. Use sp.load on the captured program."
         )
     check_base(program, config, folder)
-    held = state(program)
-    found = read_tensors(folder, {name: value.shape for name, value in held.items()})
+    held = {name: value for name, value in state(program).items() if isinstance(value, nn.Parameter)}
+    found = read_tensors(folder, {name: value.shape for name, value in held.items()} | buffer_shapes(program, config))
     with torch.no_grad():
         for name, value in held.items():
             value.copy_(found[name])
+    set_buffers(program, found)
     refresh(program)
     return program
+
+
+def buffer_shapes(program: Program, config: Mapping[str, Any]) -> dict[str, torch.Size]:
+    own = buffers(program)
+    if missing := set(config["buffers"]) - set(own):
+        raise CheckpointError(f"The program has no buffer {sorted(missing)[0]}, which the adapter's training wrote.")
+    return {name: own[name].shape for name in config["buffers"]}
+
+
+def set_buffers(program: Program, found: Mapping[str, torch.Tensor]) -> None:
+    """Those in the file from there, the others as they were captured."""
+    base = dict(program.captured.module.named_buffers(remove_duplicate=False))
+    for name, value in buffers(program).items():
+        value.copy_(found.get(name, base[name]))
 
 
 def load(program: Program, folder: str | os.PathLike) -> Program:
@@ -186,14 +216,16 @@ def load(program: Program, folder: str | os.PathLike) -> Program:
         for name, tensor in adapter.method.tensors(site).items()
     }
     expected = {path: torch.Size(tensor.shape) for path, tensor in declared.items()}
-    expected |= {name: base[name].shape for name in config["trained"]}
+    expected |= {name: base[name].shape for name in config["trained"]} | buffer_shapes(captured, config)
     found = read_tensors(folder, expected)
     device = captured.module.home.device
     own = {
         name: nn.Parameter(value.to(device), requires_grad=name not in declared or declared[name].trainable)
         for name, value in found.items()
+        if name not in config["buffers"]
     }
     dtype = next(value.dtype for name, value in own.items() if name in declared)
     result = generate(captured, tuple(adapters), own, dtype)
+    set_buffers(result, found)
     history = (*captured.history, *(adapter.name for adapter in adapters))
     return Program(**{**vars(result), "history": history})

@@ -151,7 +151,7 @@ def number_labels(spec: DataSpec, rows: Sequence[Row]) -> tuple[tuple[str, ...],
     else:
         names = tuple(sorted(seen))
         numbering = {name: i for i, name in enumerate(names)}
-    if unknown := next((label for label in seen if label not in numbering), None):
+    if (unknown := next((label for label in seen if label not in numbering), None)) is not None:
         raise ConfigError(f"{seen[unknown].where}: label {unknown!r} is not among labels: {', '.join(names)}.")
     return names, numbering
 

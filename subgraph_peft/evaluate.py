@@ -8,12 +8,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset
 
+from .data import IGNORED, Padding
 from .errors import TrainError, suggestion
 from .program import Program
 
-IGNORED = -100
 NAMED = ("accuracy", "mse", "pearson", "spearman", "perplexity")
 Metrics = str | Sequence[str] | Callable[[Any], Mapping[str, float]]
 
@@ -38,7 +38,7 @@ def evaluate(
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = Subset(data, range(rank, len(data), world))
-    loader = DataLoader(share, batch_size, collate_fn=collate or default_collate)
+    loader = DataLoader(share, batch_size, collate_fn=collate or Padding())
     module, training = program.module, program.module.training
     tally = Tally(metrics, shifts_labels(program))
     try:

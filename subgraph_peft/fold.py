@@ -1,6 +1,5 @@
 """Fold adapters into plain weights: functional, all or nothing, checked, and honest about what the dtype keeps."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,8 +10,9 @@ from torch.utils import _pytree as pytree
 
 from .adapter import targets
 from .errors import FoldError
+from .method import spell
 from .program import Program
-from .rewrite import generate, rebuild
+from .generate import base_of, generate, rebuild
 
 OUTPUT_BOUND = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
@@ -31,11 +31,12 @@ class SiteFold:
 @dataclass(frozen=True)
 class FoldReport:
     """dtype of the folded weights, what each site kept, the largest output difference on the example inputs (relative
-    to the largest output), and the adapters that do not fold."""
+    to the largest output), the adapters that were folded ({name: method}), and those that do not fold."""
 
     dtype: torch.dtype
     sites: Mapping[str, SiteFold]
     output_error: float
+    merged: Mapping[str, Any]
     remaining: tuple[str, ...]
 
     @property
@@ -59,20 +60,19 @@ def fold(program: Program, *, dtype: torch.dtype | None = None, retain: float = 
     trained = [n for n, _ in program.parameters(trainable=True) if n in dict(program.captured.module.named_parameters())]
     if not folding and not trained:
         return program
-    captured = program.captured
-    home = captured.module.home
+    home = program.module.home
     if home.device.type == "meta":
         raise FoldError("A program on the meta device has no weights to fold; capture the loaded model.")
     dtype = dtype or torch.promote_types(torch.float32, home.dtype)
     if torch.promote_types(dtype, home.dtype) != dtype:
         raise FoldError(
-            f"{captured.source} was captured in {home.dtype}; a fold into {dtype} would narrow every weight. "
+            f"{program.source} is in {home.dtype}; a fold into {dtype} would narrow every weight. "
             f"Convert the model to {dtype} before it is captured, or fold into {home.dtype}."
         )
     check_finite(program)
-    base = captured.module if dtype == home.dtype else copy.deepcopy(captured.module).to(dtype)
     held = dict(program.module.tensors())
-    tensors = dict(base.tensors())
+    base = base_of(program) if dtype == home.dtype else widened(base_of(program), dtype)
+    tensors = dict(base.module.tensors())
     for name in trained:
         tensors[name] = nn.Parameter(held[name].detach().to(tensors[name].dtype, copy=True), requires_grad=False)
     report: dict[str, SiteFold] = {}
@@ -94,7 +94,7 @@ def fold(program: Program, *, dtype: torch.dtype | None = None, retain: float = 
             f"{entry.relative_delta:.2%}; {len(lost)} of {len(report)} sites are under {retain:.0%}). Fold into "
             f"torch.float32, or accept the loss with retain={max(0.0, entry.retained - 0.01):.2f}."
         )
-    folded_base = replace(captured, module=rebuild(replace(captured, module=base), tensors))
+    folded_base = replace(base, module=rebuild(base, tensors))
     remaining = tuple(a for a in program.adapters if not a.method.foldable())
     result = folded_base
     if remaining:
@@ -109,8 +109,15 @@ def fold(program: Program, *, dtype: torch.dtype | None = None, retain: float = 
             f"The folded program differs from the unfolded one by {error:.2e} of the largest output on the example inputs. "
             "This is a defect of the equation or of the rewrite; verify=False folds anyway."
         )
-    summary = FoldReport(dtype, report, error, tuple(a.name for a in remaining))
+    summary = FoldReport(
+        dtype, report, error, {a.name: spell(a.method) for a in folding}, tuple(a.name for a in remaining)
+    )
     return replace(result, folded=summary, history=(*program.history, "fold"))
+
+
+def widened(base: Program, dtype: torch.dtype) -> Program:
+    """A copy in a wider dtype."""
+    return replace(base, module=rebuild(base, dict(base.module.tensors())).to(dtype))
 
 
 def check_finite(program: Program) -> None:
@@ -148,7 +155,7 @@ def difference(expected: Any, actual: Any) -> float:
 
 
 def write_to(program: Program, model: nn.Module) -> list[str]:
-    """Copy the program's weights into `model`. Nothing is written unless everything fits. Returns the changed names.
+    """Copy the program's weights, and the buffers that training wrote, into `model`. Nothing is written unless everything fits. Returns the changed names.
 
     A weight that was untied in the program is untied in the model. Programs captured from the model keep the memory that
     they share with it, hence their weights. Raises FoldError.
@@ -168,6 +175,11 @@ def write_to(program: Program, model: nn.Module) -> list[str]:
                 f"{name} is {list(theirs[name].shape)} {theirs[name].dtype} in the model and {list(value.shape)} {value.dtype} "
                 f"in the program. Convert the model (model.to({value.dtype})) or fold with dtype={theirs[name].dtype}."
             )
+    statistics = dict(program.module.named_buffers(remove_duplicate=False))
+    written = [
+        name for name, value in model.named_buffers(remove_duplicate=False)
+        if name in statistics and not torch.equal(value, statistics[name].to(value.device))
+    ]  # fmt: skip
     changed = [name for name, value in own.items() if not torch.equal(theirs[name].detach(), value.detach().to(theirs[name].device))]
     untied = [name for name in changed if any(t is theirs[name] and o not in changed for o, t in theirs.items() if o != name)]
     with torch.no_grad():
@@ -179,4 +191,6 @@ def write_to(program: Program, model: nn.Module) -> list[str]:
                     model.config.tie_word_embeddings = False
             else:
                 theirs[name].data = own[name].detach().to(theirs[name].device, copy=True)
-    return changed
+        for name in written:
+            model.get_buffer(name).copy_(statistics[name])
+    return changed + written

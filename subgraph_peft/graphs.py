@@ -2,7 +2,6 @@
 
 import copy
 import linecache
-import operator
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -100,12 +99,15 @@ def sweep(graph: fx.Graph) -> int:
 
 
 def is_effect(node: fx.Node) -> bool:
+    """Whether a node may do more than give a value: a mutating operator, or one that says nothing about itself."""
     schema = getattr(node.target, "_schema", None)
-    return node.op == "call_function" and (schema is None or schema.is_mutable) and node.target is not operator.getitem
+    if schema is not None:
+        return schema.is_mutable
+    return node.op == "call_function" and getattr(node.target, "__module__", "") not in ("_operator", "math")
 
 
-def replace_constants(graph: fx.Graph, mapping: dict[object, object]) -> None:
-    """Replace devices and dtypes that appear as literals in the arguments of nodes."""
+def move(graph: fx.Graph, mapping: dict[object, object]) -> None:
+    """Replace devices and dtypes that appear as literals in the arguments of nodes, and as dtypes of their values."""
 
     def swap(value: object) -> object:
         return mapping.get(value, value) if isinstance(value, (torch.device, torch.dtype)) else value
@@ -113,6 +115,9 @@ def replace_constants(graph: fx.Graph, mapping: dict[object, object]) -> None:
     for node in graph.nodes:
         node.args = fx.node.map_aggregate(node.args, swap)
         node.kwargs = fx.node.map_aggregate(node.kwargs, swap)
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and mapping.get(value.dtype, value.dtype) != value.dtype:
+            node.meta["val"] = value.to(mapping[value.dtype])
 
 
 def compile_graph(graph: fx.Graph, name: str) -> Callable:

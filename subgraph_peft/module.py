@@ -43,8 +43,17 @@ class GraphModel(nn.Module):
         missing = frozenset(name for name, value in zip(self.signature.input_names(), flat, strict=True) if value is None)
         key = (self.training, missing)
         if key not in self.runners:
-            self.runners[key] = graphs.compile_graph(self.specialise(*key), type(self).__name__)
+            self.make_runner(key)
         return self.signature.unflatten(self.runners[key](self, *flat))
+
+    def make_runner(self, key: tuple[bool, frozenset[str]]) -> None:
+        self.runners[key] = graphs.compile_graph(self.specialise(*key), type(self).__name__)
+
+    def make_runners(self) -> None:
+        """Both modes with every input, made beforehand so that torch.compile meets finished functions."""
+        self.runners.clear()
+        for training in (True, False):
+            self.make_runner((training, frozenset()))
 
     def graphs(self) -> list[fx.Graph]:
         return [self.graph] if self.eval_graph is None else [self.graph, self.eval_graph]
@@ -74,9 +83,9 @@ class GraphModel(nn.Module):
         super()._apply(fn, recurse)
         if (moved.device, moved.dtype) != self.home:
             for graph in self.graphs():
-                graphs.replace_constants(graph, {self.home.device: moved.device, self.home.dtype: moved.dtype})
+                graphs.move(graph, {self.home.device: moved.device, self.home.dtype: moved.dtype})
             self.home = Home(moved.device, moved.dtype)
-            self.runners.clear()
+            self.make_runners()
         return self
 
     def __deepcopy__(self, memo: dict) -> "GraphModel":
@@ -116,6 +125,7 @@ def build(
         module.config = config
     for path, tensor in tensors.items():
         attach(module, path, tensor, persistent=path not in volatile)
+    module.make_runners()
     return module
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .adapter import Adapter
     from .distribute import Lowered
     from .fold import FoldReport
-    from .rewrite import Constant
+    from .constants import Constant
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Training checkpoints: the adapter, and what a resumed run needs to go on as if it had never stopped.
 
-A folder `checkpoint-<step>` appears whole or not at all. Tensors are safetensors, all else is JSON; base weights are not
-in it.
+A folder `checkpoint-<step>` appears whole or not at all. Tensors are safetensors, the rest is JSON; base weights are
+not in it.
 """
 
 import json
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from .errors import CheckpointError
 from .program import Program
 
-OPTIMIZER, BUFFERS, STATE = "optimizer.safetensors", "buffers.safetensors", "run.json"
+OPTIMIZER, STATE = "optimizer.safetensors", "run.json"
 TRAINER_STATE = "trainer_state.json"  # the name that Trainer reads
 PREFIX = "checkpoint-"
 REMEDY = "Remove the folder to resume from the one before it."
@@ -44,7 +44,6 @@ def write(folder: Path, program: Program, optimizer: Any, progress: Any, run: Ma
             new = Path(temporary) / folder.name
             program.save(new)
             save_file(tensors, new / OPTIMIZER)
-            save_file(buffers(program), new / BUFFERS)
             text = json.dumps({**run, "groups": state["param_groups"]}, default=lambda value: value.tolist())
             (new / STATE).write_text(text, encoding="utf-8")
             progress.save_to_json(str(new / TRAINER_STATE))
@@ -60,18 +59,6 @@ def read_run(folder: Path) -> dict[str, Any]:
         return json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} is damaged: {STATE}: {error}. {REMEDY}") from error
-
-
-def load_weights(folder: Path, program: Program) -> None:
-    """The adapter, and the buffers that training writes to (batch norm)."""
-    program.load(folder)
-    held = buffers(program, copy=False)
-    found = read_tensors(folder / BUFFERS)
-    if held.keys() != found.keys():
-        names = ", ".join(sorted(held.keys() ^ found.keys()))
-        raise CheckpointError(f"{folder / BUFFERS} does not fit the program: {names}.")
-    for name, value in held.items():
-        value.copy_(found[name])
 
 
 def load_optimizer(folder: Path, optimizer: Any) -> None:
@@ -90,13 +77,6 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except Exception as error:
         raise CheckpointError(f"{path} is damaged: {error}. {REMEDY}") from error
-
-
-def buffers(program: Program, copy: bool = True) -> dict[str, torch.Tensor]:
-    """Buffers of the state dict."""
-    parameters = {name for name, _ in program.module.named_parameters(remove_duplicate=False)}
-    held = {name: value for name, value in program.module.state_dict().items() if name not in parameters}
-    return {name: value.cpu().contiguous().clone() for name, value in held.items()} if copy else held
 
 
 def found(output: Path) -> list[Path]:

@@ -2,34 +2,21 @@
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from . import graphs
 from .adapter import Adapter, Target, identifier, targets
-from .distribute import Lowered
-from .equation import Equation
 from .errors import MethodError, SelectorError, nearest
-from .lower import META, Lowering
+from .generate import base_of, generate, rebuild
 from .method import Method, initial
-from .module import Home, attach, build
 from .program import Program
 from .selectors import Where, patterns, select
 from .sites import Site, find
 
 Tied = Literal["refuse", "untie"]
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A value that no trainable tensor changes: computed when the rewrite is made, read from a buffer."""
-
-    target: Target
-    equation: Equation
-    node: fx.Node
 
 
 def rewrite(
@@ -56,7 +43,7 @@ def rewrite(
 
     Raises SelectorError, MethodError.
     """
-    captured = program.captured
+    captured = base_of(program)
     trained = named_parameters(captured, trainable) | {n for n, p in program.parameters(trainable=True)}
     everything = [site for site in find(captured) if (site.kind == "bias") == is_bias_method(method)]
     candidates = [site for site in everything if site.name not in trained]
@@ -163,98 +150,3 @@ def current_weight(program: Program, site: Site, tensors: Mapping[str, torch.Ten
     part = "bias" if site.kind == "bias" else "weight"
     there = [target for target in targets(program.adapters) if (target.part, target.name) == (part, site.name)]
     return (there[0] if there else Target(part, site.name, site, ())).evaluate(tensors)
-
-
-def generate(captured: Program, adapters: tuple[Adapter, ...], own: Mapping[str, nn.Parameter], dtype: torch.dtype) -> Program:
-    """The program of `captured` under `adapters`: every graph rewritten anew from the captured one.
-
-    own: the adapters' tensors and the trained parameters of the model, by qualified name
-    """
-    base = dict(captured.module.tensors())
-    constants: dict[str, Constant] = {}
-    lowered: dict[str, Lowered] = {}
-
-    def hoist(target: Target, equation: Equation, node: fx.Node) -> str:
-        """The buffer of a constant, the same for every graph."""
-        held = [name for name, c in constants.items() if c.target is target]
-        for name in held:
-            if constants[name].node is node:
-                return name
-        adapter, site = next((a, s) for a, s in target.chain if a.name == (equation.adapter(node) or target.chain[0][0].name))
-        path = adapter.path(site, f"constant_{len(held)}")
-        constants[path] = Constant(target, equation, node)
-        return path
-
-    rewritten = []
-    wanted = targets(adapters)
-    for original in captured.module.graphs():
-        graph, _ = graphs.clone(original)
-        cast_trained(graph, own, base)
-        for target in wanted:
-            note = lowered.setdefault(target.chain[0][1].name, Lowered()) if not rewritten else Lowered()
-            Lowering(graph, target, (captured.module.home.dtype, dtype), hoist, note).run()
-        graphs.sweep(graph)
-        rewritten.append(graph)
-    tensors = {**base, **own}
-    module = rebuild(captured, tensors, *rewritten)
-    program = replace(captured, module=module, adapters=adapters, base=captured, lowered=lowered, constants=constants)
-    refresh(program)
-    return program
-
-
-def cast_trained(graph: fx.Graph, own: Mapping[str, nn.Parameter], base: Mapping[str, torch.Tensor]) -> None:
-    """A parameter of the model that trains in a wider dtype is cast to the model's where it is read."""
-    for node in graph.find_nodes(op="get_attr"):
-        name = str(node.target)
-        if name in own and name in base and own[name].dtype != base[name].dtype:
-            users = list(node.users)
-            with graph.inserting_before(node.next):
-                cast = graph.call_function(graphs.aten.to.dtype, (node, base[name].dtype))
-            cast.meta = {"val": node.meta["val"], "custom": {META: {"site": name, "adapter": "trainable", "term": "cast"}}}
-            for user in users:
-                user.replace_input_with(node, cast)
-
-
-def rebuild(captured: Program, tensors: Mapping[str, Any], *rewritten: fx.Graph) -> nn.Module:
-    """A module like the captured one, with these tensors and graphs."""
-    source = captured.module
-    training, eval_graph = [*(rewritten or source.graphs()), None][:2]
-    saved = set(source.state_dict(keep_vars=True))
-    volatile = {name for name, _ in source.named_buffers(remove_duplicate=False) if name not in saved}
-    tensors = {**tensors, **{name: child for name, child in source.named_children() if isinstance(child, fx.GraphModule)}}
-    module = build(
-        source.signature, training, eval_graph, tensors, volatile, Home(*source.home), type(source).__name__,
-        config=getattr(source, "config", None),
-    )  # fmt: skip
-    return module.train(source.training)
-
-
-@torch.no_grad()
-def refresh(program: Program) -> None:
-    """Compute the constants of the equations from the tensors as they are now."""
-    tensors = dict(program.module.tensors())
-    for path, constant in program.constants.items():
-        buffer = evaluate_constant(constant, tensors)
-        attach(program.module, path, buffer, persistent=False)
-
-
-def evaluate_constant(constant: Constant, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Computed in float32 or wider; held in the model's dtype when it is as large as the weight."""
-    target, equation = constant.target, constant.equation
-    stored = tensors[target.name].detach()
-    wide = torch.promote_types(torch.float32, stored.dtype)
-    memo: dict[fx.Node, torch.Tensor] = {}
-
-    def of(node: fx.Node) -> torch.Tensor:
-        if node not in memo:
-            if node.op == "placeholder":
-                adapter, tensor = equation.operands[node]
-                held = tensors[target.path(adapter, tensor)].detach() if adapter else stored
-                memo[node] = target.site.matrix(held.to(wide)) if tensor == "W" and not adapter else held.to(wide)
-            else:
-                memo[node] = node.target(*fx.node.map_arg(node.args, of), **fx.node.map_arg(node.kwargs, of))
-        return memo[node]
-
-    result = of(constant.node)
-    full = target.part == "weight" and result.numel() >= target.site.out_features * target.site.in_features
-    return result.to(stored.dtype if full else wide).contiguous()

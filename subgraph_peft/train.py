@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch.utils.data import Dataset
 
-from . import curve, resume
+from . import resume
 from .errors import ConfigError, TrainError
 from .evaluate import Metrics, evaluate
 from .program import Program
@@ -84,6 +84,8 @@ class TrainResult(BaseModel):
 
     def curve(self, path: str | os.PathLike) -> None:
         """Write the loss curve, and that of the first metric, as a PNG."""
+        from . import curve
+
         curve.draw(path, self.losses, self.evaluations)
 
 
@@ -101,7 +103,7 @@ def train(
 ) -> TrainResult:
     """Train `program` in place: its adapters' tensors and the parameters named trainable. All else stays as it is.
 
-    train_data, eval_data: map-style datasets of dicts; `collate` makes batches of them (default: torch's own)
+    train_data, eval_data: map-style datasets of dicts; `collate` makes batches of them (by default it stacks them)
     output:     folder of the checkpoints. They hold what trains, not the base
     metrics:    see `evaluate`
     callbacks:  transformers.TrainerCallback objects
@@ -201,7 +203,7 @@ def prepare_output(output: Path, options: TrainOptions) -> None:
         raise TrainError(f"The output folder {output} cannot be written: {error.strerror}. Choose another.") from error
     if options.resume is False:
         for folder in resume.found(output):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # another process of this run may be faster
 
 
 __all__ = ["TrainOptions", "TrainResult", "evaluate", "parameter_groups", "train"]

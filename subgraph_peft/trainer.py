@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from . import resume
+from .data import Padding
 from .errors import CheckpointError, TrainError
 from .evaluate import Metrics, evaluate, loss_and_logits, scored, shifts_labels
 from .order import Order
@@ -48,8 +49,10 @@ class ProgramTrainer(Trainer):
         lengths = [len(train[i]["input_ids"]) for i in range(len(train))] if options.group_by_length else None
         self.order = Order(len(train), options.seed, options.batch_size, lengths)
         record.trainer = self
-        watchers = [record, *callbacks]
-        super().__init__(program.module, arguments, collate, train_dataset=train, eval_dataset=held_out, callbacks=watchers)
+        super().__init__(
+            program.module, arguments, collate, train_dataset=train, eval_dataset=held_out,
+            callbacks=[record, *callbacks],
+        )  # fmt: skip
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False
 
@@ -107,6 +110,14 @@ class ProgramTrainer(Trainer):
 
     # checkpoints
 
+    def finished(self, folder: Path) -> None:
+        """Take up a run whose last step is in `folder`; an interrupt may have kept it from its last evaluation."""
+        self.program.load(folder)
+        self.state.global_step = resume.step_of(folder)
+        if not any(step == self.state.global_step for step, _ in self.record.evaluations):
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)
+            self.evaluate()
+
     def checkpoint(self) -> Path | None:
         """The newest checkpoint of this run."""
         return next(reversed(resume.found(Path(self.args.output_dir))), None)
@@ -140,7 +151,7 @@ class ProgramTrainer(Trainer):
         self.record.aside += time.perf_counter() - start
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        resume.load_weights(Path(resume_from_checkpoint), self.program)
+        self.program.load(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -185,7 +196,7 @@ def build_trainer(
             "remove it and start anew."
         )
     record = Record(options, steps_per_epoch, past)
-    collate = collate or default_collate
+    collate = collate or Padding()
     return ProgramTrainer(program, arguments, options, data, collate, metrics, record, run, callbacks)
 
 
@@ -224,19 +235,19 @@ def run_trainer(trainer: ProgramTrainer, folder: Path | None, progress: bool | N
     try:
         with signals(record):
             if folder and resume.step_of(folder) >= trainer.args.max_steps:
-                resume.load_weights(folder, trainer.program)
+                trainer.finished(folder)
             else:
                 trainer.train(resume_from_checkpoint=str(folder) if folder else None)
             record.check_signal()
-    except KeyboardInterrupt as interrupt:
+    except KeyboardInterrupt:
         step, kept = trainer.state.global_step, trainer.checkpoint()
         if record.whole and step and (kept is None or resume.step_of(kept) != step):
             trainer._save_checkpoint(None)
             kept = trainer.checkpoint()
         if record.signal == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM) from interrupt
+            raise SystemExit(128 + signal.SIGTERM) from None
         where = f"the checkpoint {kept} resumes it" if kept else "nothing had been saved"
-        raise KeyboardInterrupt(f"Training was interrupted after step {step}; {where}.") from interrupt
+        raise KeyboardInterrupt(f"Training was interrupted after step {step}; {where}.") from None
     finally:
         if bar is not None:
             bar.bar.close()

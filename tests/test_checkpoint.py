@@ -132,3 +132,24 @@ def test_a_folder_that_cannot_be_written_is_an_error(adapted, tmp_path):
         adapted.save(tmp_path / "file" / "adapter")
     with pytest.raises(sp.CheckpointError, match="no adapters to save"):
         adapted.captured.save(tmp_path / "x")
+
+
+def test_batch_norm_statistics_that_training_wrote_travel_with_the_adapter(tmp_path):
+    from tests.test_capture import Norm
+
+    model = Norm()
+    base = sp.capture(model, torch.randn(4, 3, 8, 8))
+    adapted = sp.rewrite(base, LoRA(r=1), where="exact:conv")
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    adapted.module.train()(torch.randn(6, 3, 8, 8))
+    assert all(torch.equal(b, before[n]) for n, b in (*model.named_buffers(), *base.module.named_buffers()))
+    adapted.save(tmp_path)
+    loaded, x = sp.load(base, tmp_path), {"x": torch.randn(2, 3, 8, 8)}
+    assert torch.equal(loaded.run(x), adapted.run(x)) and not torch.equal(loaded.run(x), base.run(x))
+    fresh = sp.rewrite(base, LoRA(r=1), where="exact:conv").load(tmp_path)
+    assert torch.equal(fresh.run(x), adapted.run(x))
+    folded = sp.fold(adapted)
+    torch.testing.assert_close(folded.run(x), adapted.run(x))
+    changed = folded.write_to(model)
+    assert "norm.running_mean" in changed
+    torch.testing.assert_close(model.eval()(x["x"]), folded.run(x))

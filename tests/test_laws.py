@@ -142,7 +142,7 @@ def test_composition_equals_the_composed_fold(base, first, second):
 
 def with_values(target: sp.Program, source: sp.Program) -> sp.Program:
     """Copy the tensors that both have, frozen ones of the method included."""
-    from subgraph_peft.rewrite import refresh
+    from subgraph_peft.constants import refresh
 
     values = dict(source.module.named_parameters())
     with torch.no_grad():

@@ -302,6 +302,17 @@ def test_bf16_starts_near_the_base(method):
     assert torch.isfinite(program.module.train()(**program.example).loss)
 
 
+@pytest.mark.parametrize("method", [LoRA(r=2), DoRA(of=LoRA(r=2)), ParallelAdapter(r=2)], ids=lambda m: m.name)
+def test_torch_compile_takes_the_whole_graph(method):
+    model, inputs = models.llama()
+    program = sp.rewrite(sp.capture(model, inputs), method, where="*.{q,v}_proj")
+    compiled = torch.compile(program.module, fullgraph=True, backend="aot_eager")
+    for training in (True, False):
+        program.module.train(training)
+        torch.testing.assert_close(compiled(**inputs).loss, program.module(**inputs).loss)
+    torch._dynamo.reset()
+
+
 def test_starting_values_depend_on_the_seed_and_the_site_alone(base):
     def start(**options):
         return sp.rewrite(base, LoRA(r=2), **options).module.get_parameter("0.weight_lora.A")
@@ -383,3 +394,22 @@ def test_adapters_are_named_and_numbered(base):
     assert [a.name for a in program.adapters] == ["lora", "lora_2"]
     assert program.history == ("capture", "lora", "lora_2")
     assert "0.weight_lora_2.A" in dict(program.module.named_parameters())
+
+
+def test_programs_share_the_memory_of_weights_and_nothing_else():
+    """Moving or training one leaves the other, and both still fold."""
+    model, inputs = models.bert()
+    base = sp.capture(model, inputs)
+    adapted = sp.rewrite(base, LoRA(r=2), where="*.query", trainable="classifier")
+    name = "bert.encoder.layer.0.attention.self.key.weight"
+    assert adapted.module.get_parameter(name).data_ptr() == base.module.get_parameter(name).data_ptr()
+    adapted.module.to(torch.float64)
+    assert base.run().logits.dtype == torch.float32
+    with torch.no_grad():
+        for _, p in adapted.parameters(trainable=True):
+            p.add_(0.1)
+    folded = sp.fold(adapted)
+    assert folded.run().logits.dtype == torch.float64
+    torch.testing.assert_close(folded.run().logits, adapted.run().logits)
+    twice = sp.rewrite(adapted, SSB(), where="*.key")
+    torch.testing.assert_close(twice.run().logits, adapted.run().logits)

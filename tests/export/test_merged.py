@@ -19,11 +19,15 @@ METHODS = {"bert": LoRA(r=2), "gpt2": DoRA(of=LoRA(r=2)), "tied_llama": PiSSA(r=
 
 
 def made_by(node) -> dict[str, str]:
-    return {p.key.removeprefix("subgraph_peft."): p.value for p in node.metadata_props if p.key.startswith("subgraph_peft.")}
+    return {k: v for k, v in facts(node).items() if k != "namespace"}
 
 
 def facts(proto) -> dict[str, str]:
     return {p.key.removeprefix("subgraph_peft."): p.value for p in proto.metadata_props}
+
+
+def wiring(graph) -> list[tuple]:
+    return [(node.name, node.op_type, node.input, node.output) for node in graph.node]
 
 
 @pytest.mark.parametrize("name", SITES)
@@ -32,7 +36,7 @@ def test_the_merged_file_is_node_for_node_the_base(exported, tmp_path, name):
     report = export.to_onnx(sp.fold(adapted), tmp_path / "model.onnx")
     base, merged = exported(name).proto.graph, Exported(tmp_path / "model.onnx", report).proto.graph
     assert report.nodes == exported(name).report.nodes
-    assert [(n.name, n.op_type, n.input, n.output) for n in merged.node] == [(n.name, n.op_type, n.input, n.output) for n in base.node]
+    assert wiring(merged) == wiring(base)
     assert [t.name for t in merged.initializer] == [t.name for t in base.initializer]
     changed = {t.name for t, b in zip(merged.initializer, base.initializer, strict=True) if t.raw_data != b.raw_data}
     assert changed == {site.name for site in adapted.adapters[0].sites}
@@ -53,7 +57,8 @@ def test_an_adapter_that_does_not_fold_stays_as_nodes_that_say_so(exported, para
     own = [node for node in done.proto.graph.node if made_by(node)]
     assert len(own) == done.report.nodes - exported("bert").report.nodes
     assert {made_by(node)["adapter"] for node in own} == {"parallel_adapter"}
-    assert Counter(made_by(node)["site"] for node in own) == dict.fromkeys((s.name for s in program.adapters[0].sites), len(own) // 2)
+    sites = [site.name for site in program.adapters[0].sites]
+    assert Counter(made_by(node)["site"] for node in own) == dict.fromkeys(sites, len(own) // 2)
     assert {made_by(node)["term"] for node in own} == {"A", "relu", "B", "mul", "add"}
     readable = [n.name for n in own if n.name.startswith("bert_encoder_layer_0") and n.op_type != "Transpose"]
     prefix = "bert_encoder_layer_0_attention_self_query_parallel_adapter_"
@@ -78,7 +83,10 @@ def test_a_folded_file_says_what_the_fold_kept(tmp_path):
     report = export.to_onnx(folded, tmp_path / "model.onnx")
     told = facts(Exported(tmp_path / "model.onnx", report).proto)
     assert json.loads(told["history"]) == ["capture", "lora", "fold"]
-    assert json.loads(told["fold"]) == {"dtype": "torch.float32", "sites": 1, "retained": folded.folded.retained}
+    assert json.loads(told["fold"]) == {
+        "dtype": "torch.float32", "sites": 1, "retained": folded.folded.retained,
+        "adapters": {"lora": {"lora": {"r": 2, "alpha": 16.0, "dropout": 0.0}}},
+    }  # fmt: skip
 
 
 def test_unfolded_adapters_are_exported_and_reported(tmp_path):
@@ -87,5 +95,6 @@ def test_unfolded_adapters_are_exported_and_reported(tmp_path):
     assert report.unmerged == ("lora",) and not report.merged
     assert dict(report.rows())["not merged"] == "lora"
     graph = Exported(tmp_path / "model.onnx", report).proto.graph
-    assert [made_by(node)["term"] for node in graph.node if made_by(node).get("adapter") == "lora"] == ["A", "scale", "B", "sum"]
+    own = [made_by(node) for node in graph.node]
+    assert [made["term"] for made in own if made.get("adapter") == "lora"] == ["A", "scale", "B", "sum"]
     assert not [node for node in graph.node if node.op_type == "Dropout"]

@@ -48,7 +48,7 @@ def test_the_file_answers_like_the_eager_model_at_a_third_shape(exported, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_file_is_valid_and_holds_nothing_of_the_machine_that_made_it(exported, name):
     onnx.checker.check_model(exported(name).path, full_check=True)
-    assert not [key for node in exported(name).proto.graph.node for key in node.metadata_props if key.key.startswith("pkg.torch")]
+    assert b"pkg.torch" not in exported(name).path.read_bytes()
     assert b"site-packages" not in exported(name).path.read_bytes()
 
 
@@ -141,7 +141,8 @@ class Odd(nn.Module):
     def forward(self, pair: dict, mask: torch.Tensor, flag: bool = True) -> dict:
         h = self.outputs(pair["a"]) if flag else pair["a"]
         h[:, 0] = mask
-        return {"h": h, "again": h, "given": pair["b"], "weight": self.outputs.weight, "place": h.argmax(-1), "loss": h.mean()}
+        weight = self.outputs.weight
+        return {"h": h, "linear": h, "given": pair["b"], "weight": weight, "place": h.argmax(-1), "loss": h.mean()}
 
 
 def test_unusual_signatures(tmp_path):
@@ -149,7 +150,7 @@ def test_unusual_signatures(tmp_path):
     program = sp.capture(Odd(), {"pair": pair, "mask": torch.randn(3, 4), "flag": True})
     report = export.to_onnx(program, tmp_path / "model.onnx")
     assert list(report.inputs) == ["pair_0", "pair_1", "mask"] and report.left_out == ("flag",)
-    assert list(report.outputs) == ["h", "again", "given", "weight", "place"]
+    assert list(report.outputs) == ["h", "linear", "given", "weight", "place"]
     assert report.drift["place"] == export.Drift(0.0, 0.0)
     onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
 
@@ -238,7 +239,7 @@ def test_other_dtypes(tmp_path, dtype):
 def test_a_missing_kernel_is_named(tmp_path):
     model, inputs = models.MODELS["mlp"]()
     program = sp.capture(model.bfloat16(), {"x": inputs["x"].bfloat16(), "labels": inputs["labels"]})
-    with pytest.raises(sp.ExportError, match=r"no Gemm kernel for bfloat16 \(node linear\).*Convert the model to float32"):
+    with pytest.raises(sp.ExportError, match=r"no Gemm kernel for bfloat16 \(node linear\).*Convert the model"):
         export.to_onnx(program, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 

@@ -1,7 +1,6 @@
 """The comparison itself: what it catches, what it leaves on the disk, and how sizes are chosen."""
 
 import shutil
-from dataclasses import replace
 
 import onnx
 import onnx_ir as ir
@@ -36,7 +35,8 @@ def corrupt(parameter: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_drift_leaves_no_file(tmp_path, monkeypatch):
     corrupt("first.weight", monkeypatch)
-    with pytest.raises(sp.ExportError, match=r"differs from torch: output_1 by .* where 1e-04 is allowed.*model.onnx was not written"):
+    reason = r"differs from torch: output_1 by .* where 1e-04 is allowed.*model\.onnx was not written"
+    with pytest.raises(sp.ExportError, match=reason):
         export.to_onnx(captured("mlp"), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -144,7 +144,8 @@ def test_resized_inputs_hold_only_values_of_the_example(rows, columns, batch, le
     example = {"ids": torch.arange(rows * columns).reshape(rows, columns), "scale": torch.ones(3)}
     resized = resize(example, {"ids": {0: "batch", 1: "length"}}, {"batch": batch, "length": length})
     assert resized["ids"].shape == (batch, length)
-    assert all(resized["ids"][i, j] == example["ids"][i % rows, j % columns] for i in range(batch) for j in range(length))
+    places = [(i, j) for i in range(batch) for j in range(length)]
+    assert all(resized["ids"][i, j] == example["ids"][i % rows, j % columns] for i, j in places)
     assert resized["scale"] is example["scale"]
 
 
@@ -156,7 +157,8 @@ def test_every_axis_gets_another_size_of_at_least_two(sizes):
 
 
 def test_axis_names():
-    example = {"ids": torch.zeros(3, 7), "mask": torch.zeros(3, 7), "memory": torch.zeros(5, 9, 4), "image": torch.zeros(3, 2, 8, 8)}
+    sizes = {"ids": (3, 7), "mask": (3, 7), "memory": (5, 9, 4), "image": (3, 2, 8, 8)}
+    example = {name: torch.zeros(size) for name, size in sizes.items()}
     shapes = {"ids": ("s0", "s1"), "mask": ("s2", "s1"), "memory": ("s3", "s4", 4), "image": ("s0", 2, "s5", "s6")}
     assert axis_names(shapes, example) == {
         "ids": {0: "batch", 1: "length"},
@@ -172,8 +174,3 @@ def test_external_data_is_needed_beside_the_file(tmp_path):
     (tmp_path / "model.onnx.data").rename(tmp_path / "elsewhere")
     with pytest.raises(sp.ExportError, match=r"cannot open alone\.onnx"):
         export.session(tmp_path / "alone.onnx")
-
-
-def test_verification_is_a_value(exported):
-    report = exported("mlp").report
-    assert replace(report) == report and hash(export.Drift(0.0, 0.0)) is not None

@@ -10,7 +10,7 @@ from torch import nn
 
 import subgraph_peft as sp
 from subgraph_peft.passes import IA3, DoRA, LoRA, PiSSA, RsLoRA
-from subgraph_peft.rewrite import refresh
+from subgraph_peft.constants import refresh
 from tests.models import MODELS
 
 RANK, ALPHA, STEPS = 3, 5.0, 5

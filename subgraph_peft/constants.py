@@ -1,0 +1,52 @@
+"""Constants: what an equation computes from no trainable tensor, computed once and read from a buffer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .adapter import Target
+from .equation import Equation
+from .module import attach
+from .program import Program
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A value that no trainable tensor changes: computed when the rewrite is made."""
+
+    target: Target
+    equation: Equation
+    node: fx.Node
+
+
+@torch.no_grad()
+def refresh(program: Program) -> None:
+    """Compute the constants of the equations from the tensors as they are now."""
+    tensors = dict(program.module.tensors())
+    for path, constant in program.constants.items():
+        buffer = evaluate_constant(constant, tensors)
+        attach(program.module, path, buffer, persistent=False)
+
+
+def evaluate_constant(constant: Constant, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Computed in float32 or wider; held in the model's dtype when it is as large as the weight."""
+    target, equation = constant.target, constant.equation
+    stored = tensors[target.name].detach()
+    wide = torch.promote_types(torch.float32, stored.dtype)
+    memo: dict[fx.Node, torch.Tensor] = {}
+
+    def of(node: fx.Node) -> torch.Tensor:
+        if node not in memo:
+            if node.op == "placeholder":
+                adapter, tensor = equation.operands[node]
+                held = tensors[target.path(adapter, tensor)].detach() if adapter else stored
+                memo[node] = target.site.matrix(held.to(wide)) if tensor == "W" and not adapter else held.to(wide)
+            else:
+                memo[node] = node.target(*fx.node.map_arg(node.args, of), **fx.node.map_arg(node.kwargs, of))
+        return memo[node]
+
+    result = of(constant.node)
+    full = target.part == "weight" and result.numel() >= target.site.out_features * target.site.in_features
+    return result.to(stored.dtype if full else wide).contiguous()

@@ -1,0 +1,121 @@
+"""Generate the program of a captured one under adapters. Nothing is shared between programs but the memory of weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx, nn
+
+from . import graphs
+from .adapter import Adapter, Target, targets
+from .constants import Constant, refresh
+from .distribute import Lowered
+from .equation import Equation
+from .lower import META, Lowering
+from .module import GraphModel, Home, build
+from .program import Program
+
+
+def generate(captured: Program, adapters: tuple[Adapter, ...], own: Mapping[str, nn.Parameter], dtype: torch.dtype) -> Program:
+    """The program of `captured` under `adapters`: every graph rewritten anew from the captured one.
+
+    own: the adapters' tensors and the trained parameters of the model, by qualified name
+    """
+    base = dict(captured.module.tensors())
+    constants: dict[str, Constant] = {}
+    lowered: dict[str, Lowered] = {}
+
+    def hoist(target: Target, equation: Equation, node: fx.Node) -> str:
+        """The buffer of a constant, the same for every graph."""
+        held = [name for name, c in constants.items() if c.target is target]
+        for name in held:
+            if constants[name].node is node:
+                return name
+        adapter, site = next((a, s) for a, s in target.chain if a.name == (equation.adapter(node) or target.chain[0][0].name))
+        path = adapter.path(site, f"constant_{len(held)}")
+        constants[path] = Constant(target, equation, node)
+        return path
+
+    rewritten = []
+    wanted = targets(adapters)
+    for original in captured.module.graphs():
+        graph, _ = graphs.clone(original)
+        cast_trained(graph, own, base)
+        for target in wanted:
+            note = lowered.setdefault(target.chain[0][1].name, Lowered()) if not rewritten else Lowered()
+            Lowering(graph, target, (captured.module.home.dtype, dtype), hoist, note).run()
+        graphs.sweep(graph)
+        rewritten.append(graph)
+    tensors = {**base, **own}
+    module = rebuild(captured, tensors, rewritten)
+    program = replace(captured, module=module, adapters=adapters, base=captured, lowered=lowered, constants=constants)
+    refresh(program)
+    return program
+
+
+def cast_trained(graph: fx.Graph, own: Mapping[str, nn.Parameter], base: Mapping[str, torch.Tensor]) -> None:
+    """A parameter of the model that trains in a wider dtype is cast to the model's where it is read."""
+    for node in graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if name in own and name in base and own[name].dtype != base[name].dtype:
+            users = list(node.users)
+            with graph.inserting_before(node.next):
+                cast = graph.call_function(graphs.aten.to.dtype, (node, base[name].dtype))
+            cast.meta = {"val": node.meta["val"], "custom": {META: {"site": name, "adapter": "trainable", "term": "cast"}}}
+            for user in users:
+                user.replace_input_with(node, cast)
+
+
+def rebuild(
+    captured: Program,
+    tensors: Mapping[str, torch.Tensor],
+    rewritten: Sequence[fx.Graph] | None = None,
+    home: Home | None = None,
+) -> GraphModel:
+    """A module like the captured one with these tensors, by default its own graphs, and its constants moved to `home`.
+
+    Parameters are new objects over the same memory, tied ones tied; buffers are copies.
+    """
+    source = captured.module
+    own = [graphs.clone(graph)[0] for graph in source.graphs()] if rewritten is None else list(rewritten)
+    home = home or source.home
+    if home != source.home:
+        for graph in own:
+            graphs.move(graph, dict(zip(source.home, home, strict=True)))
+    known: dict[int, nn.Parameter] = {}
+
+    def separate(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            return tensor.detach().clone()
+        if id(tensor) not in known:
+            known[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+        return known[id(tensor)]
+
+    saved = set(source.state_dict(keep_vars=True))
+    volatile = {name for name, _ in source.named_buffers(remove_duplicate=False) if name not in saved}
+    parts = {name: child for name, child in source.named_children() if isinstance(child, fx.GraphModule)}
+    module = build(
+        source.signature, own[0], own[1] if len(own) > 1 else None,
+        {**{name: separate(tensor) for name, tensor in tensors.items()}, **parts}, volatile, home, type(source).__name__,
+        config=getattr(source, "config", None),
+    )  # fmt: skip
+    return module.train(source.training)
+
+
+def base_of(program: Program) -> Program:
+    """The captured program under a program's adapters, where the program is now: on its device, in its dtype, with the
+    buffers that training has written."""
+    if program.base is None:
+        return program
+    base, own, home = program.base, dict(program.module.tensors()), program.module.home
+    trained = {name for name, _ in program.parameters(trainable=True)}
+    dtype = {base.module.home.dtype: home.dtype}
+
+    def current(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name not in trained:
+            return own[name]
+        moved = tensor.detach().to(home.device, dtype.get(tensor.dtype, tensor.dtype))
+        return nn.Parameter(moved, requires_grad=False)
+
+    tensors = {name: current(name, tensor) for name, tensor in base.module.tensors()}
+    return replace(base, module=rebuild(base, tensors, home=home))
