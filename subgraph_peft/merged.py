@@ -11,6 +11,7 @@ from torch import nn
 from .errors import FoldError
 from .files import replacing
 from .program import Program
+from .sources import quiet
 
 
 def save_merged(program: Program, model: nn.Module | None, tokenizer: Any, folder: str | Path) -> None:
@@ -31,7 +32,8 @@ def save_merged(program: Program, model: nn.Module | None, tokenizer: Any, folde
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
             target = Path(temporary) / "model"
-            merged.save_pretrained(target)
+            with quiet():
+                merged.save_pretrained(target)
             if tokenizer is not None:
                 tokenizer.save_pretrained(target)
             if folder.exists():

@@ -59,9 +59,9 @@ class Program:
         return ((n, p) for n, p in self.module.named_parameters() if p.requires_grad or not trainable)
 
     def counts(self) -> tuple[int, int]:
-        """(trainable, all) numbers of parameters; all counts the captured model's own, and the adapters' beside it."""
-        everything = sum(p.numel() for _, p in self.parameters())
-        return sum(p.numel() for _, p in self.parameters(trainable=True)), everything
+        """(numbers that train, numbers of the captured model)"""
+        trainable = sum(p.numel() for _, p in self.parameters(trainable=True))
+        return trainable, sum(p.numel() for _, p in self.captured.parameters())
 
     def run(self, inputs: Mapping[str, Any] | None = None, training: bool = False) -> Any:
         """Outputs on `inputs` (the example inputs by default) without gradients, in eval mode unless `training`."""

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -19,7 +20,14 @@ from .tables import new_table
 CHAPTERS = (
     "specialnames", "compound", "types", "string-methods", "debugger", "typesseq", "typesmapping", "comparisons",
 )  # fmt: skip
-METHODS = ("lora", "pissa", "ssl", "ssb", "dora")
+# method -> its own options and learning rate: factors that start at one move in larger steps
+METHODS = {
+    "lora": ({"r": 8}, 2e-3),
+    "pissa": ({"r": 8}, 2e-3),
+    "ssl": ({}, 2e-2),
+    "ssb": ({}, 2e-2),
+    "dora": ({"of": {"lora": {"r": 8}}}, 2e-3),
+}
 
 
 def paragraphs(held_out: bool = False, share: float = 0.25, seed: int = 0) -> list[dict[str, str]]:
@@ -76,12 +84,11 @@ class Row:
 
 
 def compare(config: PipelineConfig, output: Path, announce: Callable[[str], None]) -> list[Row]:
-    """Run the pipeline once for each method, the rest alike."""
+    """Run the pipeline once for each method, on the same data, model and seed."""
     start = prepare(config, output, announce)
     rows = []
     for method in METHODS:
-        passes = [{method: options_of(config, method)} if is_rewrite(item) else item for item in config.passes]
-        own = config.model_copy(update={"passes": passes, "output": str(output / method)})
+        own = config.model_copy(update={"passes": passes_of(config, method), "output": str(output / method)})
         announce(f"\n{method}")
         results = run_pipeline(own, start, announce)
         write_report(results, output / method)
@@ -89,16 +96,18 @@ def compare(config: PipelineConfig, output: Path, announce: Callable[[str], None
     return rows
 
 
-def is_rewrite(item: object) -> bool:
-    return isinstance(item, dict) and "lora" in item
-
-
-def options_of(config: PipelineConfig, method: str) -> dict[str, object]:
-    """Where and what else trains, as in the file; each method's own options beside it."""
-    options = next(item["lora"] for item in config.passes if is_rewrite(item))
-    shared = {key: options[key] for key in ("where", "trainable") if key in options}
-    own = {"lora": {"r": 8}, "pissa": {"r": 8}, "dora": {"of": {"lora": {"r": 8}}}}
-    return {**own.get(method, {}), **shared}
+def passes_of(config: PipelineConfig, method: str) -> list[Any]:
+    """The file's passes, with `method` at its rewrite's place and the method's learning rate."""
+    options, lr = METHODS[method]
+    changed = []
+    for item in config.passes:
+        name, given = next(iter(item.items())) if isinstance(item, dict) else (item, {})
+        if name == "lora":
+            shared = {key: given[key] for key in ("where", "trainable")}
+            changed.append({method: {**options, **shared}})
+        else:
+            changed.append({name: {**given, "lr": lr}} if name == "train" else item)
+    return changed
 
 
 def table(rows: list[Row]) -> Table:
