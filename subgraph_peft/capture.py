@@ -142,7 +142,9 @@ def export(model: nn.Module, inputs: dict[str, Any], ranges: dict[str, Any], exp
     args, kwargs = export_arguments(model.forward, inputs)
 
     def attempt(kind: Any) -> ExportedProgram:
-        shapes = {n: pytree.tree_map(lambda dims: dict.fromkeys(sorted(dims), kind) or None, r) for n, r in ranges.items()}
+        shapes = {
+            n: pytree.tree_map(lambda dims: dict.fromkeys(sorted(dims), kind) or None, r) for n, r in ranges.items()
+        }
         parameters = inspect.signature(model.forward).parameters
         extra = {name: shapes.pop(name) for name in list(shapes) if name not in parameters}
         keyword = next((p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD), None)
@@ -172,7 +174,11 @@ def specialised(
 ) -> Iterator[tuple[str, int, int]]:
     """(input, dimension, size) of every dimension that was asked to vary and does not."""
     placeholders = [n for n in exported.graph.nodes if n.name in exported.graph_signature.user_inputs]
-    wanted = [(name, dims) for name in inputs for dims in pytree.tree_leaves(ranges[name], is_leaf=lambda x: isinstance(x, frozenset))]
+    wanted = [
+        (name, dims)
+        for name in inputs
+        for dims in pytree.tree_leaves(ranges[name], is_leaf=lambda x: isinstance(x, frozenset))
+    ]
     for node, (name, dims) in zip(placeholders, wanted, strict=False):
         for dimension in sorted(dims):
             size = fixed_size(node.meta["val"].shape[dimension])
@@ -184,7 +190,11 @@ def refused(model: nn.Module, error: Exception) -> CaptureError:
     """The error with the last line of the user's own code that led to it, and what to try."""
     here = {Path(torch.__file__).parent, Path(__file__).parent}
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not any(root in Path(f.filename).parents for root in here) and not f.filename.startswith("<")]
+    own = [
+        f
+        for f in frames
+        if not any(root in Path(f.filename).parents for root in here) and not f.filename.startswith("<")
+    ]
     where = f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else "inside torch.export"
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     what = lines[0] if lines else type(error).__name__
@@ -195,7 +205,9 @@ def refused(model: nn.Module, error: Exception) -> CaptureError:
         advice = "A dimension asked to vary cannot: pass dynamic={'input_name': [dimensions]} with those that can."
     else:
         advice = "Try example inputs without labels, attn_implementation='sdpa' or 'eager', or capture the submodule that holds the weights."
-    return CaptureError(f"{type(model).__name__} cannot be captured: {type(error).__name__}: {what}\n  at {where}\n  {advice}")
+    return CaptureError(
+        f"{type(model).__name__} cannot be captured: {type(error).__name__}: {what}\n  at {where}\n  {advice}"
+    )
 
 
 def assemble(exported: ExportedProgram, model: nn.Module | None, inputs: dict[str, Any] | None) -> Program:
@@ -205,7 +217,10 @@ def assemble(exported: ExportedProgram, model: nn.Module | None, inputs: dict[st
     if inputs is None:
         flat = pytree.tree_leaves(exported.example_inputs)
         leaves = iter(flat)
-        inputs = {n: pytree.tree_unflatten([next(leaves) for _ in range(s.num_leaves)], s) for n, s in signature.inputs.items()}
+        inputs = {
+            n: pytree.tree_unflatten([next(leaves) for _ in range(s.num_leaves)], s)
+            for n, s in signature.inputs.items()
+        }
     tensors, volatile, ties = own_tensors(root, model)
     split_ties(root.graph, ties)
     name = type(model).__name__ if model is not None else "Model"

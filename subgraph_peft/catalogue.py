@@ -60,7 +60,9 @@ def tensors(cls: type[Method]) -> list[tuple[str, str, str, str]]:
     """(tensor, shape, trained or frozen, starting value) at a linear site."""
     method = cls()
     names = size_names(method)
-    small = replace(generic_site(method), shape=(24, 16) if method.defines("weight") or method.defines("output") else (24,))
+    small = replace(
+        generic_site(method), shape=(24, 16) if method.defines("weight") or method.defines("output") else (24,)
+    )
     prepared = method.prepare(small, torch.ones(small.shape)) if len(small.shape) == 2 else {}
     return [
         (

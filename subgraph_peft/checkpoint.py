@@ -74,7 +74,8 @@ def describe(program: Program) -> dict[str, Any]:
         "trained": trained(program),
         "buffers": written(program),
         "adapters": [
-            {"name": a.name, "method": spell(a.method), "sites": [site.name for site in a.sites]} for a in program.adapters
+            {"name": a.name, "method": spell(a.method), "sites": [site.name for site in a.sites]}
+            for a in program.adapters
         ],
     }
 
@@ -97,7 +98,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.exists():
         if (folder / "adapter_config.json").exists():
-            raise CheckpointError(f"{folder} is a huggingface/peft adapter, not one of this package: it has no {CONFIG}.")
+            raise CheckpointError(
+                f"{folder} is a huggingface/peft adapter, not one of this package: it has no {CONFIG}."
+            )
         raise CheckpointError(f"{folder} holds no adapter: {CONFIG} is missing.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -105,7 +108,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         entries = [(entry["name"], entry["method"], entry["sites"]) for entry in config["adapters"]]
         config["base"]["fingerprint"], config["trained"], config["untied"], config["buffers"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged or was not written by this package: {type(error).__name__}: {error}.") from error
+        raise CheckpointError(
+            f"{path} is damaged or was not written by this package: {type(error).__name__}: {error}."
+        ) from error
     if version != FORMAT:
         raise CheckpointError(f"{path} has format {version}; this version reads format {FORMAT}.")
     config["adapters"] = entries
@@ -200,7 +205,9 @@ def load(program: Program, folder: str | os.PathLike) -> Program:
     for name, spelled, sites in config["adapters"]:
         if missing := [site for site in sites if site not in by_name]:
             close = ", ".join(nearest(missing[0], by_name))
-            raise CheckpointError(f"{folder}: the program has no site {missing[0]} ({len(missing)} missing). Nearest: {close}.")
+            raise CheckpointError(
+                f"{folder}: the program has no site {missing[0]} ({len(missing)} missing). Nearest: {close}."
+            )
         try:
             method = registry.read(spelled)
         except SubgraphPeftError as error:

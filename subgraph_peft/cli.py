@@ -2,8 +2,8 @@
 
 import json
 import sys
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -15,12 +15,19 @@ from rich.table import Table
 from . import __version__
 from .errors import SubgraphPeftError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="A compiler for parameter-efficient fine-tuning.", pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="A compiler for parameter-efficient fine-tuning.",
+    pretty_exceptions_enable=False,
+)
 WIDE = None if sys.stdout.isatty() else 140
 out, err = Console(width=WIDE), Console(stderr=True, width=WIDE)
 
 Config = Annotated[str, typer.Argument(help="a pipeline file, or the name of a shipped one", metavar="PIPELINE")]
-Set = Annotated[list[str], typer.Option("--set", help="override, e.g. --set lora.r=16 --set train.epochs=1", metavar="A.B=C")]
+Set = Annotated[
+    list[str], typer.Option("--set", help="override, e.g. --set lora.r=16 --set train.epochs=1", metavar="A.B=C")
+]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="results folder, in place of the file's")]
 
 
@@ -33,7 +40,9 @@ def refusals() -> Iterator[None]:
         err.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
-        err.print("Interrupted. Nothing half-written is left; run the same command again to go on from the last checkpoint.")
+        err.print(
+            "Interrupted. Nothing half-written is left; run the same command again to go on from the last checkpoint."
+        )
         raise typer.Exit(130) from error
 
 
@@ -55,7 +64,9 @@ def until(config, last: str):
     passes = config.pipeline().passes
     names = [item.name for item in passes]
     if last not in names:
-        raise ConfigError(f"This pipeline has no {last!r} pass; it has {', '.join(item.option_name() for item in passes)}.")
+        raise ConfigError(
+            f"This pipeline has no {last!r} pass; it has {', '.join(item.option_name() for item in passes)}."
+        )
     kept = passes[: names.index(last) + 1]
     return config.model_copy(update={"passes": ",".join(item.spelled() for item in kept)})
 
@@ -217,7 +228,9 @@ def schema() -> None:
 
 
 @app.command()
-def quickstart(output: Annotated[Path, typer.Option("--output", "-o", help="results folder")] = Path("runs/quickstart")) -> None:
+def quickstart(
+    output: Annotated[Path, typer.Option("--output", "-o", help="results folder")] = Path("runs/quickstart"),
+) -> None:
     """MiniLM, five methods, one table: minutes on a CPU, no downloads."""
     from . import quickstart as quickstart_
 

@@ -31,7 +31,11 @@ class PipelineConfig(BaseModel):
     @field_validator("passes", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
-        return [{k: v or {} for k, v in item.items()} if isinstance(item, dict) else item for item in value] if isinstance(value, list) else value
+        return (
+            [{k: v or {} for k, v in item.items()} if isinstance(item, dict) else item for item in value]
+            if isinstance(value, list)
+            else value
+        )
 
     def pipeline(self) -> Pipeline:
         return Pipeline.read(self.passes)
@@ -62,12 +66,18 @@ def find_config(name: str | os.PathLike) -> Path:
     shipped = shipped_configs()
     if str(name).removesuffix(".yaml") in shipped:
         return shipped[str(name).removesuffix(".yaml")]
-    raise ConfigError(f"{name} is neither a file nor a shipped pipeline.{suggestion(str(name), shipped)} Shipped: {', '.join(shipped)}.")
+    raise ConfigError(
+        f"{name} is neither a file nor a shipped pipeline.{suggestion(str(name), shipped)} Shipped: {', '.join(shipped)}."
+    )
 
 
 def shipped_configs() -> dict[str, Path]:
     folder = resources.files("subgraph_peft.passes.pipelines")
-    return {Path(str(item)).stem: Path(str(item)) for item in sorted(folder.iterdir(), key=str) if str(item).endswith(".yaml")}
+    return {
+        Path(str(item)).stem: Path(str(item))
+        for item in sorted(folder.iterdir(), key=str)
+        if str(item).endswith(".yaml")
+    }
 
 
 def load_config(name: str | os.PathLike, overrides: Sequence[str] = ()) -> PipelineConfig:
@@ -169,7 +179,9 @@ def pass_options(raw: dict[str, Any], name: str, override: str) -> dict[str, Any
                 passes[index] = {own: {}}
             return passes[index][own]
     known = [*PipelineConfig.model_fields, *present]
-    raise ConfigError(f"--set {override}: there is no {name!r} in this pipeline.{suggestion(name, known)} There are: {', '.join(known)}.")
+    raise ConfigError(
+        f"--set {override}: there is no {name!r} in this pipeline.{suggestion(name, known)} There are: {', '.join(known)}."
+    )
 
 
 def schema() -> dict[str, Any]:
@@ -188,6 +200,15 @@ def schema() -> dict[str, Any]:
                 options["properties"]["of"] = {"description": "the inner method: a name, or {name: {options}}"}
         definitions |= options.pop("$defs", {})
         options["additionalProperties"] = False
-        choices.append({"type": "object", "properties": {name: {"anyOf": [options, {"type": "null"}]}}, "required": [name], "additionalProperties": False})
-    document["properties"]["passes"] = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": choices}, "minItems": 1}]}
+        choices.append(
+            {
+                "type": "object",
+                "properties": {name: {"anyOf": [options, {"type": "null"}]}},
+                "required": [name],
+                "additionalProperties": False,
+            }
+        )
+    document["properties"]["passes"] = {
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": choices}, "minItems": 1}]
+    }
     return document

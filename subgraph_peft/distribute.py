@@ -27,7 +27,7 @@ class Lowered:
 
     dense:      why a full-size matrix is evaluated each step, if one is
     nodes:      names of the nodes that the rewrite added
-    per_token:  multiply-adds ×2 added per row of the input   per_step: those independent of the input
+    per_token:  FLOPs added per row of the input, a multiply-add being two    per_step: those independent of the input
     """
 
     dense: list[str] = field(default_factory=list)
@@ -175,7 +175,7 @@ class Distribution:
         x = x if inner else self.input(node, x)
         on_input = bool(scale) and in_features <= out_features and (inner or self.form.scales_input)
         if on_input:
-            x, scale = self.scaled(node, x, scale), ONE
+            x, scale = self.scaled(node, x, scale, in_features), ONE
         self.current = node
         is_weight = self.equation.operands.get(node) == ("", "W") and (not inner or self.form.scales_input)
         own_bias = None if scale else bias
@@ -187,7 +187,7 @@ class Distribution:
             y = (self.form.then if inner else self.form.first)(x, matrix, own_bias, term)
             self.values.lowered.per_token += 2 * out_features * in_features
         if scale:
-            y = self.plus(self.scaled(node, y, scale), bias)
+            y = self.plus(self.scaled(node, y, scale, out_features), bias)
         return y
 
     def input(self, node: fx.Node, x: fx.Node) -> fx.Node:
@@ -204,7 +204,9 @@ class Distribution:
         """A value in the dtype of the activations."""
         return self.values.held_in(node, self.dtype)
 
-    def scaled(self, node: fx.Node, x: fx.Node, scale: Scale) -> fx.Node:
+    def scaled(self, node: fx.Node, x: fx.Node, scale: Scale, width: int) -> fx.Node:
+        """x of `width` features, times the scale."""
+        self.values.lowered.per_token += width * (len(scale.nodes) + (scale.number != 1.0))
         for factor, inverse in scale.nodes:
             value = self.activation(factor)
             self.current = factor
@@ -231,6 +233,7 @@ class Distribution:
         second = self.apply(right, x, negative, None, inner)
         self.current = node
         target = aten.sub.Tensor if sign < 0 and not scale else aten.add.Tensor
+        self.values.lowered.per_token += whole[0]
         return self.emit(target, (first, second), "sum")
 
     def product(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, inner: bool) -> fx.Node | None:
@@ -246,7 +249,7 @@ class Distribution:
         out_features, in_features = self.equation.shape(node)
         z = self.factor(right, x, inner)
         if scale and width <= min(out_features, in_features):
-            z, scale = self.scaled(node, z, scale), ONE
+            z, scale = self.scaled(node, z, scale, width), ONE
         return self.apply(left, z, scale, bias, True)
 
     def factor(self, node: fx.Node, x: fx.Node, inner: bool) -> fx.Node:
@@ -309,6 +312,7 @@ class Distribution:
         while vector.target is aten.unsqueeze.default:
             vector = vector.args[0]
         value = self.activation(vector)
+        self.values.lowered.per_token += self.equation.numel(vector)
         self.current = vector
         if len(self.equation.shape(vector)) > 1:
             value = self.emit(aten.reshape.default, (value, [-1]), f"{self.equation.term(vector)}_vector")
@@ -322,7 +326,8 @@ class Distribution:
         if len(self.equation.shape(vector)) != 1 or len(node.args) > 1 or not (inner or self.form.scales_input):
             return None
         x = x if inner else self.input(node, x)
-        y = self.emit(aten.mul.Tensor, (self.scaled(node, x, scale), self.vector(node, vector)), "diagonal")
+        x = self.scaled(node, x, scale, self.equation.numel(vector))
+        y = self.emit(aten.mul.Tensor, (x, self.vector(node, vector)), "diagonal")
         return self.plus(y, bias)
 
     def negative(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, inner: bool) -> fx.Node:

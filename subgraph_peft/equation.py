@@ -178,8 +178,9 @@ def trace(
     equation = Equation(graph, placeholders, varying)
     expected, actual = operand_values[-1].shape, equation.shape(equation.result)
     if part != "output" and tuple(expected) != actual:
-        raise MethodError(f"The equation {part} of {names} maps shape {list(expected)} to {list(actual)}; it has to keep it.")
+        raise MethodError(
+            f"The equation {part} of {names} maps shape {list(expected)} to {list(actual)}; it has to keep it."
+        )
     if part != "output" and any(node.target in TRAINING_FLAG for node in graph.nodes):
         raise MethodError(f"The equation {part} of {names} draws random numbers: declare a `dropout` option instead.")
     return equation
-

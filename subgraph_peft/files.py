@@ -28,7 +28,9 @@ def replacing(path: str | os.PathLike, error: type[SubgraphPeftError]) -> Iterat
         temporary.chmod(0o644)
         os.replace(temporary, target)
     except OSError as failure:
-        raise error(f"{target} cannot be written: {failure.strerror or failure}. Choose another folder or free space.") from failure
+        raise error(
+            f"{target} cannot be written: {failure.strerror or failure}. Choose another folder or free space."
+        ) from failure
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -39,5 +41,7 @@ def write_text(path: str | os.PathLike, text: str, error: type[SubgraphPeftError
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | os.PathLike, value: Any, error: type[SubgraphPeftError], default: Callable | None = None) -> None:
+def write_json(
+    path: str | os.PathLike, value: Any, error: type[SubgraphPeftError], default: Callable | None = None
+) -> None:
     write_text(path, json.dumps(value, indent=2, default=default) + "\n", error)

@@ -10,9 +10,9 @@ from torch.utils import _pytree as pytree
 
 from .adapter import targets
 from .errors import FoldError
+from .generate import base_of, generate, rebuild
 from .method import spell
 from .program import Program
-from .generate import base_of, generate, rebuild
 
 OUTPUT_BOUND = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
@@ -57,7 +57,9 @@ def fold(program: Program, *, dtype: torch.dtype | None = None, retain: float = 
     Raises FoldError for non-finite tensors, lost updates and differing outputs.
     """
     folding = [a for a in program.adapters if a.method.foldable()]
-    trained = [n for n, _ in program.parameters(trainable=True) if n in dict(program.captured.module.named_parameters())]
+    trained = [
+        n for n, _ in program.parameters(trainable=True) if n in dict(program.captured.module.named_parameters())
+    ]
     if not folding and not trained:
         return program
     home = program.module.home
@@ -161,7 +163,9 @@ def write_to(program: Program, model: nn.Module) -> list[str]:
     they share with it, hence their weights. Raises FoldError.
     """
     if any(adapter.method.foldable() for adapter in program.adapters):
-        raise FoldError("The program still has adapters: write_to takes a folded one, sp.fold(program).write_to(model).")
+        raise FoldError(
+            "The program still has adapters: write_to takes a folded one, sp.fold(program).write_to(model)."
+        )
     if program.adapters:
         names = ", ".join(adapter.name for adapter in program.adapters)
         raise FoldError(f"{names} cannot become plain weights; the eager model has no place for their nodes.")
@@ -169,7 +173,9 @@ def write_to(program: Program, model: nn.Module) -> list[str]:
     theirs = dict(model.named_parameters(remove_duplicate=False))
     for name, value in own.items():
         if name not in theirs:
-            raise FoldError(f"The model has no parameter {name!r}; write_to takes the model that was captured ({program.source}).")
+            raise FoldError(
+                f"The model has no parameter {name!r}; write_to takes the model that was captured ({program.source})."
+            )
         if theirs[name].shape != value.shape or theirs[name].dtype != value.dtype:
             raise FoldError(
                 f"{name} is {list(theirs[name].shape)} {theirs[name].dtype} in the model and {list(value.shape)} {value.dtype} "
@@ -180,13 +186,23 @@ def write_to(program: Program, model: nn.Module) -> list[str]:
         name for name, value in model.named_buffers(remove_duplicate=False)
         if name in statistics and not torch.equal(value, statistics[name].to(value.device))
     ]  # fmt: skip
-    changed = [name for name, value in own.items() if not torch.equal(theirs[name].detach(), value.detach().to(theirs[name].device))]
-    untied = [name for name in changed if any(t is theirs[name] and o not in changed for o, t in theirs.items() if o != name)]
+    changed = [
+        name
+        for name, value in own.items()
+        if not torch.equal(theirs[name].detach(), value.detach().to(theirs[name].device))
+    ]
+    untied = [
+        name for name in changed if any(t is theirs[name] and o not in changed for o, t in theirs.items() if o != name)
+    ]
     with torch.no_grad():
         for name in changed:
             if name in untied:
                 owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, nn.Parameter(own[name].detach().to(theirs[name].device, copy=True)))
+                setattr(
+                    model.get_submodule(owner),
+                    leaf,
+                    nn.Parameter(own[name].detach().to(theirs[name].device, copy=True)),
+                )
                 if hasattr(getattr(model, "config", None), "tie_word_embeddings"):
                     model.config.tie_word_embeddings = False
             else:

@@ -97,7 +97,9 @@ class Convolution(Form):
         return self.stored(x, kernel, bias, term)
 
     def then(self, z: fx.Node, matrix: fx.Node, bias: fx.Node | None, term: str) -> fx.Node:
-        kernel = self.emit(aten.reshape.default, (matrix, [*self._matrix_shape(matrix), *[1] * self.dimensions]), f"{term}_kernel")
+        kernel = self.emit(
+            aten.reshape.default, (matrix, [*self._matrix_shape(matrix), *[1] * self.dimensions]), f"{term}_kernel"
+        )
         return self.emit(self.call.target, (z, kernel, bias), term)
 
     def _matrix_shape(self, matrix: fx.Node) -> tuple[int, int]:

@@ -155,4 +155,3 @@ def size_names(method: Method) -> dict[int, str]:
 
 def chain(method: Method) -> list[Method]:
     return [method, *chain(method.of)] if isinstance(method, Wrapper) else [method]
-

@@ -16,7 +16,9 @@ from .module import GraphModel, Home, build
 from .program import Program
 
 
-def generate(captured: Program, adapters: tuple[Adapter, ...], own: Mapping[str, nn.Parameter], dtype: torch.dtype) -> Program:
+def generate(
+    captured: Program, adapters: tuple[Adapter, ...], own: Mapping[str, nn.Parameter], dtype: torch.dtype
+) -> Program:
     """The program of `captured` under `adapters`: every graph rewritten anew from the captured one.
 
     own: the adapters' tensors and the trained parameters of the model, by qualified name
@@ -31,7 +33,9 @@ def generate(captured: Program, adapters: tuple[Adapter, ...], own: Mapping[str,
         for name in held:
             if constants[name].node is node:
                 return name
-        adapter, site = next((a, s) for a, s in target.chain if a.name == (equation.adapter(node) or target.chain[0][0].name))
+        adapter, site = next(
+            (a, s) for a, s in target.chain if a.name == (equation.adapter(node) or target.chain[0][0].name)
+        )
         path = adapter.path(site, f"constant_{len(held)}")
         constants[path] = Constant(target, equation, node)
         return path
@@ -61,7 +65,10 @@ def cast_trained(graph: fx.Graph, own: Mapping[str, nn.Parameter], base: Mapping
             users = list(node.users)
             with graph.inserting_before(node.next):
                 cast = graph.call_function(graphs.aten.to.dtype, (node, base[name].dtype))
-            cast.meta = {"val": node.meta["val"], "custom": {META: {"site": name, "adapter": "trainable", "term": "cast"}}}
+            cast.meta = {
+                "val": node.meta["val"],
+                "custom": {META: {"site": name, "adapter": "trainable", "term": "cast"}},
+            }
             for user in users:
                 user.replace_input_with(node, cast)
 

@@ -3,7 +3,9 @@
 import torch
 
 
-def svd(W: torch.Tensor, r: int | None = None, niter: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def svd(
+    W: torch.Tensor, r: int | None = None, niter: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """U [out, r], σ [r], Vh [r, in] of W ≈ U diag(σ) Vh, in float32 or wider.
 
     niter: None for the exact decomposition; else randomised subspace iteration with that many power iterations and 8

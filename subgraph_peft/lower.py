@@ -77,7 +77,9 @@ class Lowering:
     def weight_as_a_whole(self, weight: fx.Node, equation: Equation) -> None:
         users, before = self.users(weight)
         values = self.values(equation, weight, before)
-        kind = "grouped convolution" if self.site.groups > 1 else ", ".join(sorted({c.operator for c in self.site.calls}))
+        kind = (
+            "grouped convolution" if self.site.groups > 1 else ", ".join(sorted({c.operator for c in self.site.calls}))
+        )
         values.note(f"the op form ({kind}) takes the weight as a whole")
         matrix = values.held_in(equation.result, self.base_dtype)
         emit, adapter = self.emitter(before), equation.adapter(equation.result)
@@ -147,7 +149,10 @@ class Lowering:
             name = "_".join(part for part in (self.prefix, adapter, identifier(term)) if part)
             with self.graph.inserting_before(before):
                 node = self.graph.create_node("call_function", target, args, dict(kwargs or {}), name=name)
-            node.meta = {**origin, "custom": {META: {"site": self.target.name, "adapter": adapter or "base", "term": term}}}
+            node.meta = {
+                **origin,
+                "custom": {META: {"site": self.target.name, "adapter": adapter or "base", "term": term}},
+            }
             self.lowered.nodes.append(node.name)
             return node
 

@@ -40,4 +40,6 @@ def save_merged(program: Program, model: nn.Module | None, tokenizer: Any, folde
                 folder.rename(Path(temporary) / "former")
             target.rename(folder)
     except OSError as error:
-        raise FoldError(f"{folder} cannot be written: {error.strerror or error}. Choose another folder or free space.") from error
+        raise FoldError(
+            f"{folder} cannot be written: {error.strerror or error}. Choose another folder or free space."
+        ) from error

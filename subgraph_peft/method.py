@@ -178,7 +178,9 @@ def initial(
         return {name: (tensor, torch.empty(tensor.shape, device="meta")) for name, tensor in declared.items()}
     prepared = method.prepare(site, W)
     if unknown := set(prepared) - set(declared):
-        raise MethodError(f"{method.name}.prepare gives {', '.join(sorted(unknown))}, which tensors() does not declare.")
+        raise MethodError(
+            f"{method.name}.prepare gives {', '.join(sorted(unknown))}, which tensors() does not declare."
+        )
     values = {}
     for name, tensor in declared.items():
         value = prepared[name] if name in prepared else tensor.init(tensor.shape, generator)

@@ -40,7 +40,9 @@ class GraphModel(nn.Module):
 
     def call(self, inputs: Mapping[str, Any]) -> Any:
         flat = self.signature.flatten(inputs)
-        missing = frozenset(name for name, value in zip(self.signature.input_names(), flat, strict=True) if value is None)
+        missing = frozenset(
+            name for name, value in zip(self.signature.input_names(), flat, strict=True) if value is None
+        )
         key = (self.training, missing)
         if key not in self.runners:
             self.make_runner(key)

@@ -124,7 +124,9 @@ def difference(before: Program | None, after: Program | None) -> tuple[str, ...]
     """Lines added (+) and removed (-) between two programs' training graphs."""
     if before is None or after is None or before is after:
         return ()
-    lines = difflib.unified_diff(show(before.graph).splitlines(), show(after.graph).splitlines(), "before", "after", "", "", 2, "")
+    lines = difflib.unified_diff(
+        show(before.graph).splitlines(), show(after.graph).splitlines(), "before", "after", "", "", 2, ""
+    )
     return tuple(lines)
 
 

@@ -12,9 +12,9 @@ from .module import GraphModel
 
 if TYPE_CHECKING:
     from .adapter import Adapter
+    from .constants import Constant
     from .distribute import Lowered
     from .fold import FoldReport
-    from .constants import Constant
 
 
 @dataclass(frozen=True)

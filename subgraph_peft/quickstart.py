@@ -75,7 +75,9 @@ class Row:
     def cells(self) -> list[str]:
         state = self.results[-1].state
         trainable, everything = last_adapted(self.results).counts()
-        head = sum(p.numel() for n, p in last_adapted(self.results).parameters(trainable=True) if n.startswith("classifier"))
+        head = sum(
+            p.numel() for n, p in last_adapted(self.results).parameters(trainable=True) if n.startswith("classifier")
+        )
         trained, export, fold = state.records["train"], state.records["export"], state.program.folded
         return [
             self.method, f"{(trainable - head) / everything:.3%}", f"{self.accuracy:.1%}", f"{trained.seconds:.1f}",

@@ -39,7 +39,7 @@ class Record(TrainerCallback):
         self.random: Mapping[str, Any] | None = None
         self.signal: int | None = None
         self.whole = True
-        self.trainer: "ProgramTrainer"
+        self.trainer: ProgramTrainer
 
     def every(self, interval: int | str | None, step: int) -> bool:
         return bool(interval) and step % (self.steps_per_epoch if interval == "epoch" else interval) == 0

@@ -21,7 +21,9 @@ def methods() -> Mapping[str, type[Method]]:
         for cls in candidates:
             if isinstance(cls, type) and issubclass(cls, Method) and cls.name:
                 if found.get(cls.name, cls) is not cls:
-                    raise MethodError(f"Two methods are called {cls.name!r}: {found[cls.name]} and {cls} ({point.value}).")
+                    raise MethodError(
+                        f"Two methods are called {cls.name!r}: {found[cls.name]} and {cls} ({point.value})."
+                    )
                 found[cls.name] = cls
     return dict(sorted(found.items()))
 

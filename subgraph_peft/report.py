@@ -15,7 +15,7 @@ from .errors import ConfigError
 from .files import write_json, write_text
 from .pipeline import Result
 from .program import Program
-from .tables import fold_rows, rewrite_rows
+from .tables import REWRITE_COLUMNS, fold_cells, fold_rows, rewrite_cells, rewrite_rows
 
 PACKAGES = ("subgraph-peft", "torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
 
@@ -54,7 +54,12 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
     document: dict[str, Any] = {
         "versions": versions(),
         "passes": [
-            {"pass": item.pass_.spelled(), "summary": item.summary, "seconds": item.seconds, "difference": list(item.difference)}
+            {
+                "pass": item.pass_.spelled(),
+                "summary": item.summary,
+                "seconds": item.seconds,
+                "difference": list(item.difference),
+            }
             for item in results
         ],
         "scores": accuracies(state.records),
@@ -67,7 +72,11 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
         document["left_out"] = [list(entry) for adapter in adapted.adapters for entry in adapter.left_out]
     if state.program is not None and state.program.folded is not None:
         folded = state.program.folded
-        document["fold"] = {"dtype": str(folded.dtype), "output_error": folded.output_error, "sites": fold_rows(state.program)}
+        document["fold"] = {
+            "dtype": str(folded.dtype),
+            "output_error": folded.output_error,
+            "sites": fold_rows(state.program),
+        }
     return document
 
 
@@ -90,13 +99,19 @@ def write_report(results: Sequence[Result], folder: Path) -> Path:
     document = summary(results)
     state = results[-1].state
     write_json(folder / "report.json", document, ConfigError, default=str)
-    differences = [line for item in results for line in (f"# {item.pass_.spelled()}", *item.difference) if item.difference]
+    differences = [
+        line for item in results for line in (f"# {item.pass_.spelled()}", *item.difference) if item.difference
+    ]
     if differences:
         write_text(folder / "graph.diff", "\n".join(differences) + "\n", ConfigError)
     trained = state.records.get("train")
     if trained is not None and trained.losses:
         trained.curve(folder / "loss.png")
-    write_text(folder / "report.md", "\n".join(page(document, results, trained is not None and bool(trained.losses))) + "\n", ConfigError)
+    write_text(
+        folder / "report.md",
+        "\n".join(page(document, results, trained is not None and bool(trained.losses))) + "\n",
+        ConfigError,
+    )
     return folder / "report.md"
 
 
@@ -104,7 +119,10 @@ def page(document: Mapping[str, Any], results: Sequence[Result], curve: bool) ->
     program = results[-1].state.program
     lines = [f"# {program.source if program is not None else 'Pipeline'}", ""]
     lines += [f"`{','.join(item['pass'] for item in document['passes'])}`", ""]
-    lines += table(("pass", "what it did", "seconds"), ((f"`{p['pass']}`", p["summary"], f"{p['seconds']:.1f}") for p in document["passes"]))
+    lines += table(
+        ("pass", "what it did", "seconds"),
+        ((f"`{p['pass']}`", p["summary"], f"{p['seconds']:.1f}") for p in document["passes"]),
+    )
     if document["scores"]:
         names = sorted({name for scores in document["scores"].values() for name in scores})
         rows = ((stage, *(number(scores.get(name)) for name in names)) for stage, scores in document["scores"].items())
@@ -114,27 +132,22 @@ def page(document: Mapping[str, Any], results: Sequence[Result], curve: bool) ->
     if "parameters" in document:
         trainable, everything = document["parameters"]["trainable"], document["parameters"]["all"]
         lines += ["## Sites", "", f"{trainable:,} of {everything:,} numbers train ({trainable / everything:.3%}).", ""]
-        columns = ("weight", "shape", "adapters", "form", "trainable", "FLOPs/token", "FLOPs/step", "bytes")
-        rows = (
-            (f"`{r['site']}`", "×".join(map(str, r["shape"])), r["adapters"], form(r), *(f"{r[k]:,}" for k in ("trainable", "flops_per_token", "flops_per_step", "bytes")))
-            for r in document["sites"]
-        )  # fmt: skip
-        lines += table(columns, rows)
+        lines += table([column.removeprefix(">") for column in REWRITE_COLUMNS], rewrite_cells(document["sites"]))
         if document["left_out"]:
             lines += ["Left out: " + ", ".join(f"`{name}` ({why})" for name, why in document["left_out"]) + ".", ""]
     if "fold" in document:
-        lines += ["## Fold", "", f"Into {document['fold']['dtype']}; outputs differ by {document['fold']['output_error']:.1e} of the largest.", ""]
-        rows = ((f"`{r['weight']}`", f"{r['relative_delta']:.3%}", f"{r['retained']:.4%}") for r in document["fold"]["sites"])
-        lines += table(("weight", "‖ΔW‖ / ‖W‖", "delta retained"), rows)
+        lines += [
+            "## Fold",
+            "",
+            f"Into {document['fold']['dtype']}; outputs differ by {document['fold']['output_error']:.1e} of the largest.",
+            "",
+        ]
+        lines += table(("module", "‖ΔW‖ / ‖W‖", "delta retained"), fold_cells(document["fold"]["sites"]))
     for item in document["passes"]:
         if item["difference"]:
             lines += [f"## Graph: `{item['pass']}`", "", "```diff", *shortened(item["difference"]), "```", ""]
     lines += ["## Versions", "", *table(("package", "version"), document["versions"].items())]
     return lines
-
-
-def form(row: Mapping[str, Any]) -> str:
-    return f"dense: {'; '.join(row['dense'])}" if row["dense"] else row["form"]
 
 
 def number(value: float | None) -> str:
@@ -149,4 +162,3 @@ def shortened(lines: Sequence[str], limit: int = 60) -> list[str]:
 def table(columns: Sequence[str], rows: Any) -> list[str]:
     lines = [columns, ["---"] * len(columns), *rows]
     return [*("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines), ""]
-

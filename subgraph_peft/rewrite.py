@@ -48,7 +48,9 @@ def rewrite(
     everything = [site for site in find(captured) if (site.kind == "bias") == is_bias_method(method)]
     candidates = [site for site in everything if site.name not in trained]
     if not candidates:
-        raise MethodError(f"{method.name} rewrites {'biases' if is_bias_method(method) else 'weights'}; {captured.source} has none.")
+        raise MethodError(
+            f"{method.name} rewrites {'biases' if is_bias_method(method) else 'weights'}; {captured.source} has none."
+        )
     selection = select(candidates, where, exclude, kinds)
     captured = resolve_ties(captured, selection.sites, tied)
     home = captured.module.home
@@ -77,7 +79,12 @@ def rewrite(
                 value = value.detach().to(device=home.device, dtype=dtype, copy=True).contiguous()
                 added[adapter.path(site, tensor)] = nn.Parameter(value, requires_grad=declared.trainable)
     kept = {n: p.detach().clone() for n, p in program.parameters(trainable=True)}
-    kept |= {path: tensors[path].detach().clone() for a in program.adapters for _, _, path in a.all_paths() if path not in kept}
+    kept |= {
+        path: tensors[path].detach().clone()
+        for a in program.adapters
+        for _, _, path in a.all_paths()
+        if path not in kept
+    }
     for path in trained & set(tensors):
         kept.setdefault(path, tensors[path].detach().to(dtype, copy=True))
     old = {n: nn.Parameter(v, requires_grad=tensors[n].requires_grad or n in trained) for n, v in kept.items()}
@@ -87,7 +94,9 @@ def rewrite(
 
 def adapter_dtype(program: Program, wanted: torch.dtype | None) -> torch.dtype:
     """One dtype for all adapters of a program."""
-    own = {p.dtype for a in program.adapters for _, _, path in a.all_paths() for p in [program.module.get_parameter(path)]}
+    own = {
+        p.dtype for a in program.adapters for _, _, path in a.all_paths() for p in [program.module.get_parameter(path)]
+    }
     if wanted and own and own != {wanted}:
         raise MethodError(f"The adapters of this program are {own.pop()}; one of {wanted} cannot join them.")
     return wanted or (own.pop() if own else torch.promote_types(torch.float32, program.captured.module.home.dtype))
@@ -132,7 +141,9 @@ def named_parameters(program: Program, wanted: str | Sequence[str]) -> set[str]:
         matched = {n for n in names if pattern.match(ancestors(n)) != "no"}
         if not matched:
             owners = {path for n in names for path in ancestors(n)}
-            raise SelectorError(f"trainable {pattern.text!r} matches no parameter. Nearest: {', '.join(nearest(pattern.body, owners))}.")
+            raise SelectorError(
+                f"trainable {pattern.text!r} matches no parameter. Nearest: {', '.join(nearest(pattern.body, owners))}."
+            )
         found |= matched
     for name in found:
         if group := next((g for g in program.ties if name in g), None):

@@ -32,7 +32,12 @@ def prepare(config: PipelineConfig, output: Path, announce: Announce) -> State:
     if loaded.fresh:
         announce(f"newly drawn, not in the stored model: {', '.join(loaded.fresh)}")
     return State(
-        model=model, tokenizer=loaded.tokenizer or tokenizer, data=data, folder=output, seed=config.seed, announce=announce
+        model=model,
+        tokenizer=loaded.tokenizer or tokenizer,
+        data=data,
+        folder=output,
+        seed=config.seed,
+        announce=announce,
     )
 
 

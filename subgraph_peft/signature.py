@@ -77,7 +77,9 @@ class Signature:
             if not children:
                 break
             if name in variadic:
-                inputs[name] = pytree.tree_structure(tuple(pytree.tree_unflatten([0] * c.num_leaves, c) for c in children))
+                inputs[name] = pytree.tree_structure(
+                    tuple(pytree.tree_unflatten([0] * c.num_leaves, c) for c in children)
+                )
                 children = []
             else:
                 inputs[name] = children.pop(0)
@@ -134,7 +136,9 @@ class Signature:
 
     def output_names(self) -> list[str]:
         """One name a flat output: the field names of a ModelOutput or dict, `output_i` otherwise."""
-        paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(self.output.num_leaves)), self.output))[0]
+        paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(self.output.num_leaves)), self.output))[
+            0
+        ]
         names = []
         for index, (path, _) in enumerate(paths):
             parts = [str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path]
@@ -161,7 +165,9 @@ class Signature:
 def positional_parameters(program: torch.export.ExportedProgram, count: int) -> tuple[inspect.Parameter, ...]:
     """Parameters of a program whose source is not at hand: placeholder names where each argument is one tensor."""
     leaves = program.graph_signature.user_inputs
-    flat = program.call_spec.in_spec.num_leaves == len(leaves) and all(c.is_leaf() for c in program.call_spec.in_spec.children()[0].children())
+    flat = program.call_spec.in_spec.num_leaves == len(leaves) and all(
+        c.is_leaf() for c in program.call_spec.in_spec.children()[0].children()
+    )
     names = [str(leaves[i]) if flat else f"input_{i}" for i in range(count)]
     return tuple(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in names)
 

@@ -73,7 +73,12 @@ class Site:
 
     @property
     def layout(self) -> str:
-        named = {"embedding": "[vocabulary, out]", "conv2d": "[out, in, kh, kw]", "conv1d": "[out, in, k]", "bias": "[out]"}
+        named = {
+            "embedding": "[vocabulary, out]",
+            "conv2d": "[out, in, kh, kw]",
+            "conv1d": "[out, in, k]",
+            "bias": "[out]",
+        }
         return named.get(self.kind, "[in, out]" if self.transposed else "[out, in]")
 
     @property

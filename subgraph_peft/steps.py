@@ -68,7 +68,9 @@ class Rewrite(Pass):
         adapter = program.adapters[-1]
         trainable, everything = program.counts()
         dense = sum(bool(lowered.dense) for lowered in program.lowered.values())
-        summary = f"{len(adapter.sites)} sites, {trainable:,} of {everything:,} numbers train ({trainable / everything:.3%})"
+        summary = (
+            f"{len(adapter.sites)} sites, {trainable:,} of {everything:,} numbers train ({trainable / everything:.3%})"
+        )
         if dense:
             summary += f"; {dense} sites evaluate a full-size matrix each step"
         if adapter.left_out:
@@ -89,7 +91,9 @@ class Rewrite(Pass):
         known = [*method.model_fields, *sorted(own)]
         for option in options:
             if option not in known:
-                raise ConfigError(f"{method.name}: unknown option {option!r}.{suggestion(option, known)} Options: {', '.join(known)}.")
+                raise ConfigError(
+                    f"{method.name}: unknown option {option!r}.{suggestion(option, known)} Options: {', '.join(known)}."
+                )
         return cls(
             method=method(**{key: value for key, value in options.items() if key not in own}),
             **{key: value for key, value in options.items() if key in own},
@@ -108,10 +112,17 @@ class Train(Pass, TrainOptions):
             raise ConfigError("train writes checkpoints: give an `output` folder.")
 
     def apply(self, state: State) -> tuple[State, str]:
-        options = TrainOptions(**{**self.model_dump(), **({} if "seed" in self.model_fields_set else {"seed": state.seed})})
+        options = TrainOptions(
+            **{**self.model_dump(), **({} if "seed" in self.model_fields_set else {"seed": state.seed})}
+        )
         data = state.data
         result = train(
-            state.program, data.train, data.eval, output=state.folder / "checkpoints", options=options, collate=data.collate
+            state.program,
+            data.train,
+            data.eval,
+            output=state.folder / "checkpoints",
+            options=options,
+            collate=data.collate,
         )
         state.program.save(state.folder / "adapter")
         summary = f"{result.steps} steps in {result.seconds:.1f} s"

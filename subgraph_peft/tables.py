@@ -2,7 +2,8 @@
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,6 +12,17 @@ from rich.table import Table
 from .program import Program
 from .sites import Site
 
+REWRITE_COLUMNS = (
+    "module",
+    ">sites",
+    "adapters",
+    "form",
+    ">trainable",
+    ">FLOPs/token",
+    ">FLOPs/step",
+    ">bytes",
+    "why dense",
+)
 BYTES_PER_STATE = 8  # two float32 moments of AdamW for every trainable number
 
 
@@ -25,7 +37,9 @@ def new_table(title: str, columns: Iterable[str]) -> Table:
     """Columns starting with '>' are right-aligned numbers."""
     table = Table(title=title, title_justify="left", show_edge=False, header_style="bold", pad_edge=False)
     for column in columns:
-        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+        table.add_column(
+            column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold"
+        )
     return table
 
 
@@ -34,14 +48,20 @@ def layered(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight"))
 
 
-def add_grouped(table: Table, rows: Iterable[tuple[str, ...]]) -> None:
+def grouped(rows: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:
     """Rows that differ only in the layer number of their first cell become one, with their count as second cell."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, *cells in rows:
         groups.setdefault((layered(name), *cells), []).append(name)
-    for (pattern, *cells), names in groups.items():
-        shown = pattern if len(names) > 1 else names[0].removesuffix(".weight")
-        table.add_row(escape(shown), str(len(names)), *cells)
+    return [
+        (pattern if len(names) > 1 else names[0].removesuffix(".weight"), str(len(names)), *cells)
+        for (pattern, *cells), names in groups.items()
+    ]
+
+
+def fill(table: Table, rows: Iterable[Sequence[str]]) -> None:
+    for row in rows:
+        table.add_row(*map(escape, row))
 
 
 def without_empty(table: Table) -> Table:
@@ -59,11 +79,11 @@ def site_table(sites: Iterable[Site]) -> Table:
         notes += [", ".join(sorted({call.operator for call in site.calls}))] if site.kind == "other" else []
         notes += [f"{site.groups} groups"] if site.groups > 1 else []
         return (
-            site.name, site.kind, escape(site.layout), "×".join(map(str, site.shape)), str(site.out_features),
+            site.name, site.kind, site.layout, "×".join(map(str, site.shape)), str(site.out_features),
             str(site.in_features), str(len(site.calls)), "yes" if site.bias else "", "; ".join(notes),
         )  # fmt: skip
 
-    add_grouped(table, map(cells, sites))
+    fill(table, grouped(map(cells, sites)))
     return without_empty(table)
 
 
@@ -77,7 +97,9 @@ def rewrite_rows(program: Program) -> list[dict[str, object]]:
         values = [own[path] for a in adapters for path in a.paths(site).values()]
         training = sum(value.numel() for value in values if value.requires_grad)
         held = sum(value.numel() * value.element_size() for value in values)
-        constants = [dict(program.module.named_buffers())[p] for p, c in program.constants.items() if c.target.name == name]
+        constants = [
+            dict(program.module.named_buffers())[p] for p, c in program.constants.items() if c.target.name == name
+        ]
         rows.append(
             {
                 "site": name,
@@ -97,20 +119,20 @@ def rewrite_rows(program: Program) -> list[dict[str, object]]:
 
 def rewrite_table(program: Program) -> Table:
     title = f"Rewritten sites of {program.source}, numbers per site"
-    columns = ["module", ">sites", "adapters", "form", ">trainable", ">FLOPs/token", ">FLOPs/step", ">bytes", "why dense"]
-    table = new_table(title, columns)
-    rows = rewrite_rows(program)
-    numbers = ("trainable", "flops_per_token", "flops_per_step", "bytes")
-    add_grouped(
-        table,
-        (
-            (row["site"], row["adapters"], row["form"], *(f"{row[key]:,}" for key in numbers), "; ".join(row["dense"]))
-            for row in rows
-        ),
-    )
-    table.add_section()
-    table.add_row("total", str(len(rows)), "", "", *(f"{sum(row[key] for row in rows):,}" for key in numbers), "")
+    table = new_table(title, REWRITE_COLUMNS)
+    fill(table, rewrite_cells(rewrite_rows(program)))
     return without_empty(table)
+
+
+def rewrite_cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The rows of a rewrite as text, alike layers together, and their total."""
+    numbers = ("trainable", "flops_per_token", "flops_per_step", "bytes")
+    cells = grouped(
+        (row["site"], row["adapters"], row["form"], *(f"{row[key]:,}" for key in numbers), "; ".join(row["dense"]))
+        for row in rows
+    )
+    total = (f"{sum(row[key] for row in rows):,}" for key in numbers)
+    return [*cells, ("total", str(len(rows)), "", "", *total, "")]
 
 
 def fold_rows(program: Program) -> list[dict[str, object]]:
@@ -125,6 +147,9 @@ def fold_table(program: Program) -> Table:
     report = program.folded
     title = f"Folded into {report.dtype}; outputs differ by {report.output_error:.1e} of the largest"
     table = new_table(title, ["module", ">‖ΔW‖ / ‖W‖", ">delta retained"])
-    for row in fold_rows(program):
-        table.add_row(escape(row["weight"].removesuffix(".weight")), f"{row['relative_delta']:.3%}", f"{row['retained']:.4%}")
+    fill(table, fold_cells(fold_rows(program)))
     return table
+
+
+def fold_cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    return [(r["weight"].removesuffix(".weight"), f"{r['relative_delta']:.3%}", f"{r['retained']:.4%}") for r in rows]

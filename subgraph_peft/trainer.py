@@ -28,6 +28,7 @@ NEUTRAL = {
     "device", "report",
 }  # fmt: skip
 
+
 class ProgramTrainer(Trainer):
     """Trainer with its hooks for data order, loss, optimizer, evaluation and checkpoints set to those of a Program."""
 

@@ -1,7 +1,8 @@
 """The methods under test, each with options that show every term of its equation."""
 
-from subgraph_peft.method import Method
 from subgraph_peft.passes import IA3, SSB, SSL, BitFit, DoRA, LoRA, MiLoRA, ParallelAdapter, PiSSA, RsLoRA
+
+from subgraph_peft.method import Method
 
 WEIGHT_METHODS: dict[str, Method] = {
     "lora": LoRA(r=2, alpha=5.0),

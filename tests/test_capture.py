@@ -18,7 +18,9 @@ def resized(inputs, batch=3, length=11):
     made = {}
     for name, value in inputs.items():
         shape = (batch,) if value.ndim == 1 else (batch, length)
-        made[name] = torch.ones(shape, dtype=value.dtype) if "mask" in name else torch.randint(0, 2, shape, generator=generator)
+        made[name] = (
+            torch.ones(shape, dtype=value.dtype) if "mask" in name else torch.randint(0, 2, shape, generator=generator)
+        )
     return made
 
 
@@ -84,7 +86,9 @@ def test_arguments_that_are_one_tensor_stay_apart():
     program = sp.capture(model, {"input_ids": ids, "labels": ids})
     other = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(1))
     labels = torch.roll(other, 1, 1)
-    torch.testing.assert_close(program.module(input_ids=other, labels=labels).loss, model.eval()(input_ids=other, labels=labels).loss)
+    torch.testing.assert_close(
+        program.module(input_ids=other, labels=labels).loss, model.eval()(input_ids=other, labels=labels).loss
+    )
 
 
 def test_the_source_model_is_left_as_it_was():
@@ -99,7 +103,9 @@ def test_the_source_model_is_left_as_it_was():
     assert all(p.requires_grad for p in model.parameters())
     assert not any(p.requires_grad for p in program.module.parameters())
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
-    assert program.module.get_parameter("lm_head.weight").data_ptr() == model.lm_head.weight.data_ptr(), "no copy of the weights"
+    assert program.module.get_parameter("lm_head.weight").data_ptr() == model.lm_head.weight.data_ptr(), (
+        "no copy of the weights"
+    )
 
 
 class Norm(nn.Module):
@@ -168,7 +174,9 @@ def test_other_front_ends():
     model, x = Sites(), torch.randn(3, 4, 7)
     expected = model(x)
     traced = torch.fx.symbolic_trace(model)
-    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},))
+    exported = torch.export.export(
+        model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+    )
     for program in (sp.capture(traced, x), sp.capture(exported)):
         torch.testing.assert_close(program.run(), expected)
         assert {s.owner for s in sp.sites(program)} == {"wide", "tall", "bare", "conv1d", "head"}
@@ -263,6 +271,7 @@ def test_device_constants_follow_the_module():
 
 def test_a_meta_model_can_be_captured_listed_and_costed():
     from subgraph_peft.passes import LoRA
+
     from subgraph_peft.tables import rewrite_rows
 
     with torch.device("meta"):
@@ -317,4 +326,15 @@ def test_printed_graphs_read_as_the_model():
             "return [linear_1]",
         ]
     )
-    assert operator_name(next(iter(sp.capture(model, torch.randn(3, 6)).graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)))) == "relu"
+    assert (
+        operator_name(
+            next(
+                iter(
+                    sp.capture(model, torch.randn(3, 6)).graph.find_nodes(
+                        op="call_function", target=torch.ops.aten.relu.default
+                    )
+                )
+            )
+        )
+        == "relu"
+    )

@@ -3,10 +3,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from subgraph_peft.passes import DoRA, LoRA, PiSSA
 
 import subgraph_peft as sp
 from subgraph_peft import checkpoint
-from subgraph_peft.passes import DoRA, LoRA, PiSSA
 from tests import models
 
 
@@ -102,10 +102,20 @@ def test_another_base_another_method_another_format_are_refused(adapted, folder)
         sp.rewrite(base, LoRA(r=3), where="*.query", trainable="classifier").load(folder)
     with pytest.raises(sp.CheckpointError, match="trains"):
         sp.rewrite(base, LoRA(r=2), where="*.query").load(folder)
-    edit(folder, adapters=[{"name": "x", "method": {"lorra": {}}, "sites": ["bert.encoder.layer.0.attention.self.query.weight"]}])
+    edit(
+        folder,
+        adapters=[
+            {"name": "x", "method": {"lorra": {}}, "sites": ["bert.encoder.layer.0.attention.self.query.weight"]}
+        ],
+    )
     with pytest.raises(sp.CheckpointError, match="Unknown method 'lorra'. Did you mean 'lora'"):
         sp.load(base, folder)
-    edit(folder, adapters=[{"name": "x", "method": {"lora": {"r": 2}}, "sites": ["bert.encoder.layer.7.attention.self.query.weight"]}])
+    edit(
+        folder,
+        adapters=[
+            {"name": "x", "method": {"lora": {"r": 2}}, "sites": ["bert.encoder.layer.7.attention.self.query.weight"]}
+        ],
+    )
     with pytest.raises(sp.CheckpointError, match="no site bert.encoder.layer.7"):
         sp.load(base, folder)
     edit(folder, format=99)

@@ -156,7 +156,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(pipeline, tmp_path, number)
     assert process.returncode == 130, errors
     assert "Interrupted" in errors and "run the same command again" in " ".join(errors.split())
     assert not (tmp_path / "out/model.onnx").exists() and not (tmp_path / "out/adapter").exists()
-    output = call("run", pipeline, "--set", "train.max_steps=400", "--set", "train.save_every=5", "--set", "train.eval_every=100")
+    output = call(
+        "run", pipeline, "--set", "train.max_steps=400", "--set", "train.save_every=5", "--set", "train.eval_every=100"
+    )
     assert "400 steps" in output
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["records"]["train"]["resumed_from"] > 0

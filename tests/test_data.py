@@ -82,7 +82,11 @@ def test_csv(file, tokenizer):
     [
         ("t.jsonl", FIRST + '{"text": "b", "label": 1\n', r"t.jsonl:2: not JSON: Expecting ',' delimiter"),
         ("t.jsonl", FIRST + "\n[1]\n", r"t.jsonl:3: a line holds an object of columns, not \[1\]"),
-        ("t.jsonl", '{"txt": "a", "label": 0}\n', r"t.jsonl:1: .*'text'. Did you mean 'txt'\? The columns are txt, label"),
+        (
+            "t.jsonl",
+            '{"txt": "a", "label": 0}\n',
+            r"t.jsonl:1: .*'text'. Did you mean 'txt'\? The columns are txt, label",
+        ),
         ("t.jsonl", FIRST + '{"text": "b"}\n', r"t.jsonl:2: there is no column 'label'.*The columns are text\."),
         ("t.jsonl", FIRST + '{"text": 3, "label": 0}\n', r"t.jsonl:2: column 'text' holds 3; text is needed"),
         ("t.jsonl", '{"text": "a", "label": null}\n', r"t.jsonl:1: column 'label' holds None"),
@@ -111,7 +115,9 @@ def test_files_that_cannot_be_read(tmp_path, tokenizer):
 
 
 def test_a_factory_of_rows_and_of_finished_inputs(module, tokenizer):  # noqa: F811
-    module("makes_rows", """
+    module(
+        "makes_rows",
+        """
         import torch
         def rows(count): return ({"text": "cat", "label": i % 2} for i in range(count))
         class Pictures:
@@ -119,7 +125,8 @@ def test_a_factory_of_rows_and_of_finished_inputs(module, tokenizer):  # noqa: F
             def __getitem__(self, i): return {"pixel_values": torch.ones(3, 2, 2), "labels": i}
         def words(): return ["cat"]
         def number(): return 3
-    """)
+    """,
+    )
     data = load_data(DataSpec(train="makes_rows:rows", arguments={"count": 5}, eval_share=0), tokenizer)
     assert [item["labels"] for item in data.train] == [0, 1, 0, 1, 0]
     pictures = load_data(DataSpec(train="makes_rows:Pictures", eval_share=0.5), None)

@@ -1,10 +1,10 @@
 import pytest
 import torch
+from subgraph_peft.passes import SSL, LoRA, ParallelAdapter
 from torch import nn
 
 import subgraph_peft as sp
 from subgraph_peft.graphs import show
-from subgraph_peft.passes import SSL, LoRA, ParallelAdapter
 from tests import models
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from subgraph_peft.passes import LoRA
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import subgraph_peft as sp
 from subgraph_peft.graphs import show
-from subgraph_peft.passes import LoRA
 from tests.methods import METHODS, WEIGHT_METHODS
 
 SITES = ["wide", "tall", "bare", "conv1d"]
@@ -232,7 +232,12 @@ def test_dora_row_norms_are_m_and_a_zero_row_stays_finite():
     from subgraph_peft.passes import DoRA
 
     torch.manual_seed(0)
-    W, A, B, m = torch.randn(5, 3).double(), torch.randn(2, 3).double(), torch.randn(5, 2).double(), torch.rand(5).double()
+    W, A, B, m = (
+        torch.randn(5, 3).double(),
+        torch.randn(2, 3).double(),
+        torch.randn(5, 2).double(),
+        torch.rand(5).double(),
+    )
     phi = DoRA(of=LoRA(r=2)).weight(W, m, A=A, B=B)
     assert torch.allclose(phi.norm(dim=1), m, atol=1e-14)
     W[2], B[2] = 0, 0

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from subgraph_peft.passes import IA3, SSB, BitFit, DoRA, LoRA, ParallelAdapter, PiSSA
 from torch import nn
 
 import subgraph_peft as sp
 from subgraph_peft.graphs import show
-from subgraph_peft.passes import IA3, SSB, BitFit, DoRA, LoRA, ParallelAdapter, PiSSA
 from subgraph_peft.tables import rewrite_rows
 from tests import models
 
@@ -192,7 +192,10 @@ def test_every_law_reproduces_dense_evaluation(bias):
     model = nn.Sequential(nn.Linear(5, 7, bias=bias), nn.Tanh(), nn.Linear(7, 2)).double()
     base = sp.capture(model, torch.randn(4, 5).double())
     program = sp.rewrite(base, Laws(), where="0")
-    tensors = {t: program.module.get_parameter(path) for t, path in program.adapters[0].paths(program.adapters[0].sites[0]).items()}
+    tensors = {
+        t: program.module.get_parameter(path)
+        for t, path in program.adapters[0].paths(program.adapters[0].sites[0]).items()
+    }
     phi = Laws().weight(model[0].weight, **tensors)
     x = base.example["input"]
     expected = model[2](torch.tanh(F.linear(x, phi, model[0].bias)))
@@ -268,7 +271,10 @@ def test_attention_in_projection_is_a_packed_site():
 def test_cost_is_read_from_the_traced_shapes(base):
     row = rewrite_rows(sp.rewrite(base, LoRA(r=2), where="0"))[0]
     assert row["trainable"] == 2 * 6 + 10 * 2
-    assert row["flops_per_token"] == 2 * (2 * 6 + 10 * 2) and row["flops_per_step"] == 0
+    assert row["flops_per_token"] == 2 * (2 * 6 + 10 * 2) + 2 + 10 and row["flops_per_step"] == 0, (
+        "two products, scale, sum"
+    )
+    assert rewrite_rows(sp.rewrite(base, SSB(), where="0"))[0]["flops_per_token"] == 6 + 10
     assert row["bytes"] == row["trainable"] * (4 + 8)
     row = rewrite_rows(sp.rewrite(base, DoRA(of=LoRA(r=2)), where="0"))[0]
     assert row["flops_per_step"] >= 2 * 10 * 2 * 6

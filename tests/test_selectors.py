@@ -41,7 +41,9 @@ def test_exclude_and_kinds(bert_sites):
 
 
 def test_a_predicate_selects(bert_sites):
-    assert all(s.out_features > s.in_features for s in select(bert_sites, lambda s: s.out_features > s.in_features).sites)
+    assert all(
+        s.out_features > s.in_features for s in select(bert_sites, lambda s: s.out_features > s.in_features).sites
+    )
 
 
 def test_heads_and_embeddings_are_left_out_unless_named(bert_sites):

@@ -107,11 +107,14 @@ def test_the_end_token_pads_where_no_other_does(folder):
 
 
 def test_factory_in_the_current_directory(module):
-    module("makes_models", """
+    module(
+        "makes_models",
+        """
         import torch
         def linear(width): return torch.nn.Linear(width, 2)
         def pair(): return torch.nn.Linear(1, 1), "tokenizer"
-    """)
+    """,
+    )
     before = list(sys.path)
     assert load_model(ModelSpec(factory="makes_models:linear", arguments={"width": 3})).model.in_features == 3
     assert load_model(ModelSpec(factory="makes_models:pair")).tokenizer == "tokenizer"
@@ -134,12 +137,15 @@ def test_factory_in_the_current_directory(module):
 def test_factories_that_fail(module, factory, arguments, message):
     module("needs", "import absent_library")
     module("breaks", "\n1 / 0")
-    module("good", """
+    module(
+        "good",
+        """
         import torch
         number = 1
         def model(width=1): return torch.nn.Linear(width, 1)
         def nothing(): pass
-    """)
+    """,
+    )
     with pytest.raises(ConfigError, match=message):
         load_model(ModelSpec(factory=factory, arguments=arguments))
 

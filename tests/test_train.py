@@ -11,6 +11,7 @@ import transformers
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from subgraph_peft.passes import SSL, DoRA, LoRA
 from torch.utils.data import DataLoader
 
 import subgraph_peft as sp
@@ -18,7 +19,6 @@ from subgraph_peft.data import Examples
 from subgraph_peft.errors import CheckpointError, ConfigError, TrainError
 from subgraph_peft.evaluate import evaluate, ranks
 from subgraph_peft.order import Order
-from subgraph_peft.passes import SSL, DoRA, LoRA
 from subgraph_peft.train import TrainOptions, TrainResult, parameter_groups, train
 
 from .models import VOCABULARY, bert, conv, gpt2, mlp
@@ -50,10 +50,12 @@ def examples(count: int, seed: int = 0, length: int = 6) -> Examples:
     ids = torch.randint(6, VOCABULARY, (count, length), generator=generator)
     labels = torch.randint(3, (count,), generator=generator)
     ids[:, :2] = labels[:, None] + 3
-    return Examples([
-        {"input_ids": row, "attention_mask": [1] * length, "labels": label}
-        for row, label in zip(ids.tolist(), labels.tolist(), strict=True)
-    ])
+    return Examples(
+        [
+            {"input_ids": row, "attention_mask": [1] * length, "labels": label}
+            for row, label in zip(ids.tolist(), labels.tolist(), strict=True)
+        ]
+    )
 
 
 def collate(items: list[dict]) -> dict[str, torch.Tensor]:
@@ -293,6 +295,7 @@ def test_resumption_with_batch_norm(tmp_path):
 
 def assert_resumes(fresh, data, options, collate, folder) -> dict[str, torch.Tensor]:
     """Interrupted in the second epoch."""
+
     def go(name: str, program: sp.Program, *callbacks: At) -> TrainResult:
         return train(program, data, output=folder / name, options=options, collate=collate, callbacks=callbacks)
 

@@ -1,9 +1,9 @@
 from typing import ClassVar
 
 import torch
+from subgraph_peft.passes.extension.lora import LoRA
 
 from subgraph_peft.method import Method, Tensor, Wrapper, trainable
-from subgraph_peft.passes.extension.lora import LoRA
 from subgraph_peft.sites import Site
 
 

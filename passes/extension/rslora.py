@@ -1,7 +1,6 @@
 from typing import ClassVar
 
 import torch
-
 from subgraph_peft.passes.extension.lora import LoRA
 
 

@@ -1,9 +1,9 @@
 from typing import ClassVar
 
 import torch
+from subgraph_peft.passes.reconstruction.pissa import PiSSA
 
 from subgraph_peft.linalg import svd
-from subgraph_peft.passes.reconstruction.pissa import PiSSA
 
 
 class MiLoRA(PiSSA):

@@ -36,7 +36,9 @@ class PiSSA(Method):
 
     def prepare(self, site: Site, W: torch.Tensor) -> dict[str, torch.Tensor]:
         if self.r > min(W.shape):
-            raise MethodError(f"{self.name} at {site.name}: r = {self.r} exceeds min(in, out) = {min(W.shape)} of {list(W.shape)}.")
+            raise MethodError(
+                f"{self.name} at {site.name}: r = {self.r} exceeds min(in, out) = {min(W.shape)} of {list(W.shape)}."
+            )
         U, sigma, Vh = self.triplets(W)
         q = (sigma / self.s).sqrt()
         A, B = q[:, None] * Vh, U * q
@@ -45,5 +47,7 @@ class PiSSA(Method):
     def triplets(self, W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return svd(W, self.r, self.niter)
 
-    def weight(self, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, A0: torch.Tensor, B0: torch.Tensor) -> torch.Tensor:
+    def weight(
+        self, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, A0: torch.Tensor, B0: torch.Tensor
+    ) -> torch.Tensor:
         return (W - self.s * (B0 @ A0)) + self.s * (B @ A)

@@ -1,6 +1,6 @@
 """First attach and peak memory of one side, in a process of its own.
 
-    python -m tests.benchmarks.fresh minilm lora ours cpu        prints one JSON object
+python -m tests.benchmarks.fresh minilm lora ours cpu        prints one JSON object
 """
 
 import json

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import onnx
 import pytest
+from subgraph_peft.export import exporter, files
+from subgraph_peft.passes import LoRA
 
 import subgraph_peft as sp
 from subgraph_peft import export
-from subgraph_peft.export import exporter, files
-from subgraph_peft.passes import LoRA
 from tests.export.conftest import captured, shake
 
 

@@ -5,10 +5,10 @@ from collections import Counter
 
 import pytest
 import torch
+from subgraph_peft.passes import DoRA, LoRA, ParallelAdapter, PiSSA
 
 import subgraph_peft as sp
 from subgraph_peft import export
-from subgraph_peft.passes import DoRA, LoRA, ParallelAdapter, PiSSA
 from tests.export.conftest import Exported, captured, shake
 
 SITES = {

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-import subgraph_peft as sp
-from subgraph_peft import export
 from subgraph_peft.export import exporter
 from subgraph_peft.export.axes import axis_names, other_sizes, resize
 from subgraph_peft.export.verification import difference
+
+import subgraph_peft as sp
+from subgraph_peft import export
 from tests import models
 from tests.export.conftest import captured
 

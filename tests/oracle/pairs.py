@@ -6,10 +6,10 @@ from functools import cache
 
 import peft
 import torch
+from subgraph_peft.passes import IA3, DoRA, LoRA, PiSSA, RsLoRA
 from torch import nn
 
 import subgraph_peft as sp
-from subgraph_peft.passes import IA3, DoRA, LoRA, PiSSA, RsLoRA
 from subgraph_peft.constants import refresh
 from tests.models import MODELS
 

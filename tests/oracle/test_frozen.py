@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from subgraph_peft.passes import SSB, DoRA, LoRA, PiSSA
 from torch import nn
 
 import subgraph_peft as sp
 from subgraph_peft.graphs import show
-from subgraph_peft.passes import SSB, DoRA, LoRA, PiSSA
 from tests.models import MODELS
 
 from .pairs import PLACES, captured, losses, paths
