@@ -204,6 +204,9 @@ def describe(model: ir.Model, program: Program) -> None:
     }
     if folded := program.folded:
         facts["fold"] = {
-            "dtype": str(folded.dtype), "adapters": folded.merged, "sites": len(folded.sites), "retained": folded.retained,
-        }  # fmt: skip
+            "dtype": str(folded.dtype),
+            "adapters": folded.merged,
+            "sites": len(folded.sites),
+            "retained": folded.retained,
+        }
     model.metadata_props.update({f"{META}.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()})

@@ -1,4 +1,4 @@
-"""An adapter: one method, applied to sites, under a name. A target: one parameter or result, and all that rewrites it."""
+"""An adapter is a method applied to sites; a target is a parameter or result with all that rewrites it."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence

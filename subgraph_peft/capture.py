@@ -94,8 +94,12 @@ def dynamic_dimensions(inputs: Mapping[str, Any], chosen: Mapping[str, Iterable[
     if chosen is not None:
         if unknown := set(chosen) - set(inputs):
             raise CaptureError(f"dynamic names {', '.join(sorted(unknown))}; the inputs are {', '.join(inputs)}.")
-        fixed = {name: frozenset(dims) for name, dims in chosen.items()}
-        return {name: pytree.tree_map(lambda _, d=fixed.get(name, frozenset()): d, v) for name, v in inputs.items()}
+
+        def wanted(name: str) -> Any:
+            dims = frozenset(chosen.get(name, ()))
+            return pytree.tree_map(lambda _: dims, inputs[name])
+
+        return {name: wanted(name) for name in inputs}
 
     def usual(leaf: Any) -> frozenset[int]:
         if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0:
@@ -200,11 +204,17 @@ def refused(model: nn.Module, error: Exception) -> CaptureError:
     what = lines[0] if lines else type(error).__name__
     text = str(error)
     if re.search(r"data-dependent|GuardOnDataDependent|Could not guard|DynamicControlFlow|bool\(\)|\.item\(\)", text):
-        advice = "Control flow depends on tensor values: rewrite that line with torch.where or torch.cond, or move it out of forward."
+        advice = (
+            "Control flow depends on tensor values: rewrite that line with torch.where or torch.cond, or move it out "
+            "of forward."
+        )
     elif re.search(r"[Cc]onstraints violated|specializ|marked as dynamic|dynamic_shapes", text):
         advice = "A dimension asked to vary cannot: pass dynamic={'input_name': [dimensions]} with those that can."
     else:
-        advice = "Try example inputs without labels, attn_implementation='sdpa' or 'eager', or capture the submodule that holds the weights."
+        advice = (
+            "Try example inputs without labels, attn_implementation='sdpa' or 'eager', or capture the submodule that "
+            "holds the weights."
+        )
     return CaptureError(
         f"{type(model).__name__} cannot be captured: {type(error).__name__}: {what}\n  at {where}\n  {advice}"
     )
@@ -292,8 +302,8 @@ def check_eval(program: Program, model: nn.Module, inputs: dict[str, Any], range
     program.module.make_runners()
     if not equal(pytree.tree_leaves(program.run(few)), expected):
         raise CaptureError(
-            f"The captured graph of {type(model).__name__} does not reproduce the model in eval mode on the example inputs. "
-            "The model probably keeps state in Python between calls; capture(verify=False) takes it as it is."
+            f"The captured graph of {type(model).__name__} does not reproduce the model in eval mode on the example "
+            "inputs. The model probably keeps state in Python between calls; capture(verify=False) takes it as it is."
         )
     return program
 

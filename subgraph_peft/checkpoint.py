@@ -1,4 +1,4 @@
-"""Adapters on disk: `adapter.json` (methods, sites, base) and `adapter.safetensors` (every tensor, by qualified name)."""
+"""Adapters on disk: `adapter.json` (methods, sites, base) and `adapter.safetensors` (tensors by qualified name)."""
 
 import hashlib
 import json
@@ -162,8 +162,9 @@ def load_into(program: Program, folder: str | os.PathLike) -> Program:
             )
     if len(own) != len(config["adapters"]) or config["trained"] != trained(program):
         raise CheckpointError(
-            f"{folder} holds {len(config['adapters'])} adapters and trains {config['trained'] or 'no other parameter'}; the "
-            f"program has {len(own)} and trains {trained(program) or 'no other parameter'}. Use sp.load on the captured program."
+            f"{folder} holds {len(config['adapters'])} adapters and trains {config['trained'] or 'nothing else'}; "
+            f"the program has {len(own)} and trains {trained(program) or 'nothing else'}. Use sp.load on the "
+            "captured program."
         )
     check_base(program, config, folder)
     held = {name: value for name, value in state(program).items() if isinstance(value, nn.Parameter)}

@@ -67,7 +67,8 @@ def find_config(name: str | os.PathLike) -> Path:
     if str(name).removesuffix(".yaml") in shipped:
         return shipped[str(name).removesuffix(".yaml")]
     raise ConfigError(
-        f"{name} is neither a file nor a shipped pipeline.{suggestion(str(name), shipped)} Shipped: {', '.join(shipped)}."
+        f"{name} is neither a file nor a shipped pipeline.{suggestion(str(name), shipped)} "
+        f"Shipped: {', '.join(shipped)}."
     )
 
 
@@ -180,7 +181,8 @@ def pass_options(raw: dict[str, Any], name: str, override: str) -> dict[str, Any
             return passes[index][own]
     known = [*PipelineConfig.model_fields, *present]
     raise ConfigError(
-        f"--set {override}: there is no {name!r} in this pipeline.{suggestion(name, known)} There are: {', '.join(known)}."
+        f"--set {override}: there is no {name!r} in this pipeline.{suggestion(name, known)} "
+        f"There are: {', '.join(known)}."
     )
 
 

@@ -17,7 +17,7 @@ VIEWS = {
 }  # fmt: skip
 TRANSPOSE_2D = {aten.t.default, aten.numpy_T.default, aten.mT.default}
 
-# (adapter name, tensor name) of a tensor; ("", "W") of the weight or bias itself, ("", "x") and ("", "y") of activations
+# (adapter, tensor); ("", "W") or ("", "b") is the weight or bias itself, ("", "x") and ("", "y") are activations
 Operand = tuple[str, str]
 
 

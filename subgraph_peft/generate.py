@@ -1,4 +1,4 @@
-"""Generate the program of a captured one under adapters. Nothing is shared between programs but the memory of weights."""
+"""Generate the program of a captured one under adapters. Programs share the memory of weights and nothing else."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -101,9 +101,9 @@ def rebuild(
     saved = set(source.state_dict(keep_vars=True))
     volatile = {name for name, _ in source.named_buffers(remove_duplicate=False) if name not in saved}
     parts = {name: child for name, child in source.named_children() if isinstance(child, fx.GraphModule)}
+    held = {name: separate(tensor) for name, tensor in tensors.items()} | parts
     module = build(
-        source.signature, own[0], own[1] if len(own) > 1 else None,
-        {**{name: separate(tensor) for name, tensor in tensors.items()}, **parts}, volatile, home, type(source).__name__,
+        source.signature, own[0], own[1] if len(own) > 1 else None, held, volatile, home, type(source).__name__,
         config=getattr(source, "config", None),
     )  # fmt: skip
     return module.train(source.training)

@@ -142,7 +142,7 @@ class Lowering:
         return list(parameter.users), next(node for node in self.graph.nodes if node in parameter.users)
 
     def emitter(self, before: fx.Node, like: fx.Node | None = None) -> Callable[..., fx.Node]:
-        """A function that adds nodes before `before`, named after site, adapter and term, with metadata that says so."""
+        """Adds nodes before `before`, named after site, adapter and term, with metadata that says so."""
         origin = {k: v for k, v in (like or before).meta.items() if k in ("nn_module_stack", "stack_trace")}
 
         def emit(target: Any, args: tuple, term: str, adapter: str, kwargs: Mapping | None = None) -> fx.Node:

@@ -1,4 +1,4 @@
-"""Bring an exported graph into the form every later pass relies on: flat, without assertions, without gradient-mode regions."""
+"""The form every later pass relies on: a flat graph without assertions and without gradient-mode regions."""
 
 import torch
 from torch import fx, nn

@@ -1,4 +1,4 @@
-"""The one-line form of a pipeline: `capture,lora{r=8,where=*.query},dora{of={lora{r=4}}},fold`. It reads back as it prints."""
+"""The one-line form of a pipeline, `capture,lora{r=8,where=*.query},dora{of={lora{r=4}}},fold`: as printed, so read."""
 
 import json
 import re

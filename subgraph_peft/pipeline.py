@@ -1,4 +1,4 @@
-"""Passes and pipelines: everything that changes a program says what it needs, what it did, and what holds afterwards."""
+"""Passes and pipelines: what changes a program says what it needs, what it did, and what holds afterwards."""
 
 import difflib
 import time
@@ -58,7 +58,7 @@ class Result:
 
 
 class Pass(BaseModel):
-    """Base of passes: its fields are its options. A subclass gives `apply`, and `requires` where it has a precondition."""
+    """Base of passes: the fields are the options. A subclass gives `apply`, and `requires` if it has a precondition."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, coerce_numbers_to_str=True)
 

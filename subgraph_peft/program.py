@@ -90,7 +90,7 @@ class Program:
 
     def write_to(self, model: nn.Module) -> list[str]:
         """Copy this program's weights into the eager model it was captured from. Returns the names that changed."""
-        from .fold import write_to
+        from .merged import write_to
 
         return write_to(self, model)
 

@@ -15,7 +15,7 @@ from .errors import ConfigError
 from .files import write_json, write_text
 from .pipeline import Result
 from .program import Program
-from .tables import REWRITE_COLUMNS, fold_cells, fold_rows, rewrite_cells, rewrite_rows
+from .tables import REWRITE_COLUMNS, difference_text, fold_cells, fold_rows, rewrite_cells, rewrite_rows
 
 PACKAGES = ("subgraph-peft", "torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
 
@@ -136,12 +136,7 @@ def page(document: Mapping[str, Any], results: Sequence[Result], curve: bool) ->
         if document["left_out"]:
             lines += ["Left out: " + ", ".join(f"`{name}` ({why})" for name, why in document["left_out"]) + ".", ""]
     if "fold" in document:
-        lines += [
-            "## Fold",
-            "",
-            f"Into {document['fold']['dtype']}; outputs differ by {document['fold']['output_error']:.1e} of the largest.",
-            "",
-        ]
+        lines += ["## Fold", "", f"Into {document['fold']['dtype']}; {difference_text(program.folded)}.", ""]
         lines += table(("module", "‖ΔW‖ / ‖W‖", "delta retained"), fold_cells(document["fold"]["sites"]))
     for item in document["passes"]:
         if item["difference"]:

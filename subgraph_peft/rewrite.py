@@ -68,7 +68,8 @@ def rewrite(
     tensors = dict(program.module.tensors())
     if clash := trained & {site.name for a in program.adapters for site in a.sites}:
         raise MethodError(
-            f"{sorted(clash)[0]} has an adapter already and cannot be trained in full beside it; leave it out of `trainable`."
+            f"{sorted(clash)[0]} has an adapter already and cannot be trained in full beside it; "
+            "leave it out of `trainable`."
         )
     added: dict[str, nn.Parameter] = {}
     with torch.no_grad():

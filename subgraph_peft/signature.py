@@ -1,4 +1,4 @@
-"""The call signature of a captured model: named arguments in, flat tensors through the graph, the model's own output type out."""
+"""The call signature of a captured model: named arguments in, flat tensors through, the model's own output type out."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence

@@ -17,6 +17,7 @@ from .fold import fold
 from .method import Method
 from .pipeline import Pass, State
 from .rewrite import rewrite
+from .tables import difference_text
 from .train import TrainOptions, train
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -149,7 +150,7 @@ class Fold(Pass):
         if program.folded is None:
             return state, "nothing to fold"
         report = program.folded
-        summary = f"{len(report.sites)} weights, outputs differ by {report.output_error:.1e}, {report.retained:.2%} of the delta retained"
+        summary = f"{len(report.sites)} weights, {difference_text(report)}, {report.retained:.2%} of the delta retained"
         if report.remaining:
             summary += f"; {', '.join(report.remaining)} cannot fold and stays in the graph"
         after = replace(state, program=program)
@@ -181,7 +182,8 @@ class Export(Pass):
         if self.weights and state.folder is not None and not state.program.adapters:
             save_merged(state.program, state.model, state.tokenizer, state.folder / "merged")
         drift = max((d.absolute for d in report.drift.values()), default=0.0)
-        summary = f"{report.path}: {report.nodes} nodes, {report.bytes / 2**20:.1f} MiB, drift {drift:.1e} on {report.provider}"
+        size = f"{report.nodes} nodes, {report.bytes / 2**20:.1f} MiB"
+        summary = f"{report.path}: {size}, drift {drift:.1e} on {report.provider}"
         return state.with_record("export", report), summary
 
 

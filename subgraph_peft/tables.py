@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .fold import FoldReport
 from .program import Program
 from .sites import Site
 
@@ -145,10 +146,15 @@ def fold_rows(program: Program) -> list[dict[str, object]]:
 
 def fold_table(program: Program) -> Table:
     report = program.folded
-    title = f"Folded into {report.dtype}; outputs differ by {report.output_error:.1e} of the largest"
+    title = f"Folded into {report.dtype}; {difference_text(report)}"
     table = new_table(title, ["module", ">‖ΔW‖ / ‖W‖", ">delta retained"])
     fill(table, fold_cells(fold_rows(program)))
     return table
+
+
+def difference_text(report: FoldReport) -> str:
+    error = report.output_error
+    return "outputs not compared" if error is None else f"outputs differ by {error:.1e} of the largest"
 
 
 def fold_cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
