@@ -123,8 +123,8 @@ def test_fold_is_idempotent_and_gives_back_the_captured_graph(base, name):
     assert all(torch.equal(p, before[n]) for n, p in adapted.module.named_parameters())
 
 
-PAIRS = [(a, b) for a in ("lora", "ssb", "ia3_output", "pissa_scaled", "dora") for b in WEIGHT_METHODS]
-PAIRS += [(a, "parallel_adapter") for a in ("lora", "dora")] + [("bitfit", "ia3_output"), ("lora", "bitfit")]
+EACH = ["lora", "ssl", "ssb", "ia3_output", "ia3_input", "pissa_scaled", "milora", "dora", "bitfit", "parallel_adapter"]
+PAIRS = [(a, b) for a in EACH for b in EACH]
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=[f"{a}-{b}" for a, b in PAIRS])
@@ -134,10 +134,12 @@ def test_composition_equals_the_composed_fold(base, first, second):
     two = adapt(one, METHODS[second])
     assert relative(two.run(), one.run()) <= TOLERANCE, "the second method starts at the identity"
     shake(two, seed=2)
-    stepwise = adapt(sp.fold(with_values(adapt(base, METHODS[first]), two)), METHODS[second], name=two.adapters[1].name)
-    stepwise = sp.fold(with_values(stepwise, two))
-    assert relative(two.run(), stepwise.run()) <= TOLERANCE
+    assert relative(two.run(), one.run()) > 1e-6
     assert relative(two.run(), sp.fold(two).run()) <= TOLERANCE
+    if METHODS[first].foldable():
+        folded = sp.fold(with_values(adapt(base, METHODS[first]), two))
+        stepwise = with_values(adapt(folded, METHODS[second], name=two.adapters[1].name), two)
+        assert relative(two.run(), sp.fold(stepwise).run()) <= TOLERANCE
 
 
 def with_values(target: sp.Program, source: sp.Program) -> sp.Program:
