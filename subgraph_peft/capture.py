@@ -14,12 +14,14 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from .compare import equal
 from .errors import CaptureError, CaptureWarning
+from .examples import dynamic_dimensions, example_of, first_rows, widen
 from .graphs import attributes, fixed_size
 from .module import build, home_of
 from .normalise import attribute, normalise
 from .program import Program
-from .signature import Signature, export_arguments, named_inputs
+from .signature import Signature, export_arguments
 
 
 def capture(
@@ -69,57 +71,6 @@ def from_exported(exported: ExportedProgram) -> Program:
         raise CaptureError("This ExportedProgram carries no example inputs; export it again with torch.export.export.")
     program = assemble(exported, None, None)
     return program
-
-
-def example_of(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
-    """Example inputs by name. Every tensor is a copy: torch.export takes two arguments that are one tensor
-    (`labels=input_ids`) for one input, and would leave the other unread."""
-    if isinstance(example_inputs, torch.Tensor):
-        example_inputs = (example_inputs,)
-    if isinstance(example_inputs, Mapping):
-        inputs = named_inputs(model.forward, (), dict(example_inputs))
-    elif isinstance(example_inputs, (tuple, list)):
-        inputs = named_inputs(model.forward, tuple(example_inputs), {})
-    else:
-        raise CaptureError(f"Example inputs are a tensor, a tuple or a dict, not {type(example_inputs).__name__}.")
-    device = next((p.device for p in model.parameters()), None)
-    for name, leaf in ((n, leaf) for n, value in inputs.items() for leaf in pytree.tree_leaves(value)):
-        if isinstance(leaf, torch.Tensor) and device is not None and leaf.device != device:
-            raise CaptureError(f"Input {name!r} is on {leaf.device}, the model on {device}. Move one of them first.")
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), inputs)
-
-
-def dynamic_dimensions(inputs: Mapping[str, Any], chosen: Mapping[str, Iterable[int]] | None) -> dict[str, Any]:
-    """Argument name -> for each tensor leaf the set of dimensions asked to vary."""
-    if chosen is not None:
-        if unknown := set(chosen) - set(inputs):
-            raise CaptureError(f"dynamic names {', '.join(sorted(unknown))}; the inputs are {', '.join(inputs)}.")
-
-        def wanted(name: str) -> Any:
-            dims = frozenset(chosen.get(name, ()))
-            return pytree.tree_map(lambda _: dims, inputs[name])
-
-        return {name: wanted(name) for name in inputs}
-
-    def usual(leaf: Any) -> frozenset[int]:
-        if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0:
-            return frozenset()
-        sequence = (leaf.ndim == 2 and not leaf.is_floating_point()) or leaf.ndim == 3
-        return frozenset({0, 1} if sequence else {0})
-
-    return {name: pytree.tree_map(usual, value) for name, value in inputs.items()}
-
-
-def widen(inputs: dict[str, Any], ranges: dict[str, Any]) -> dict[str, Any]:
-    """Repeat a batch of one to a batch of two: torch.export fixes a dimension that it sees as 1."""
-    leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.ndim]
-    if not leaves or any(leaf.shape[0] != 1 for leaf in leaves):
-        return inputs
-
-    def repeat(leaf: Any, dims: frozenset[int]) -> Any:
-        return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and 0 in dims else leaf
-
-    return {name: pytree.tree_map(repeat, value, ranges[name]) for name, value in inputs.items()}
 
 
 @contextmanager
@@ -289,7 +240,7 @@ def check_eval(program: Program, model: nn.Module, inputs: dict[str, Any], range
         args, kwargs = export_arguments(model.forward, pytree.tree_map_only(torch.Tensor, torch.clone, few))
         with torch.no_grad():
             expected = pytree.tree_leaves(model(*args, **kwargs))
-        if equal(pytree.tree_leaves(program.run(few)), expected):
+        if equal(expected, pytree.tree_leaves(program.run(few))):
             return program
         second = export(model, inputs, ranges, explicit=False)
     root = second.module(check_guards=False)
@@ -300,40 +251,9 @@ def check_eval(program: Program, model: nn.Module, inputs: dict[str, Any], range
     split_ties(root.graph, program.ties)
     program.module.eval_graph = root.graph
     program.module.make_runners()
-    if not equal(pytree.tree_leaves(program.run(few)), expected):
+    if not equal(expected, pytree.tree_leaves(program.run(few))):
         raise CaptureError(
             f"The captured graph of {type(model).__name__} does not reproduce the model in eval mode on the example "
             "inputs. The model probably keeps state in Python between calls; capture(verify=False) takes it as it is."
         )
     return program
-
-
-def first_rows(inputs: dict[str, Any], ranges: dict[str, Any], rows: int = 2) -> dict[str, Any]:
-    """The first rows of a batch whose size varies."""
-
-    def cut(leaf: Any, dims: frozenset[int]) -> Any:
-        return leaf[:rows] if 0 in dims else leaf
-
-    return {name: pytree.tree_map(cut, value, ranges[name]) for name, value in inputs.items()}
-
-
-def equal(actual: list[Any], expected: list[Any]) -> bool:
-    if len(actual) != len(expected):
-        return False
-    for a, e in zip(actual, expected, strict=True):
-        if isinstance(e, torch.Tensor):
-            if a is None or a.shape != e.shape:
-                return False
-            if e.is_floating_point():
-                bound = {torch.float64: 1e-9, torch.float32: 1e-4}.get(e.dtype, 3e-2)
-                if not torch.allclose(a, e, rtol=0, atol=bound * scale(e), equal_nan=True):
-                    return False
-            elif not torch.equal(a, e):
-                return False
-    return True
-
-
-def scale(tensor: torch.Tensor) -> float:
-    """The largest finite absolute value."""
-    finite = tensor[torch.isfinite(tensor)]
-    return finite.abs().max().item() if finite.numel() else 1.0

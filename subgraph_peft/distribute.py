@@ -7,109 +7,17 @@ Where no law applies the factor is evaluated as it stands, each step; one of ful
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
-from .equation import TRANSPOSE_2D, VIEWS, Equation
 from .forms import Form
 from .graphs import aten, operator_name
+from .values import MATMULS, Values
 
-MATMULS = {aten.matmul.default, aten.mm.default}
 SUMS = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
 DIAGONALS = {aten.diag.default, aten.diag_embed.default}
-
-
-@dataclass
-class Lowered:
-    """How one site was rewritten.
-
-    dense:      why a full-size matrix is evaluated each step, if one is
-    nodes:      names of the nodes that the rewrite added
-    per_token:  FLOPs added per row of the input, a multiply-add being two    per_step: those independent of the input
-    """
-
-    dense: list[str] = field(default_factory=list)
-    nodes: list[str] = field(default_factory=list)
-    per_token: int = 0
-    per_step: int = 0
-
-    @property
-    def form(self) -> str:
-        return "dense" if self.dense else "factored"
-
-
-class Values:
-    """Nodes of the target graph that hold values of an equation, each made once, before the first use.
-
-    emit:    (target, args, term, adapter) -> node, inserted before the site's first call
-    operand: placeholder of the equation -> node of the target graph
-    hoisted: constant of the equation -> node that reads its buffer
-    dtype:   in which values are computed
-
-    A value's node says in meta["dtype"] which dtype it is held in, and in meta["shape"] its shape.
-    """
-
-    def __init__(
-        self,
-        equation: Equation,
-        emit: Callable,
-        operand: Callable,
-        hoisted: Callable,
-        dtype: torch.dtype,
-        full_size: int,
-        lowered: Lowered,
-    ):
-        self.equation, self.emit, self.operand, self.hoisted = equation, emit, operand, hoisted
-        self.dtype, self.full_size, self.lowered = dtype, full_size, lowered
-        self.made: dict[fx.Node, fx.Node] = {}
-        self.cast: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
-
-    def of(self, node: fx.Node) -> fx.Node:
-        """The node's value as it stands."""
-        if node not in self.made:
-            self.made[node] = self._make(node)
-            self.made[node].meta["shape"] = self.equation.shape(node)
-        return self.made[node]
-
-    def _make(self, node: fx.Node) -> fx.Node:
-        equation = self.equation
-        if node.op == "placeholder":
-            return self.operand(equation.operands[node])
-        if equation.is_constant(node):
-            return self.hoisted(node)
-        for source in node.all_input_nodes:
-            if self.is_dense(source) and not self.is_dense(node):
-                self.note(f"{operator_name(node)} reads a full-size matrix")
-        args = fx.node.map_arg(node.args, lambda n: self.held_in(n, self.dtype))
-        kwargs = fx.node.map_arg(node.kwargs, lambda n: self.held_in(n, self.dtype))
-        if node in equation.trainable:
-            self.lowered.per_step += flops(equation, node)
-        made = self.emit(node.target, args, equation.term(node), equation.adapter(node), kwargs)
-        made.meta["dtype"] = self.dtype
-        return made
-
-    def held_in(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        """The node's value, cast where it is held in another dtype."""
-        value = self.of(node)
-        if value.meta["dtype"] == dtype:
-            return value
-        if (value, dtype) not in self.cast:
-            term, adapter = f"{self.equation.term(node)}_cast", self.equation.adapter(node)
-            cast = self.emit(aten.to.dtype, (value, dtype), term, adapter)
-            cast.meta |= {"shape": value.meta["shape"], "dtype": dtype}
-            self.cast[value, dtype] = cast
-        return self.cast[value, dtype]
-
-    def is_dense(self, node: fx.Node) -> bool:
-        """A computed matrix of the weight's own size that changes each step."""
-        computed = node.op == "call_function" and node.target not in VIEWS
-        return computed and node in self.equation.trainable and self.equation.numel(node) >= self.full_size > 1
-
-    def note(self, reason: str) -> None:
-        if reason not in self.lowered.dense:
-            self.lowered.dense.append(reason)
 
 
 @dataclass(frozen=True)
@@ -342,10 +250,3 @@ LAWS: dict[object, Callable] = {
     aten.div.Tensor: Distribution.multiple,
     aten.neg.default: Distribution.negative,
 }
-
-
-def flops(equation: Equation, node: fx.Node) -> int:
-    """Multiply-adds ×2 of a product, one per element of anything else; views are free."""
-    if node.target in MATMULS:
-        return 2 * equation.numel(node) * equation.shape(node.args[0])[-1]
-    return 0 if node.target in VIEWS or node.target in TRANSPOSE_2D else equation.numel(node)

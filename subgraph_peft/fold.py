@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .adapter import targets
+from .compare import difference
 from .errors import FoldError
 from .generate import base_of, generate, rebuild
 from .method import spell
@@ -147,13 +148,3 @@ def compare(before: Program, after: Program) -> float:
     inputs = pytree.tree_map_only(torch.Tensor, lambda t: t, dict(before.example))
     pairs = zip(pytree.tree_leaves(before.run(inputs)), pytree.tree_leaves(after.run(inputs)), strict=True)
     return max((difference(a, b) for a, b in pairs), default=0.0)
-
-
-def difference(expected: Any, actual: Any) -> float:
-    """Infinities and values that are no number count as equal to themselves."""
-    if not isinstance(expected, torch.Tensor) or not expected.is_floating_point() or not expected.numel():
-        return 0.0
-    expected, actual = expected.double(), actual.double()
-    same = (expected == actual) | (expected.isnan() & actual.isnan())
-    largest = torch.where(expected.isfinite(), expected, 0).abs().max().clamp_min(1e-12)
-    return (torch.where(same, 0, expected - actual).abs().max() / largest).item()

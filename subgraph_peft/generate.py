@@ -9,11 +9,11 @@ from torch import fx, nn
 from . import graphs
 from .adapter import Adapter, Target, targets
 from .constants import Constant, refresh
-from .distribute import Lowered
 from .equation import Equation
 from .lower import META, Lowering
 from .module import GraphModel, Home, build
 from .program import Program
+from .values import Lowered
 
 
 def generate(

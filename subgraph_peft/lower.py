@@ -7,12 +7,13 @@ import torch
 from torch import fx
 
 from .adapter import Target, identifier
-from .distribute import Distribution, Lowered, Values
+from .distribute import Distribution
 from .equation import Equation, Operand, trace
 from .errors import MethodError
 from .forms import Form, form_class
 from .graphs import aten
 from .sites import calls_of
+from .values import Lowered, Values
 
 META = "subgraph_peft"
 

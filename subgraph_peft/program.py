@@ -13,8 +13,8 @@ from .module import GraphModel
 if TYPE_CHECKING:
     from .adapter import Adapter
     from .constants import Constant
-    from .distribute import Lowered
     from .fold import FoldReport
+    from .values import Lowered
 
 
 @dataclass(frozen=True)
