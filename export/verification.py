@@ -66,7 +66,7 @@ def verify(
 
 def program_reference(program: Program, example: Mapping[str, Any] | None = None) -> Reference:
     """The program with all its inputs, the ones that an export leaves out too."""
-    example = program.example if example is None else example
+    example = program.at_home(program.example if example is None else example)
     signature = program.module.signature
 
     def call(inputs: Mapping[str, torch.Tensor]) -> Any:

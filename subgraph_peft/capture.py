@@ -69,8 +69,7 @@ def capture(
 def from_exported(exported: ExportedProgram) -> Program:
     if exported.example_inputs is None:
         raise CaptureError("This ExportedProgram carries no example inputs; export it again with torch.export.export.")
-    program = assemble(exported, None, None)
-    return program
+    return assemble(exported, None, None)
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from . import registry
 from .adapter import Adapter
 from .constants import refresh
 from .errors import CheckpointError, SubgraphPeftError, nearest
-from .files import replacing, write_json
+from .files import replacing
 from .generate import generate
 from .method import spell
 from .program import Program
@@ -30,15 +31,20 @@ FORMAT = 1
 def save(program: Program, folder: str | os.PathLike) -> None:
     """Write the program's adapters, and the parameters and buffers of the model that training changed beside them.
 
-    The tensors are written first, under a temporary name; an interrupted save leaves the former files.
+    Both files are written under temporary names first; an interrupted save leaves the former ones.
     """
     if not program.adapters:
         raise CheckpointError("The program has no adapters to save; a folded program is saved as plain weights.")
     folder = Path(folder)
     tensors = {name: value.detach().contiguous().cpu() for name, value in state(program).items()}
-    with replacing(folder / TENSORS, CheckpointError) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    write_json(folder / CONFIG, describe(program), CheckpointError)
+    text = json.dumps(describe(program), indent=2) + "\n"
+    with replacing(folder / TENSORS, CheckpointError) as weights, replacing(folder / CONFIG, CheckpointError) as config:
+        save_file(tensors, weights, metadata={"format": "pt", "config": digest(text)})
+        config.write_text(text, encoding="utf-8")
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def state(program: Program) -> dict[str, torch.Tensor]:
@@ -69,7 +75,7 @@ def trained(program: Program) -> list[str]:
 def describe(program: Program) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "base": {"source": program.source, "fingerprint": fingerprint(program)},
+        "base": {"source": program.source, "fingerprint": fingerprint(program, trained(program))},
         "untied": sorted(s.name for a in program.adapters for s in a.sites if s.ties),
         "trained": trained(program),
         "buffers": written(program),
@@ -80,18 +86,18 @@ def describe(program: Program) -> dict[str, Any]:
     }
 
 
-def fingerprint(program: Program) -> str:
+def fingerprint(program: Program, without: Sequence[str]) -> str:
     """Hash of the captured parameters: names, shapes, and up to 256 values of each, evenly spread.
 
-    Tensors that train are left out, so that a program and its base agree.
+    without: parameters that the adapter's file replaces, such as a head that was drawn anew
     """
-    digest = hashlib.sha256()
+    hashed = hashlib.sha256()
     for name, value in sorted(program.captured.module.named_parameters(remove_duplicate=False)):
-        digest.update(f"{name}{list(value.shape)}".encode())
-        if value.numel() and not value.is_meta:
+        hashed.update(f"{name}{list(value.shape)}".encode())
+        if value.numel() and not value.is_meta and name not in without:
             flat = value.detach().flatten()
-            digest.update(flat[:: max(1, flat.numel() // 256)][:256].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+            hashed.update(flat[:: max(1, flat.numel() // 256)][:256].float().cpu().numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -125,8 +131,13 @@ def read_tensors(folder: Path, expected: Mapping[str, torch.Size]) -> dict[str, 
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            saved_with = (file.metadata() or {}).get("config")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from error
+    if saved_with != digest((folder / CONFIG).read_text(encoding="utf-8")):
+        raise CheckpointError(
+            f"{folder}: {CONFIG} is not the one that {TENSORS} was saved with. Restore both from one save."
+        )
     problems = [f"missing {name}" for name in sorted(set(expected) - set(found))]
     problems += [f"unexpected {name}" for name in sorted(set(found) - set(expected))]
     problems += [
@@ -141,7 +152,7 @@ def read_tensors(folder: Path, expected: Mapping[str, torch.Size]) -> dict[str, 
 
 
 def check_base(program: Program, config: Mapping[str, Any], folder: Path) -> None:
-    if config["base"]["fingerprint"] != fingerprint(program):
+    if config["base"]["fingerprint"] != fingerprint(program, config["trained"]):
         raise CheckpointError(
             f"{folder} was trained on another base ({config['base'].get('source', 'unknown')}) than this program "
             f"({program.source}): the weights differ. Load the model that the adapter was trained on."
@@ -173,7 +184,7 @@ def load_into(program: Program, folder: str | os.PathLike) -> Program:
         for name, value in held.items():
             value.copy_(found[name])
     set_buffers(program, found)
-    refresh(program)
+    refresh(program.module, program.constants)
     return program
 
 
@@ -212,7 +223,10 @@ def load(program: Program, folder: str | os.PathLike) -> Program:
         try:
             method = registry.read(spelled)
         except SubgraphPeftError as error:
-            raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+            raise CheckpointError(
+                f"{folder / CONFIG}: {error} A method of your own is found by name once its package registers it in the "
+                f"entry-point group {registry.GROUP}; or make the rewrite again and use program.load(folder)."
+            ) from error
         adapters.append(Adapter(name, method, tuple(by_name[site] for site in sites)))
     base = dict(captured.module.named_parameters())
     if missing := set(config["trained"]) - set(base):
@@ -236,4 +250,4 @@ def load(program: Program, folder: str | os.PathLike) -> Program:
     result = generate(captured, tuple(adapters), own, dtype)
     set_buffers(result, found)
     history = (*captured.history, *(adapter.name for adapter in adapters))
-    return Program(**{**vars(result), "history": history})
+    return replace(result, history=history)

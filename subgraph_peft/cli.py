@@ -41,8 +41,9 @@ def refusals() -> Iterator[None]:
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         err.print(
-            "Interrupted. Nothing half-written is left; run the same command again to go on from the last checkpoint."
+            f"Interrupted{escape(f': {error}' if str(error) else '')}. Nothing half-written is left; run the same"
         )
+        err.print("command again to go on from the last checkpoint.")
         raise typer.Exit(130) from error
 
 

@@ -16,7 +16,8 @@ def difference(expected: Any, actual: Any) -> float:
     """
     if not isinstance(expected, torch.Tensor) or not expected.is_floating_point() or not expected.numel():
         return 0.0
-    expected, actual = expected.double(), actual.double()
+    wide = torch.promote_types(expected.dtype, torch.float32)
+    expected, actual = expected.to(wide), actual.to(wide)
     same = (expected == actual) | (expected.isnan() & actual.isnan())
     largest = torch.where(expected.isfinite(), expected, 0).abs().max().clamp_min(1e-12)
     return (torch.where(same, 0, expected - actual).abs().max() / largest).item()

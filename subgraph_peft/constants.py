@@ -8,8 +8,7 @@ from torch import fx
 
 from .adapter import Target
 from .equation import Equation
-from .module import attach
-from .program import Program
+from .module import GraphModel, attach
 
 
 @dataclass(frozen=True)
@@ -22,12 +21,11 @@ class Constant:
 
 
 @torch.no_grad()
-def refresh(program: Program) -> None:
+def refresh(module: GraphModel, constants: Mapping[str, Constant]) -> None:
     """Compute the constants of the equations from the tensors as they are now."""
-    tensors = dict(program.module.tensors())
-    for path, constant in program.constants.items():
-        buffer = evaluate_constant(constant, tensors)
-        attach(program.module, path, buffer, persistent=False)
+    tensors = dict(module.tensors())
+    for path, constant in constants.items():
+        attach(module, path, evaluate_constant(constant, tensors), persistent=False)
 
 
 def evaluate_constant(constant: Constant, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from .errors import MethodError
 from .forms import Form
 from .graphs import aten, operator_name
 from .values import MATMULS, Values
@@ -39,6 +40,21 @@ class Scale:
 ONE = Scale()
 
 
+@dataclass(frozen=True)
+class At:
+    """Where in the equation an operand stands.
+
+    later:   it is no longer the call's own input but the result of a factor or a scaling
+    dropped: the dropout of the adapter whose term this is has been applied
+    """
+
+    later: bool = False
+    dropped: bool = False
+
+
+INPUT = At()
+
+
 class Distribution:
     """Emits the nodes of x φ(W)ᵀ + b at one call."""
 
@@ -54,7 +70,7 @@ class Distribution:
         self.values, self.form, self.raw_emit, self.weight = values, form, emit, weight
         self.equation = values.equation
         self.dtype, self.dropout = dtype, dropout
-        self.dropped: dict[float, fx.Node] = {}
+        self.dropped: dict[tuple[str, fx.Node], fx.Node] = {}
         self.current = self.equation.result
         form.emit = lambda target, args, term: self.emit(target, args, term)
 
@@ -62,51 +78,57 @@ class Distribution:
         return self.raw_emit(target, args, term, self.equation.adapter(self.current))
 
     def run(self) -> fx.Node:
-        return self.apply(self.equation.result, self.form.x, ONE, self.form.bias, inner=False)
+        return self.apply(self.equation.result, self.form.x, ONE, self.form.bias, INPUT)
 
-    def apply(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, inner: bool) -> fx.Node:
-        """scale · x·nodeᵀ + bias; `inner`: x is the result of an earlier factor, no longer the call's input."""
+    def apply(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node:
+        """scale · x·nodeᵀ + bias"""
         equation = self.equation
         if node.op == "placeholder" or equation.is_constant(node):
-            return self.contract(node, x, scale, bias, inner)
+            return self.contract(node, x, scale, bias, at)
         law = LAWS.get(node.target)
-        result = law(self, node, x, scale, bias, inner) if law else None
+        result = law(self, node, x, scale, bias, at) if law else None
         if result is None:
             if self.values.is_dense(node):
                 self.values.note(f"no law distributes over {operator_name(node)} of full-size factors")
-            result = self.contract(node, x, scale, bias, inner)
+            result = self.contract(node, x, scale, bias, at)
         return result
 
-    def contract(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, inner: bool) -> fx.Node:
+    def contract(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node:
         """scale · x·Mᵀ + bias for a matrix M that is used as it stands."""
         out_features, in_features = self.equation.shape(node)
-        x = x if inner else self.input(node, x)
-        on_input = bool(scale) and in_features <= out_features and (inner or self.form.scales_input)
+        x, at = self.input(node, x, at)
+        on_input = bool(scale) and in_features <= out_features and (at.later or self.form.scales_input)
         if on_input:
             x, scale = self.scaled(node, x, scale, in_features), ONE
         self.current = node
-        is_weight = self.equation.operands.get(node) == ("", "W") and (not inner or self.form.scales_input)
+        is_weight = self.equation.operands.get(node) == ("", "W") and (not at.later or self.form.scales_input)
         own_bias = None if scale else bias
         term = "base" if is_weight else self.equation.term(node)
         if is_weight:
             y = self.form.stored(x, self.weight, own_bias, term)
         else:
             matrix = self.activation(node)
-            y = (self.form.then if inner else self.form.first)(x, matrix, own_bias, term)
+            y = (self.form.then if at.later else self.form.first)(x, matrix, own_bias, term)
             self.values.lowered.per_token += 2 * out_features * in_features
         if scale:
             y = self.plus(self.scaled(node, y, scale, out_features), bias)
         return y
 
-    def input(self, node: fx.Node, x: fx.Node) -> fx.Node:
-        """The call's input, with the dropout of the adapter that owns a trainable term."""
-        rate = self.dropout.get(self.equation.adapter(node), 0.0) if node in self.equation.trainable else 0.0
-        if not rate:
-            return x
-        if rate not in self.dropped:
+    def input(self, node: fx.Node, x: fx.Node, at: At) -> tuple[fx.Node, At]:
+        """The operand of a trainable term, with the dropout of the adapter that the term belongs to."""
+        adapter = self.equation.adapter(node)
+        rate = self.dropout.get(adapter, 0.0)
+        if at.dropped or not rate or node not in self.equation.trainable:
+            return x, at
+        if not at.later and not self.form.drops_input:
+            raise MethodError(
+                f"{adapter} at {self.form.site.name}: an {self.form.site.kind} has no input to drop. Rewrite it by "
+                "itself, with dropout=0."
+            )
+        if (adapter, x) not in self.dropped:
             self.current = node
-            self.dropped[rate] = self.emit(aten.dropout.default, (x, rate, True), "dropout")
-        return self.dropped[rate]
+            self.dropped[adapter, x] = self.emit(aten.dropout.default, (x, rate, True), "dropout")
+        return self.dropped[adapter, x], replace(at, dropped=True)
 
     def activation(self, node: fx.Node) -> fx.Node:
         """A value in the dtype of the activations."""
@@ -127,53 +149,46 @@ class Distribution:
     def plus(self, y: fx.Node, bias: fx.Node | None) -> fx.Node:
         return y if bias is None else self.emit(aten.add.Tensor, (y, self.form.spread(bias)), "bias")
 
-    # laws: (node, x, scale, bias, inner) -> emitted node, or None where the law does not hold
+    # laws: (node, x, scale, bias, at) -> emitted node, or None where the law does not hold
 
-    def sum(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, inner: bool) -> fx.Node | None:
+    def sum(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node | None:
         """x(P ± Q)ᵀ = xPᵀ ± xQᵀ"""
         left, right = node.args[:2]
         whole = self.equation.shape(node)
         if not all(isinstance(a, fx.Node) and self.equation.shape(a) == whole for a in (left, right)) or node.kwargs:
             return None
         sign = SUMS[node.target]
-        first = self.apply(left, x, scale, bias, inner)
+        first = self.apply(left, x, scale, bias, at)
         negative = scale.times(-1.0) if sign < 0 and scale else scale
-        second = self.apply(right, x, negative, None, inner)
+        second = self.apply(right, x, negative, None, at)
         self.current = node
         target = aten.sub.Tensor if sign < 0 and not scale else aten.add.Tensor
         self.values.lowered.per_token += whole[0]
         return self.emit(target, (first, second), "sum")
 
-    def product(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, inner: bool) -> fx.Node | None:
+    def product(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node | None:
         """x(PQ)ᵀ = (xQᵀ)Pᵀ"""
         left, right = node.args
         if len(self.equation.shape(left)) != 2 or len(self.equation.shape(right)) != 2:
             return None
         if left.target in DIAGONALS and len(self.equation.shape(left.args[0])) == 1:
-            return self.rows(node, right, left.args[0], x, scale, bias, inner)
+            return self.rows(node, right, left.args[0], x, scale, bias, at)
         if right.target in DIAGONALS and len(self.equation.shape(right.args[0])) == 1:
-            return self.columns(node, left, right.args[0], x, scale, bias, inner)
-        x, width = (x if inner else self.input(node, x)), self.equation.shape(right)[0]
+            return self.columns(node, left, right.args[0], x, scale, bias, at)
+        x, at = self.input(node, x, at)
+        width = self.equation.shape(right)[0]
         out_features, in_features = self.equation.shape(node)
-        z = self.factor(right, x, inner)
+        z = self.apply(right, x, ONE, None, at)
         if scale and width <= min(out_features, in_features):
             z, scale = self.scaled(node, z, scale, width), ONE
-        return self.apply(left, z, scale, bias, True)
+        return self.apply(left, z, scale, bias, replace(at, later=True))
 
-    def factor(self, node: fx.Node, x: fx.Node, inner: bool) -> fx.Node:
-        """x·nodeᵀ for an inner factor; its dropout has been applied already."""
-        saved, self.dropout = self.dropout, {}
-        try:
-            return self.apply(node, x, ONE, None, inner)
-        finally:
-            self.dropout = saved
-
-    def multiple(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, inner: bool) -> fx.Node | None:
+    def multiple(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node | None:
         """scalars, row scalings and column scalings"""
         left, right = node.args[:2]
         inverse = node.target is aten.div.Tensor
         if not isinstance(right, fx.Node):
-            return self.apply(left, x, scale.times(float(right), inverse), bias, inner)
+            return self.apply(left, x, scale.times(float(right), inverse), bias, at)
         if not isinstance(left, fx.Node):
             return None
         whole = self.equation.shape(node)
@@ -183,37 +198,33 @@ class Distribution:
                 continue
             shape = self.equation.shape(vector)
             if self.equation.numel(vector) == 1:
-                return self.apply(matrix, x, scale.times(vector, inverse), bias, inner)
+                return self.apply(matrix, x, scale.times(vector, inverse), bias, at)
             if shape == (whole[0], 1):
-                return self.rows(node, matrix, vector, x, scale, bias, inner, inverse)
+                return self.rows(node, matrix, vector, x, scale, bias, at, inverse)
             if shape in ((whole[1],), (1, whole[1])):
-                return self.columns(node, matrix, vector, x, scale, bias, inner, inverse)
+                return self.columns(node, matrix, vector, x, scale, bias, at, inverse)
         return None
 
     def rows(
         self, node: fx.Node, matrix: fx.Node, vector: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None,
-        inner: bool, inverse: bool = False,
+        at: At, inverse: bool = False,
     ) -> fx.Node:  # fmt: skip
         """x(diag(v) P)ᵀ = (xPᵀ) ⊙ v"""
-        y = self.apply(matrix, x, scale, None, inner)
+        y = self.apply(matrix, x, scale, None, at)
         y = self.emit(aten.div.Tensor if inverse else aten.mul.Tensor, (y, self.vector(node, vector)), "rows")
         self.current = node
         return self.plus(y, bias)
 
     def columns(
         self, node: fx.Node, matrix: fx.Node, vector: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None,
-        inner: bool, inverse: bool = False,
+        at: At, inverse: bool = False,
     ) -> fx.Node | None:  # fmt: skip
         """x(P diag(v))ᵀ = (x ⊙ v) Pᵀ"""
-        if not inner and not self.form.scales_input:
+        if not at.later and not self.form.scales_input:
             return None
-        x = x if inner else self.input(node, x)
+        x, at = self.input(node, x, at)
         x = self.emit(aten.div.Tensor if inverse else aten.mul.Tensor, (x, self.vector(node, vector)), "columns")
-        saved, self.dropout = self.dropout, {}
-        try:
-            return self.apply(matrix, x, scale, bias, True)
-        finally:
-            self.dropout = saved
+        return self.apply(matrix, x, scale, bias, replace(at, later=True))
 
     def vector(self, node: fx.Node, vector: fx.Node) -> fx.Node:
         """A row or column vector of the equation as [features], to multiply an activation."""
@@ -228,18 +239,18 @@ class Distribution:
         self.current = node
         return spread
 
-    def diagonal(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, inner: bool) -> fx.Node | None:
+    def diagonal(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node | None:
         """x diag(v)ᵀ = x ⊙ v"""
         vector = node.args[0]
-        if len(self.equation.shape(vector)) != 1 or len(node.args) > 1 or not (inner or self.form.scales_input):
+        if len(self.equation.shape(vector)) != 1 or len(node.args) > 1 or not (at.later or self.form.scales_input):
             return None
-        x = x if inner else self.input(node, x)
+        x, at = self.input(node, x, at)
         x = self.scaled(node, x, scale, self.equation.numel(vector))
         y = self.emit(aten.mul.Tensor, (x, self.vector(node, vector)), "diagonal")
         return self.plus(y, bias)
 
-    def negative(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, inner: bool) -> fx.Node:
-        return self.apply(node.args[0], x, scale.times(-1.0), bias, inner)
+    def negative(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node:
+        return self.apply(node.args[0], x, scale.times(-1.0), bias, at)
 
 
 LAWS: dict[object, Callable] = {

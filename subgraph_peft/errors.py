@@ -44,12 +44,12 @@ class CaptureWarning(UserWarning):
     """The captured graph is narrower than the model it came from."""
 
 
-def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
+def nearest(name: str, known: Iterable[str], n: int = 3, cutoff: float = 0.0) -> list[str]:
     """The `n` known names most similar to `name`, best first."""
-    return difflib.get_close_matches(name, list(known), n=n, cutoff=0.3)
+    return difflib.get_close_matches(name, list(known), n=n, cutoff=cutoff)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'lora'?"`, or the empty string."""
-    close = nearest(name, known, n=1)
+    close = nearest(name, known, n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -84,9 +84,9 @@ def fold(program: Program, *, dtype: torch.dtype | None = None, retain: float = 
             name, original = target.name, held[target.name].detach()
             value = target.evaluate(held)
             value = target.site.stored(value) if target.part == "weight" else value
-            stored = value.to(dtype)
+            stored = value.to(tensors[name].dtype)
             if not torch.isfinite(stored).all():
-                raise FoldError(f"Folding {name} gives values that are not finite in {dtype}.")
+                raise FoldError(f"Folding {name} gives values that are not finite in {stored.dtype}.")
             report[name] = kept(original.to(value.dtype), value, stored.to(value.dtype))
             tensors[name] = nn.Parameter(stored, requires_grad=False)
     lost = {name: entry for name, entry in report.items() if entry.retained < retain}
@@ -137,7 +137,7 @@ def check_finite(program: Program) -> None:
 
 def kept(original: torch.Tensor, target: torch.Tensor, stored: torch.Tensor) -> SiteFold:
     delta, size = torch.linalg.vector_norm(target - original).item(), torch.linalg.vector_norm(original).item()
-    if delta <= 1e-6 * size:
+    if delta <= torch.finfo(target.dtype).eps * size:
         return SiteFold(delta / size if size else 0.0, 1.0)
     lost = torch.linalg.vector_norm(stored - target).item()
     return SiteFold(delta / size if size else float("inf"), max(0.0, 1 - lost / delta))

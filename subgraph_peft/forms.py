@@ -18,6 +18,7 @@ class Form:
     """
 
     scales_input = True
+    drops_input = True
 
     def __init__(self, site: Site, call: fx.Node, emit: Emit):
         self.site, self.call, self.emit = site, call, emit
@@ -98,12 +99,9 @@ class Convolution(Form):
 
     def then(self, z: fx.Node, matrix: fx.Node, bias: fx.Node | None, term: str) -> fx.Node:
         kernel = self.emit(
-            aten.reshape.default, (matrix, [*self._matrix_shape(matrix), *[1] * self.dimensions]), f"{term}_kernel"
+            aten.reshape.default, (matrix, [*matrix.meta["shape"], *[1] * self.dimensions]), f"{term}_kernel"
         )
         return self.emit(self.call.target, (z, kernel, bias), term)
-
-    def _matrix_shape(self, matrix: fx.Node) -> tuple[int, int]:
-        return matrix.meta["shape"]
 
     def spread(self, vector: fx.Node) -> fx.Node:
         return self.emit(aten.reshape.default, (vector, [-1, *[1] * self.dimensions]), "channels")
@@ -113,6 +111,7 @@ class Embedding(Form):
     """y = Wᵀ[ids] with the table stored as [vocabulary, out]: a one-hot input times Wᵀ"""
 
     scales_input = False
+    drops_input = False
 
     @property
     def x(self) -> fx.Node:

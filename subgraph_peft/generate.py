@@ -47,13 +47,15 @@ def generate(
         cast_trained(graph, own, base)
         for target in wanted:
             note = lowered.setdefault(target.chain[0][1].name, Lowered()) if not rewritten else Lowered()
-            Lowering(graph, target, (captured.module.home.dtype, dtype), hoist, note).run()
+            Lowering(graph, target, dtype, hoist, note).run()
         graphs.sweep(graph)
         rewritten.append(graph)
     tensors = {**base, **own}
     module = rebuild(captured, tensors, rewritten)
     program = replace(captured, module=module, adapters=adapters, base=captured, lowered=lowered, constants=constants)
-    refresh(program)
+    if constants:
+        refresh(module, constants)
+        module.register_load_state_dict_post_hook(lambda loaded, keys: refresh(loaded, constants))
     return program
 
 
@@ -106,6 +108,7 @@ def rebuild(
         source.signature, own[0], own[1] if len(own) > 1 else None, held, volatile, home, type(source).__name__,
         config=getattr(source, "config", None),
     )  # fmt: skip
+    module.origin = source.origin
     return module.train(source.training)
 
 

@@ -30,7 +30,7 @@ def equation_of(target: Target, operands: Mapping[str, tuple[int, ...]]) -> Equa
 class Lowering:
     """Rewrites everything that reads one target in one graph, in place.
 
-    dtypes:  of the model and of the adapters' tensors
+    dtype:   of the adapters' tensors
     hoist:   (target, equation, node) -> name of the buffer that holds a constant of the equation
     lowered: is told the nodes, the cost, and why something is dense
     """
@@ -39,19 +39,19 @@ class Lowering:
         self,
         graph: fx.Graph,
         target: Target,
-        dtypes: tuple[torch.dtype, torch.dtype],
+        dtype: torch.dtype,
         hoist: Callable[[Target, Equation, fx.Node], str],
         lowered: Lowered,
     ):
-        self.graph, self.target, self.site = graph, target, target.site
-        self.base_dtype, self.adapter_dtype = dtypes
+        self.graph, self.target, self.site = graph, target, (site := target.site)
+        self.base_dtype, self.adapter_dtype = site.dtype, dtype
         self.hoist, self.lowered = hoist, lowered
-        site = self.site
         self.prefix = identifier(site.owner if site.name.endswith((".weight", ".bias")) else site.name)
 
     def run(self) -> None:
         parameter = next((n for n in self.graph.find_nodes(op="get_attr") if n.target == self.target.name), None)
         if parameter is not None:
+            self.base_dtype = parameter.meta["val"].dtype
             {"bias": self.bias, "output": self.output, "weight": self.weight}[self.target.part](parameter)
 
     def weight(self, weight: fx.Node) -> None:
@@ -76,6 +76,11 @@ class Lowering:
             self.graph.erase_node(call)
 
     def weight_as_a_whole(self, weight: fx.Node, equation: Equation) -> None:
+        if dropping := [adapter.name for adapter, _ in self.target.chain if adapter.method.activation_dropout]:
+            raise MethodError(
+                f"{dropping[0]} at {self.site.name}: the op takes the weight as a whole, so that there is no "
+                "operand to drop. Rewrite this site by itself, with dropout=0."
+            )
         users, before = self.users(weight)
         values = self.values(equation, weight, before)
         kind = (

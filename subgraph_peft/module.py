@@ -22,6 +22,8 @@ class Home(NamedTuple):
 class GraphModel(nn.Module):
     """Runs `graph` (its training form) with the call signature and output type of the captured model.
 
+    home: device and dtype of the graph's constants now; origin: those it was captured with
+
     `eval_graph` is the graph of eval mode where it is not the training graph with dropout and batch norm switched.
     An input that was captured may be left out; outputs that need it are then None (a loss without labels).
     """
@@ -36,6 +38,7 @@ class GraphModel(nn.Module):
         self.graph = graph
         self.eval_graph = eval_graph
         self.home = home
+        self.origin = home
         self.runners: dict[tuple[bool, frozenset[str]], Any] = {}
 
     def call(self, inputs: Mapping[str, Any]) -> Any:
@@ -69,19 +72,31 @@ class GraphModel(nn.Module):
             placeholders = dict(zip(self.signature.input_names(), graph.find_nodes(op="placeholder"), strict=True))
             kept = graphs.without_inputs(graph, {placeholders[name].name for name in missing})
             if not any(kept):
+                needed = (
+                    sorted(missing) if len(missing) == 1 else [m for m in sorted(missing) if self.blocks(source, m)]
+                )
                 raise CaptureError(
-                    f"Missing input {', '.join(sorted(missing))}: every output of the graph needs it. "
-                    f"The graph was captured with {', '.join(self.signature.inputs)}."
+                    f"Missing input {', '.join(needed or sorted(missing))}: every output of the graph needs it. Pass "
+                    "it, or capture the model without it."
                 )
         return graph
 
+    def blocks(self, source: fx.Graph, name: str) -> bool:
+        """Whether no output is left without this input."""
+        graph, _ = graphs.clone(source)
+        placeholders = dict(zip(self.signature.input_names(), graph.find_nodes(op="placeholder"), strict=True))
+        return not any(graphs.without_inputs(graph, {placeholders[name].name}))
+
     def _apply(self, fn: Any, recurse: bool = True) -> "GraphModel":
+        held = {p.dtype for p in self.parameters() if p.is_floating_point()} | {self.home.dtype}
+        for dtype in held:
+            moved = fn(torch.empty(0, dtype=dtype, device=self.home.device)).dtype
+            if torch.promote_types(moved, dtype) != moved:
+                raise CaptureError(
+                    f"The module holds {dtype} values, which {moved} would narrow. Convert the model first "
+                    f"(model.to({moved})), capture it again, and pass dtype={moved} to rewrite for its adapters."
+                )
         moved = fn(torch.empty(0, dtype=self.home.dtype, device=self.home.device))
-        if torch.promote_types(moved.dtype, self.home.dtype) != moved.dtype:
-            raise CaptureError(
-                f"The graph holds {self.home.dtype} constants and cannot be narrowed to {moved.dtype} exactly. "
-                f"Convert the model first (model.to({moved.dtype})) and capture it again."
-            )
         super()._apply(fn, recurse)
         if (moved.device, moved.dtype) != self.home:
             for graph in self.graphs():

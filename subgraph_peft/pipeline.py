@@ -52,10 +52,6 @@ class Result:
     seconds: float
     difference: tuple[str, ...] = ()
 
-    @property
-    def modified(self) -> bool:
-        return bool(self.difference)
-
 
 class Pass(BaseModel):
     """Base of passes: the fields are the options. A subclass gives `apply`, and `requires` if it has a precondition."""

@@ -66,15 +66,21 @@ class Program:
     def run(self, inputs: Mapping[str, Any] | None = None, training: bool = False) -> Any:
         """Outputs on `inputs` (the example inputs by default) without gradients, in eval mode unless `training`."""
         mode = self.module.training
-        inputs = self.example if inputs is None else inputs
-        device = self.module.home.device
-        inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), dict(inputs))
         try:
             self.module.train(training)
             with torch.no_grad():
-                return self.module.call(inputs)
+                return self.module.call(self.at_home(self.example if inputs is None else inputs))
         finally:
             self.module.train(mode)
+
+    def at_home(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs on the module's device; those in the dtype it was captured in, in the dtype it has now."""
+        home, origin = self.module.home, self.module.origin
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(home.device, home.dtype if tensor.dtype == origin.dtype else tensor.dtype)
+
+        return pytree.tree_map_only(torch.Tensor, move, dict(inputs))
 
     def save(self, folder: Any) -> None:
         """Write the adapters to `folder`: adapter.json and adapter.safetensors."""

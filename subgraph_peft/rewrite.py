@@ -13,7 +13,7 @@ from .errors import MethodError, SelectorError, nearest
 from .generate import base_of, generate, rebuild
 from .method import Method, initial
 from .program import Program
-from .selectors import Where, patterns, select
+from .selectors import Where, describe, patterns, select
 from .sites import Site, find
 
 Tied = Literal["refuse", "untie"]
@@ -43,26 +43,31 @@ def rewrite(
 
     Raises SelectorError, MethodError.
     """
+    check_arguments(program, method)
     captured = base_of(program)
     trained = named_parameters(captured, trainable) | {n for n, p in program.parameters(trainable=True)}
     everything = [site for site in find(captured) if (site.kind == "bias") == is_bias_method(method)]
-    candidates = [site for site in everything if site.name not in trained]
-    if not candidates:
+    if not everything:
         raise MethodError(
             f"{method.name} rewrites {'biases' if is_bias_method(method) else 'weights'}; {captured.source} has none."
         )
-    selection = select(candidates, where, exclude, kinds)
-    captured = resolve_ties(captured, selection.sites, tied)
+    selection = select(everything, where, exclude, kinds)
+    sites = tuple(site for site in selection.sites if site.name not in trained)
+    if not sites:
+        raise SelectorError(
+            f"Every site that {describe(where)} selects is trained in full: {selection.sites[0].name} …"
+        )
+    captured = resolve_ties(captured, sites, tied)
     home = captured.module.home
     dtype = adapter_dtype(program, dtype)
     taken = {adapter.name for adapter in program.adapters}
     adapter = Adapter(
         name=unique(name or method.name, taken),
         method=method,
-        sites=selection.sites,
+        sites=sites,
         left_out=(
             *((site.name, reason) for site, reason in selection.left_out),
-            *((site.name, "trained in full") for site in everything if site.name in trained),
+            *((site.name, "trained in full") for site in selection.sites if site.name in trained),
         ),
     )
     tensors = dict(program.module.tensors())
@@ -91,6 +96,16 @@ def rewrite(
     old = {n: nn.Parameter(v, requires_grad=tensors[n].requires_grad or n in trained) for n, v in kept.items()}
     result = generate(captured, (*program.adapters, adapter), {**old, **added}, dtype)
     return replace(result, history=(*program.history, adapter.name))
+
+
+def check_arguments(program: Program, method: Method) -> None:
+    if not isinstance(program, Program):
+        raise MethodError(f"rewrite takes a captured program, sp.capture(model, inputs), not {type(program).__name__}.")
+    if not isinstance(method, Method):
+        shown = method.__name__ if isinstance(method, type) else repr(method)
+        raise MethodError(f"rewrite takes a method with its options, such as LoRA(r=8), not {shown}.")
+    if not any(method.defines(part) for part in ("weight", "bias", "output")):
+        raise MethodError(f"{type(method).__name__} defines none of weight, bias and output.")
 
 
 def adapter_dtype(program: Program, wanted: torch.dtype | None) -> torch.dtype:

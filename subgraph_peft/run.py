@@ -19,9 +19,7 @@ Announce = Callable[[str], None]
 
 
 def prepare(config: PipelineConfig, output: Path, announce: Announce) -> State:
-    """Data, tokenizer and model. The results folder is made first, so that one that cannot be written to stops the run
-    before it starts."""
-    write_text(output / "config.yaml", spelled(config), ConfigError)
+    """Data, tokenizer and model."""
     tokenizer = load_tokenizer(config.model)
     data = load_data(config.data, tokenizer, config.model.task) if config.data is not None else None
     loaded = load_model(config.model, data.labels if data is not None else ())
@@ -47,7 +45,7 @@ def spelled(config: PipelineConfig) -> str:
 
 
 def run_pipeline(config: PipelineConfig, state: State, announce: Announce) -> list[Result]:
-    """The results of every pass, in order."""
+    """The results of every pass, in order. A folder that cannot be written to stops the run before it starts."""
     folder = Path(config.output)
     write_text(folder / "config.yaml", spelled(config), ConfigError)
     results = []

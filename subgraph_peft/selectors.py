@@ -147,7 +147,7 @@ def describe(where: Where) -> str:
 
 def nothing(pattern: Pattern, sites: Sequence[Site]) -> SelectorError:
     names = [site.owner or site.name for site in sites]
-    close = nearest(pattern.body, names) or nearest(pattern.body.rpartition(".")[2], names) or names[:3]
+    close = nearest(pattern.body, names)
     suffix = [name for name in names if name.endswith("." + pattern.body)]
     hint = f" Paths are matched whole: try '*.{pattern.body}'." if suffix and pattern.kind == "glob" else ""
     return SelectorError(

@@ -24,7 +24,7 @@ RESHAPES = {
 
 @dataclass(frozen=True)
 class Call:
-    """One use of a weight: the node, its op form, and where in its arguments input, weight and bias stand."""
+    """One use of a weight: the node, its op form, its operator."""
 
     node: str
     form: str
@@ -176,9 +176,9 @@ def form_of(weight: fx.Node, user: fx.Node) -> tuple[str, str | None]:
         return "addmm", bias(0)
     if target in (aten.matmul.default, aten.mm.default) and arguments[1] is weight and two_dimensional:
         return "matmul_in_out", None
-    if target is aten.conv2d.default and arguments[1] is weight:
+    if target in (aten.conv2d.default, aten.conv2d.padding) and arguments[1] is weight:
         return "conv2d", bias(2)
-    if target is aten.conv1d.default and arguments[1] is weight:
+    if target in (aten.conv1d.default, aten.conv1d.padding) and arguments[1] is weight:
         return "conv1d", bias(2)
     if target is aten.embedding.default and arguments[0] is weight:
         return "embedding", None

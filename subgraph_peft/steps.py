@@ -184,6 +184,8 @@ class Export(Pass):
         drift = max((d.absolute for d in report.drift.values()), default=0.0)
         size = f"{report.nodes} nodes, {report.bytes / 2**20:.1f} MiB"
         summary = f"{report.path}: {size}, drift {drift:.1e} on {report.provider}"
+        if report.unmerged:
+            summary += f"; not merged: {', '.join(report.unmerged)}, put `fold` before it"
         return state.with_record("export", report), summary
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from .equation import TRANSPOSE_2D, VIEWS, Equation
+from .equation import VIEWS, Equation
 from .graphs import aten, operator_name
 
 MATMULS = {aten.matmul.default, aten.mm.default}
@@ -107,4 +107,4 @@ def flops(equation: Equation, node: fx.Node) -> int:
     """Multiply-adds ×2 of a product, one per element of anything else; views are free."""
     if node.target in MATMULS:
         return 2 * equation.numel(node) * equation.shape(node.args[0])[-1]
-    return 0 if node.target in VIEWS or node.target in TRANSPOSE_2D else equation.numel(node)
+    return 0 if node.target in VIEWS else equation.numel(node)

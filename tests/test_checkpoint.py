@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from subgraph_peft.passes import DoRA, LoRA, PiSSA
 
@@ -81,7 +82,9 @@ def test_strict_loading_lists_every_key_that_does_not_fit_and_changes_nothing(ad
     first = next(name for name in tensors if name.endswith(".A"))
     wrong = {**tensors, "stray": torch.zeros(1), first: torch.zeros(3, 3)}
     del wrong["classifier.bias"]
-    save_file(wrong, path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(wrong, path, metadata)
     before = {n: p.clone() for n, p in adapted.module.named_parameters()}
     for load in (lambda: adapted.load(folder), lambda: sp.load(adapted, folder)):
         with pytest.raises(sp.CheckpointError) as caught:
@@ -163,3 +166,17 @@ def test_batch_norm_statistics_that_training_wrote_travel_with_the_adapter(tmp_p
     changed = folded.write_to(model)
     assert "norm.running_mean" in changed
     torch.testing.assert_close(model.eval()(x["x"]), folded.run(x))
+
+
+def test_an_adapter_with_its_own_head_loads_on_a_base_whose_head_is_drawn_anew(adapted, folder):
+    model, inputs = models.bert()
+    model.classifier.reset_parameters()
+    loaded = sp.load(sp.capture(model, inputs), folder)
+    assert torch.equal(loaded.run().logits, adapted.run().logits)
+
+
+def test_files_of_two_saves_do_not_load_together(adapted, folder, tmp_path):
+    sp.rewrite(adapted.captured, LoRA(r=2, alpha=999), where="*.query", trainable="classifier").save(tmp_path / "other")
+    (tmp_path / "other/adapter.safetensors").replace(folder / "adapter.safetensors")
+    with pytest.raises(sp.CheckpointError, match="is not the one that adapter.safetensors was saved with"):
+        sp.load(adapted, folder)

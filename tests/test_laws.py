@@ -151,7 +151,7 @@ def with_values(target: sp.Program, source: sp.Program) -> sp.Program:
         for adapter in target.adapters:
             for _, _, path in adapter.all_paths():
                 dict(target.module.named_parameters())[path].copy_(values[path])
-    refresh(target)
+    refresh(target.module, target.constants)
     return target
 
 

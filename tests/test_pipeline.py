@@ -59,7 +59,7 @@ def test_passes_apply_to_a_captured_program_and_say_what_they_changed():
     program = sp.capture(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 4))
     results = list(Pipeline.read("ssb{where=0},fold").run(State(program=program)))
     rewrite, fold = results
-    assert rewrite.modified and "1 sites, 10 of" in rewrite.summary
+    assert "1 sites, 10 of" in rewrite.summary
     assert "+_0_ssb_rows = mul(_0_base, 0.weight_ssb.rho)" in rewrite.difference
     assert "-_0_ssb_rows = mul(_0_base, 0.weight_ssb.rho)" in fold.difference
     assert Pipeline.read("ssb{where=0},fold").apply(program).history == ("capture", "ssb", "fold")

@@ -419,3 +419,112 @@ def test_programs_share_the_memory_of_weights_and_nothing_else():
     torch.testing.assert_close(folded.run().logits, adapted.run().logits)
     twice = sp.rewrite(adapted, SSB(), where="*.key")
     torch.testing.assert_close(twice.run().logits, adapted.run().logits)
+
+
+def dropouts(program):
+    return [line for line in show(program.graph).splitlines() if "dropout(" in line]
+
+
+def test_dropout_stays_under_a_later_method_and_each_adapter_has_a_mask_of_its_own(base):
+    once = sp.rewrite(base, LoRA(r=2, dropout=0.5), where="0")
+    for later in (SSB(), DoRA(of=SSB())):
+        assert len(dropouts(sp.rewrite(once, later, where="0"))) == 1
+    assert len(dropouts(sp.rewrite(once, LoRA(r=2, dropout=0.5), where="0"))) == 2
+    turned = sp.rewrite(once, Turned(), where="0")
+    assert dropouts(turned) == ["_0_lora_dropout = dropout(_0_turned_Q, 0.5, True)"], "on the operand of B A"
+
+
+class Turned(sp.Method):
+    """φ(W) = W Q"""
+
+    name = "turned"
+
+    def tensors(self, site):
+        return {"Q": sp.trainable(site.in_features, site.in_features, init=sp.normal(1.0))}
+
+    def weight(self, W, Q):
+        return W @ Q
+
+
+def test_dropout_that_has_no_operand_is_refused():
+    base = sp.capture(Conv(groups=2), torch.randint(0, 11, (2, 7, 9)), dynamic={"ids": [0]})
+    with pytest.raises(sp.MethodError, match="takes the weight as a whole.*dropout=0"):
+        sp.rewrite(base, LoRA(dropout=0.1), where="exact:conv")
+    with pytest.raises(sp.MethodError, match="no input to drop.*dropout=0"):
+        sp.rewrite(base, LoRA(dropout=0.1), where="exact:embed")
+
+
+class Mixed(nn.Module):
+    """A float32 norm and head around a body in bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.body, self.head = nn.LayerNorm(8), nn.Linear(8, 6).bfloat16(), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.body(self.norm(x).bfloat16())).float())
+
+
+def test_every_weight_keeps_its_own_dtype_in_a_mixed_model():
+    torch.manual_seed(0)
+    model = Mixed()
+    base = sp.capture(model, torch.randn(4, 8))
+    program = sp.rewrite(sp.rewrite(base, DoRA(of=LoRA(r=2)), where=["body", "exact:head"]), BitFit(), where="*")
+    assert torch.allclose(program.run(), base.run(), atol=2e-2)
+    program.module.train()(**base.example).sum().backward()
+    with torch.no_grad():
+        for _, p in program.parameters(trainable=True):
+            p.add_(0.1)
+    folded = sp.fold(program, retain=0.5)
+    assert {n: p.dtype for n, p in folded.module.named_parameters()} == {
+        n: p.dtype for n, p in model.named_parameters()
+    }
+    folded.write_to(model)
+    assert torch.equal(model.eval()(base.example["x"]), folded.run())
+
+
+def test_a_16_bit_model_with_floating_point_inputs_folds_into_float32():
+    base = sp.capture(
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).bfloat16(), torch.randn(3, 4).bfloat16()
+    )
+    folded = sp.fold(sp.rewrite(base, LoRA(r=2), where="0"))
+    assert folded.run().dtype == torch.float32
+
+
+def test_moves_do_not_narrow_an_adapter():
+    base = sp.capture(
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).bfloat16(), torch.randn(3, 4).bfloat16()
+    )
+    adapted = sp.rewrite(base, LoRA(r=2), where="0")
+    with pytest.raises(sp.CaptureError, match="torch.float32 values, which torch.bfloat16 would narrow"):
+        adapted.module.to(torch.bfloat16)
+
+
+def test_loading_a_state_dict_computes_the_constants_again(base):
+    first, second = (sp.rewrite(base, PiSSA(r=r), where="0") for r in (2, 2))
+    with torch.no_grad():
+        for name, p in first.module.named_parameters():
+            if "pissa" in name:
+                p.mul_(1.5)
+    second.module.load_state_dict(first.module.state_dict())
+    torch.testing.assert_close(second.run(), sp.fold(second).run())
+
+
+def test_same_padding_is_a_convolution_like_any_other():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    adapted = sp.rewrite(sp.capture(model, torch.randn(2, 3, 5, 5)), LoRA(r=2), where="0")
+    assert adapted.lowered["0.weight"].form == "factored"
+    with torch.no_grad():
+        adapted.module.get_parameter("0.weight_lora.B").add_(0.3)
+    torch.testing.assert_close(adapted.run(), sp.fold(adapted).run())
+
+
+def test_wrong_arguments_are_named(base):
+    with pytest.raises(sp.MethodError, match="such as LoRA.r=8., not 'lora'"):
+        sp.rewrite(base, "lora")
+    with pytest.raises(sp.MethodError, match="not LoRA"):
+        sp.rewrite(base, LoRA)
+    with pytest.raises(sp.MethodError, match="takes a captured program"):
+        sp.rewrite(base.module, LoRA())
+    with pytest.raises(sp.MethodError, match="defines none of"):
+        sp.rewrite(base, sp.Method())

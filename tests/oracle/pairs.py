@@ -106,7 +106,7 @@ def take_factors(pair: Pair) -> None:
     """Give our PiSSA the factors that peft found, as starting and as trained values."""
     for _, own, their in pair.tensors(trainable=False):
         own.copy_(their)
-    refresh(pair.ours)
+    refresh(pair.ours.module, pair.ours.constants)
 
 
 def losses(module: nn.Module, inputs: Mapping[str, torch.Tensor], steps: int = STEPS) -> list[float]:
