@@ -224,7 +224,7 @@ def load(program: Program, folder: str | os.PathLike) -> Program:
             method = registry.read(spelled)
         except SubgraphPeftError as error:
             raise CheckpointError(
-                f"{folder / CONFIG}: {error} A method of your own is found by name once its package registers it in the "
+                f"{folder / CONFIG}: {error} A method of your own is found once its package registers it in the "
                 f"entry-point group {registry.GROUP}; or make the rewrite again and use program.load(folder)."
             ) from error
         adapters.append(Adapter(name, method, tuple(by_name[site] for site in sites)))
