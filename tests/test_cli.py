@@ -108,7 +108,9 @@ def test_inspect_shows_sites_costs_and_differences_and_writes_nothing(pipeline, 
     output = call("inspect", pipeline, "--graph", "--sites")
     assert "bert.encoder.layer.*.attention.self.query" in output and "output head" in output
     assert "+bert_encoder_layer_0_attention_self_query_lora_A = linear(" in output
-    assert "left out by lora: classifier.weight (trained in full)" in output
+    everywhere = call("inspect", pipeline, "--set", "lora.where=*")
+    assert "left out by lora: classifier.weight (output head: name it to include it)" in everywhere
+    assert "word_embeddings.weight (embedding: name it to include it)" in everywhere
     assert not (tmp_path / "out").exists()
 
 
