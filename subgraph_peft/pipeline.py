@@ -2,7 +2,7 @@
 
 import difflib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,7 +32,6 @@ class State:
     folder: Path | None = None
     seed: int = 0
     records: dict[str, Any] = field(default_factory=dict)
-    announce: Callable[[str], None] = lambda text: None
 
     def with_record(self, name: str, value: Any, **changes: Any) -> "State":
         return replace(self, records={**self.records, name: value}, **changes)

@@ -35,7 +35,6 @@ def prepare(config: PipelineConfig, output: Path, announce: Announce) -> State:
         data=data,
         folder=output,
         seed=config.seed,
-        announce=announce,
     )
 
 

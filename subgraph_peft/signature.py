@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -152,14 +152,6 @@ class Signature:
         for name, spec in self.inputs.items():
             names += [name] if spec.is_leaf() else [f"{name}_{i}" for i in range(spec.num_leaves)]
         return names
-
-    def only(self, inputs: Sequence[str], outputs: Sequence[int]) -> "Signature":
-        """The signature left when only these arguments and output leaves remain (the outputs as a dict by name)."""
-        names = self.output_names()
-        spec = pytree.tree_structure({names[i]: i for i in outputs})
-        kept = {name: self.inputs[name] for name in inputs}
-        parameters = tuple(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in kept)
-        return replace(self, inputs=kept, constants={}, parameters=parameters, output=spec)
 
 
 def positional_parameters(program: torch.export.ExportedProgram, count: int) -> tuple[inspect.Parameter, ...]:
