@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from subgraph_peft.errors import ExportError
+from subgraph_peft.fold import folds
 from subgraph_peft.program import Program
 
 from .files import place, staged, write
@@ -74,8 +75,8 @@ def report(program: Program, cut: Inference, model: ir.Model, target: Path, veri
         outputs={value.name: shape_of(value) for value in model.graph.outputs},
         fixed=cut.fixed,
         left_out=cut.left_out,
-        unmerged=tuple(adapter.name for adapter in program.adapters if adapter.method.foldable()),
-        remaining=tuple(adapter.name for adapter in program.adapters if not adapter.method.foldable()),
+        unmerged=tuple(adapter.name for adapter in program.adapters if folds(program, adapter)),
+        remaining=tuple(adapter.name for adapter in program.adapters if not folds(program, adapter)),
     )
 
 

@@ -19,9 +19,9 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import subgraph_peft
+from subgraph_peft.checkpoint import entry
 from subgraph_peft.errors import ExportError
 from subgraph_peft.lower import META
-from subgraph_peft.method import spell
 from subgraph_peft.program import Program
 
 from .axes import resize, sizes_of
@@ -194,11 +194,10 @@ def values(graph: ir.Graph) -> Iterator[ir.Value]:
 def describe(model: ir.Model, program: Program) -> None:
     """Where the model comes from, for whoever finds the file."""
     model.graph.name = program.source
-    adapters = program.adapters
     facts: dict[str, Any] = {
         "source": program.source,
         "history": list(program.history),
-        "adapters": [{"name": a.name, "method": spell(a.method), "sites": [s.name for s in a.sites]} for a in adapters],
+        "adapters": [entry(adapter) for adapter in program.adapters],
         "version": subgraph_peft.__version__,
         "torch": torch.__version__,
     }

@@ -1,8 +1,11 @@
 """A compiler for parameter-efficient fine-tuning: a method is its equation."""
 
+from .analysis import Analysis
+from .analyze import analyze
 from .capture import capture
 from .checkpoint import load
 from .errors import (
+    AnalysisError,
     CaptureError,
     CaptureWarning,
     CheckpointError,
@@ -26,8 +29,8 @@ from .train import TrainOptions, TrainResult, train
 __version__ = "0.1.0"
 
 __all__ = [
-    "CaptureError", "CaptureWarning", "CheckpointError", "ConfigError", "ExportError", "FoldError", "Method",
-    "MethodError", "Pipeline", "Program", "SelectorError", "Site", "SubgraphPeftError", "Tensor", "TrainError",
-    "TrainOptions", "TrainResult", "Wrapper", "capture", "evaluate", "fold", "frozen", "kaiming_uniform", "load",
-    "normal", "ones", "rewrite", "sites", "train", "trainable", "zeros",
+    "Analysis", "AnalysisError", "CaptureError", "CaptureWarning", "CheckpointError", "ConfigError", "ExportError",
+    "FoldError", "Method", "MethodError", "Pipeline", "Program", "SelectorError", "Site", "SubgraphPeftError",
+    "Tensor", "TrainError", "TrainOptions", "TrainResult", "Wrapper", "analyze", "capture", "evaluate", "fold",
+    "frozen", "kaiming_uniform", "load", "normal", "ones", "rewrite", "sites", "train", "trainable", "zeros",
 ]  # fmt: skip

@@ -3,37 +3,67 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from .method import Method
-from .sites import Site
+from .method import Method, Tensor
+from .sites import VECTORS, Site
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """name: unique in its program; its tensors live at `<weight>_<name>.<tensor>`, beside the weight."""
+    """A method at sites, with other options at some of them.
+
+    name:     unique in its program. Tensors live at `<weight>_<name>.<tensor>`, beside the weight; those that all sites
+              share at `shared_<name>.<tensor>`
+    variants: (site name, the method with that site's own options)
+    chosen:   what a budget chose, in words
+    """
 
     name: str
     method: Method
     sites: tuple[Site, ...]
     left_out: tuple[tuple[str, str], ...] = ()
+    variants: tuple[tuple[str, Method], ...] = ()
+    chosen: str = ""
+
+    @cached_property
+    def _variants(self) -> dict[str, Method]:
+        return dict(self.variants)
+
+    @cached_property
+    def shared(self) -> dict[str, Tensor]:
+        return self.method.shared(self.sites)
+
+    def at(self, site: Site) -> Method:
+        """The method with the options of this site."""
+        return self._variants.get(site.name, self.method)
+
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        """Declarations by name of what the equations at a site read, the site's own first."""
+        return {**self.at(site).tensors(site), **self.shared}
 
     def path(self, site: Site, tensor: str) -> str:
-        return f"{site.name}_{self.name}.{tensor}"
+        return f"shared_{self.name}.{tensor}" if tensor in self.shared else f"{site.name}_{self.name}.{tensor}"
 
     def paths(self, site: Site) -> dict[str, str]:
         """Tensor name -> qualified name."""
-        return {name: self.path(site, name) for name in self.method.tensors(site)}
+        return {name: self.path(site, name) for name in self.tensors(site)}
 
     def on(self, name: str) -> bool:
         return any(site.name == name for site in self.sites)
 
+    def declared(self) -> dict[str, Tensor]:
+        """Declarations by qualified name, each once."""
+        return {self.path(site, name): tensor for site in self.sites for name, tensor in self.tensors(site).items()}
+
     def all_paths(self) -> Iterator[tuple[Site, str, str]]:
-        """(site, tensor name, qualified name)"""
-        for site in self.sites:
+        """(site, tensor name, qualified name), each tensor once; a shared one with the first site."""
+        for index, site in enumerate(self.sites):
             for tensor, path in self.paths(site).items():
-                yield site, tensor, path
+                if not index or tensor not in self.shared:
+                    yield site, tensor, path
 
 
 @dataclass(frozen=True)
@@ -60,21 +90,34 @@ class Target:
         value = self.site.matrix(value) if self.part == "weight" else value
         for adapter, site in self.chain:
             given = {name: tensors[path].detach().to(value.dtype) for name, path in adapter.paths(site).items()}
-            value = adapter.method.evaluate(self.part, value, tensors=given)
+            value = adapter.at(site).evaluate(self.part, value, tensors=given)
         return value
 
 
+PARTS = ("bias", "embeddings", "keys_values", "output", "weight")
+
+
 def targets(adapters: Sequence[Adapter]) -> list[Target]:
-    """Everything that the adapters rewrite: biases, then outputs, then weights."""
+    """Everything that the adapters rewrite, in the order in which it is lowered."""
     found: dict[tuple[str, str], Target] = {}
     for adapter in adapters:
         for site in adapter.sites:
-            names = {"weight": site.name, "output": site.name, "bias": site.name if site.kind == "bias" else site.bias}
-            for part, name in names.items():
-                if name and adapter.method.defines(part):
-                    known = found.get((part, name), Target(part, name, site, ()))
-                    found[part, name] = Target(part, name, known.site, (*known.chain, (adapter, site)))
-    return sorted(found.values(), key=lambda target: ("bias", "output", "weight").index(target.part))
+            for part, name in rewritten(adapter.method, site).items():
+                known = found.get((part, name), Target(part, name, site, ()))
+                found[part, name] = Target(part, name, known.site, (*known.chain, (adapter, site)))
+    return sorted(found.values(), key=lambda target: PARTS.index(target.part))
+
+
+def rewritten(method: Method, site: Site) -> dict[str, str]:
+    """Part -> name of the parameter or place that a method rewrites at one of its sites."""
+    if site.kind in VECTORS:
+        return {"bias": site.name}
+    names = {part: site.name for part in PARTS if method.defines(part)}
+    if "bias" in names and (method.every_parameter or not site.bias):
+        del names["bias"]
+    elif "bias" in names:
+        names["bias"] = site.bias
+    return names
 
 
 def identifier(text: str) -> str:

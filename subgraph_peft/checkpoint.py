@@ -20,12 +20,14 @@ from .errors import CheckpointError, SubgraphPeftError, nearest
 from .files import replacing
 from .generate import generate
 from .method import spell
+from .places import candidates
 from .program import Program
 from .rewrite import resolve_ties
 from .sites import find
 
 CONFIG, TENSORS = "adapter.json", "adapter.safetensors"
 FORMAT = 1
+ENTRY = ("name", "method", "sites", "variants")
 
 
 def save(program: Program, folder: str | os.PathLike) -> None:
@@ -50,7 +52,7 @@ def digest(text: str) -> str:
 def state(program: Program) -> dict[str, torch.Tensor]:
     """What the program adds to its base or changed in it, by qualified name."""
     own = dict(program.module.tensors())
-    paths = [path for adapter in program.adapters for _, _, path in adapter.all_paths()]
+    paths = [path for a in program.adapters for path, tensor in a.declared().items() if tensor.saved]
     return {name: own[name] for name in (*paths, *trained(program), *written(program))}
 
 
@@ -79,10 +81,17 @@ def describe(program: Program) -> dict[str, Any]:
         "untied": sorted(s.name for a in program.adapters for s in a.sites if s.ties),
         "trained": trained(program),
         "buffers": written(program),
-        "adapters": [
-            {"name": a.name, "method": spell(a.method), "sites": [site.name for site in a.sites]}
-            for a in program.adapters
-        ],
+        "adapters": [entry(adapter) for adapter in program.adapters],
+    }
+
+
+def entry(adapter: Adapter) -> dict[str, Any]:
+    """An adapter as JSON: its method, its sites, and the method of the sites that have other options."""
+    return {
+        "name": adapter.name,
+        "method": spell(adapter.method),
+        "sites": [site.name for site in adapter.sites],
+        "variants": {name: spell(method) for name, method in adapter.variants},
     }
 
 
@@ -111,7 +120,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         version = config["format"]
-        entries = [(entry["name"], entry["method"], entry["sites"]) for entry in config["adapters"]]
+        entries = [{key: item[key] for key in ENTRY} for item in config["adapters"]]
         config["base"]["fingerprint"], config["trained"], config["untied"], config["buffers"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(
@@ -163,13 +172,12 @@ def load_into(program: Program, folder: str | os.PathLike) -> Program:
     """Read tensors into the program's own adapters, in place; nothing changes unless everything fits. Returns it."""
     folder = Path(folder)
     config = read_config(folder)
-    own = [(a.name, spell(a.method), [s.name for s in a.sites]) for a in program.adapters]
+    own = [entry(adapter) for adapter in program.adapters]
     for theirs, ours in zip(config["adapters"], own, strict=False):
-        if tuple(theirs) != ours:
-            part = next(label for label, t, o in zip(("name", "method", "sites"), theirs, ours, strict=True) if t != o)
+        if differing := [key for key in ENTRY if theirs[key] != ours[key]]:
             raise CheckpointError(
-                f"{folder} holds the adapter {theirs[0]!r} with another {part} than the program's {ours[0]!r}. "
-                "Use sp.load(program, folder) on the captured program to rebuild it from the file."
+                f"{folder} holds the adapter {theirs['name']!r} with another {differing[0]} than the program's "
+                f"{ours['name']!r}. Use sp.load(program, folder) on the captured program to rebuild it from the file."
             )
     if len(own) != len(config["adapters"]) or config["trained"] != trained(program):
         raise CheckpointError(
@@ -211,33 +219,14 @@ def load(program: Program, folder: str | os.PathLike) -> Program:
     config = read_config(folder)
     captured = program.captured
     check_base(captured, config, folder)
-    by_name = {site.name: site for site in find(captured)}
-    captured = resolve_ties(captured, [by_name[n] for n in config["untied"] if n in by_name], "untie")
-    adapters = []
-    for name, spelled, sites in config["adapters"]:
-        if missing := [site for site in sites if site not in by_name]:
-            close = ", ".join(nearest(missing[0], by_name))
-            raise CheckpointError(
-                f"{folder}: the program has no site {missing[0]} ({len(missing)} missing). Nearest: {close}."
-            )
-        try:
-            method = registry.read(spelled)
-        except SubgraphPeftError as error:
-            raise CheckpointError(
-                f"{folder / CONFIG}: {error} A method of your own is found once its package registers it in the "
-                f"entry-point group {registry.GROUP}; or make the rewrite again and use program.load(folder)."
-            ) from error
-        adapters.append(Adapter(name, method, tuple(by_name[site] for site in sites)))
+    untied = [site for site in find(captured) if site.name in config["untied"]]
+    captured = resolve_ties(captured, untied, "untie")
+    adapters = tuple(read_adapter(captured, item, folder) for item in config["adapters"])
     base = dict(captured.module.named_parameters())
     if missing := set(config["trained"]) - set(base):
         raise CheckpointError(f"{folder}: the program has no parameter {sorted(missing)[0]}.")
-    declared = {
-        adapter.path(site, name): tensor
-        for adapter in adapters
-        for site in adapter.sites
-        for name, tensor in adapter.method.tensors(site).items()
-    }
-    expected = {path: torch.Size(tensor.shape) for path, tensor in declared.items()}
+    declared = {path: tensor for adapter in adapters for path, tensor in adapter.declared().items()}
+    expected = {path: torch.Size(tensor.shape) for path, tensor in declared.items() if tensor.saved}
     expected |= {name: base[name].shape for name in config["trained"]} | buffer_shapes(captured, config)
     found = read_tensors(folder, expected)
     device = captured.module.home.device
@@ -247,7 +236,30 @@ def load(program: Program, folder: str | os.PathLike) -> Program:
         if name not in config["buffers"]
     }
     dtype = next(value.dtype for name, value in own.items() if name in declared)
-    result = generate(captured, tuple(adapters), own, dtype)
+    drawn = {path: tensor for path, tensor in declared.items() if not tensor.saved}
+    own |= {
+        path: nn.Parameter(tensor.init(tensor.shape, torch.Generator()).to(device, dtype), requires_grad=False)
+        for path, tensor in drawn.items()
+    }
+    result = generate(captured, adapters, own, dtype)
     set_buffers(result, found)
     history = (*captured.history, *(adapter.name for adapter in adapters))
     return replace(result, history=history)
+
+
+def read_adapter(captured: Program, item: Mapping[str, Any], folder: Path) -> Adapter:
+    try:
+        method = registry.read(item["method"])
+        variants = tuple((site, registry.read(spelled)) for site, spelled in item["variants"].items())
+    except SubgraphPeftError as error:
+        raise CheckpointError(
+            f"{folder / CONFIG}: {error} A method of your own is found once its package registers it in the "
+            f"entry-point group {registry.GROUP}; or make the rewrite again and use program.load(folder)."
+        ) from error
+    by_name = {site.name: site for site in candidates(captured, method)}
+    if missing := [name for name in item["sites"] if name not in by_name]:
+        close = ", ".join(nearest(missing[0], by_name))
+        raise CheckpointError(
+            f"{folder}: the program has no site {missing[0]} ({len(missing)} missing). Nearest: {close}."
+        )
+    return Adapter(item["name"], method, tuple(by_name[name] for name in item["sites"]), variants=variants)

@@ -2,6 +2,7 @@
 
     x(P + Q)ᵀ = xPᵀ + xQᵀ        x(PQ)ᵀ = (xQᵀ)Pᵀ        x(diag(v) P)ᵀ = (xPᵀ) ⊙ v
     x(P diag(v))ᵀ = (x ⊙ v) Pᵀ   x(sP)ᵀ = s · xPᵀ, on the narrowest operand
+    x[P; Q]ᵀ = [xPᵀ, xQᵀ]        a nonlinearity h that follows A: h(xAᵀ)
 
 Where no law applies the factor is evaluated as it stands, each step; one of full size is reported as dense.
 """
@@ -12,12 +13,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from .equation import is_transpose
 from .errors import MethodError
 from .forms import Form
 from .graphs import aten, operator_name
 from .values import MATMULS, Values
 
 SUMS = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
+NONLINEARITIES = {
+    "relu": aten.relu.default, "gelu": aten.gelu.default, "silu": aten.silu.default, "tanh": aten.tanh.default,
+}  # fmt: skip
 DIAGONALS = {aten.diag.default, aten.diag_embed.default}
 
 
@@ -97,6 +102,8 @@ class Distribution:
         """scale · x·Mᵀ + bias for a matrix M that is used as it stands."""
         out_features, in_features = self.equation.shape(node)
         x, at = self.input(node, x, at)
+        if h := self.nonlinearity(node):
+            return self.followed(h, node, x, scale, bias, at)
         on_input = bool(scale) and in_features <= out_features and (at.later or self.form.scales_input)
         if on_input:
             x, scale = self.scaled(node, x, scale, in_features), ONE
@@ -109,10 +116,30 @@ class Distribution:
         else:
             matrix = self.activation(node)
             y = (self.form.then if at.later else self.form.first)(x, matrix, own_bias, term)
-            self.values.lowered.per_token += 2 * out_features * in_features
+            if not self.is_part_of_weight(node):
+                self.values.lowered.per_token += 2 * out_features * in_features
         if scale:
             y = self.plus(self.scaled(node, y, scale, out_features), bias)
         return y
+
+    def is_part_of_weight(self, node: fx.Node) -> bool:
+        while node.target is aten.slice.Tensor:
+            node = node.args[0]
+        return self.equation.operands.get(node) == ("", "W")
+
+    def nonlinearity(self, node: fx.Node) -> str | None:
+        factor = node.args[0] if is_transpose(node) else node
+        return self.values.nonlinear.get(self.equation.operands.get(factor, ("", "")))
+
+    def followed(self, h: str, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node:
+        """scale · h(x·Mᵀ) + bias"""
+        out_features, in_features = self.equation.shape(node)
+        term = self.equation.term(node)
+        self.current = node
+        y = (self.form.then if at.later else self.form.first)(x, self.activation(node), None, term)
+        self.values.lowered.per_token += 2 * out_features * in_features + out_features
+        y = self.emit(NONLINEARITIES[h], (y,), h)
+        return self.plus(self.scaled(node, y, scale, out_features), bias)
 
     def input(self, node: fx.Node, x: fx.Node, at: At) -> tuple[fx.Node, At]:
         """The operand of a trainable term, with the dropout of the adapter that the term belongs to."""
@@ -249,6 +276,15 @@ class Distribution:
         y = self.emit(aten.mul.Tensor, (x, self.vector(node, vector)), "diagonal")
         return self.plus(y, bias)
 
+    def stack(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node | None:
+        """x[P; Q]ᵀ = [xPᵀ, xQᵀ]"""
+        parts, dimension = node.args[0], node.args[1] if len(node.args) > 1 else 0
+        if dimension != 0 or len(self.equation.shape(node)) != 2:
+            return None
+        results = [self.apply(part, x, scale, None, at) for part in parts]
+        self.current = node
+        return self.plus(self.emit(aten.cat.default, (results, self.form.features), "blocks"), bias)
+
     def negative(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node:
         return self.apply(node.args[0], x, scale.times(-1.0), bias, at)
 
@@ -260,4 +296,5 @@ LAWS: dict[object, Callable] = {
     aten.mul.Tensor: Distribution.multiple,
     aten.div.Tensor: Distribution.multiple,
     aten.neg.default: Distribution.negative,
+    aten.cat.default: Distribution.stack,
 }

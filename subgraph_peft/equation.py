@@ -181,6 +181,12 @@ def trace(
         raise MethodError(
             f"The equation {part} of {names} maps shape {list(expected)} to {list(actual)}; it has to keep it."
         )
+    leaves = {placeholders[leaf] for leaf in equation.leaves(equation.result)}
+    if part == "weight" and len(chain) > 1 and ("", "W") not in leaves:
+        raise MethodError(
+            f"The equation of {chain[-1][1].name} keeps nothing of the weight it is given, so that {chain[-2][1].name} "
+            "beneath it would have no effect: fold that one first."
+        )
     if part != "output" and any(node.target in TRAINING_FLAG for node in graph.nodes):
         raise MethodError(f"The equation {part} of {names} draws random numbers: declare a `dropout` option instead.")
     return equation

@@ -32,6 +32,10 @@ class TrainError(SubgraphPeftError):
     """Training cannot start, or diverged."""
 
 
+class AnalysisError(SubgraphPeftError):
+    """A program or a site has nothing to analyze, or the results cannot be written."""
+
+
 class ExportError(SubgraphPeftError):
     """An ONNX model could not be written, or does not reproduce the torch outputs."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .adapter import targets
+from .adapter import Adapter, targets
 from .compare import difference
 from .errors import FoldError
 from .generate import base_of, generate, rebuild
@@ -57,7 +57,7 @@ def fold(program: Program, *, dtype: torch.dtype | None = None, retain: float = 
     `program` is left as it is. A program without foldable adapters is returned itself.
     Raises FoldError for non-finite tensors, lost updates and differing outputs.
     """
-    folding = [a for a in program.adapters if a.method.foldable()]
+    folding = [a for a in program.adapters if folds(program, a)]
     trained = [
         n for n, _ in program.parameters(trainable=True) if n in dict(program.captured.module.named_parameters())
     ]
@@ -98,7 +98,7 @@ def fold(program: Program, *, dtype: torch.dtype | None = None, retain: float = 
             f"torch.float32, or accept the loss with retain={max(0.0, entry.retained - 0.01):.2f}."
         )
     folded_base = replace(base, module=rebuild(base, tensors))
-    remaining = tuple(a for a in program.adapters if not a.method.foldable())
+    remaining = tuple(a for a in program.adapters if a not in folding)
     result = folded_base
     if remaining:
         wide = next(iter(held[path].dtype for a in remaining for _, _, path in a.all_paths()))
@@ -116,6 +116,13 @@ def fold(program: Program, *, dtype: torch.dtype | None = None, retain: float = 
         dtype, report, error, {a.name: spell(a.method) for a in folding}, tuple(a.name for a in remaining)
     )
     return replace(result, folded=summary, history=(*program.history, "fold"))
+
+
+def folds(program: Program, adapter: Adapter) -> bool:
+    """Whether an adapter folds: one above a weight method that does not has to stay with it."""
+    chains = [target.chain for target in targets(program.adapters) if target.part == "weight"]
+    beneath = [a for chain in chains if adapter in (own := [a for a, _ in chain]) for a in own[: own.index(adapter)]]
+    return adapter.method.foldable() and all(a.method.foldable() for a in beneath)
 
 
 def widened(base: Program, dtype: torch.dtype) -> Program:

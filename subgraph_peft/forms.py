@@ -14,11 +14,12 @@ class Form:
     """y = op(x, W) + b at one call. `emit(target, args, term)` adds a node.
 
     A matrix other than W itself takes W's place in the first factor (`first`); later factors act on the features of
-    what came before (`then`).
+    what came before (`then`). `features` is their dimension in the result.
     """
 
     scales_input = True
     drops_input = True
+    features = -1
 
     def __init__(self, site: Site, call: fx.Node, emit: Emit):
         self.site, self.call, self.emit = site, call, emit
@@ -85,6 +86,7 @@ class Convolution(Form):
     """y = conv(x, K) + b, W = K reshaped to [out, in·kernel]; later factors are convolutions with a kernel of one."""
 
     scales_input = False
+    features = 1
 
     @property
     def dimensions(self) -> int:

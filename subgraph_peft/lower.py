@@ -12,16 +12,18 @@ from .equation import Equation, Operand, trace
 from .errors import MethodError
 from .forms import Form, form_class
 from .graphs import aten
-from .sites import calls_of
+from .method import AGAIN
+from .modules import again, ends, regions
+from .sites import PLACES, calls_of
 from .values import Lowered, Values
 
 META = "subgraph_peft"
 
 
 def equation_of(target: Target, operands: Mapping[str, tuple[int, ...]]) -> Equation:
-    chain = tuple((adapter.name, adapter.method) for adapter, _ in target.chain)
+    chain = tuple((adapter.name, adapter.at(site)) for adapter, site in target.chain)
     tensors = tuple(
-        (adapter.name, tuple((name, t.shape, t.trainable) for name, t in adapter.method.tensors(site).items()))
+        (adapter.name, tuple((name, t.shape, t.trainable) for name, t in adapter.tensors(site).items()))
         for adapter, site in target.chain
     )
     return trace(chain, target.part, tuple(operands.items()), tensors)
@@ -47,8 +49,13 @@ class Lowering:
         self.base_dtype, self.adapter_dtype = site.dtype, dtype
         self.hoist, self.lowered = hoist, lowered
         self.prefix = identifier(site.owner if site.name.endswith((".weight", ".bias")) else site.name)
+        self.dropout = {a.name: a.at(s).activation_dropout for a, s in target.chain}
+        self.nonlinear = {(a.name, name): h for a, s in target.chain for name, h in a.at(s).nonlinear.items()}
 
     def run(self) -> None:
+        if self.site.kind in PLACES:
+            {"output": self.module_output}[self.target.part]()
+            return
         parameter = next((n for n in self.graph.find_nodes(op="get_attr") if n.target == self.target.name), None)
         if parameter is not None:
             self.base_dtype = parameter.meta["val"].dtype
@@ -66,17 +73,16 @@ class Lowering:
             self.weight_as_a_whole(weight, equation)
 
     def weight_at_calls(self, weight: fx.Node, calls: list[tuple[fx.Node, type[Form]]], equation: Equation) -> None:
-        dropout = {adapter.name: adapter.method.activation_dropout for adapter, _ in self.target.chain}
         values = self.values(equation, weight, calls[0][0])
         for call, form in calls:
             emit = self.emitter(call)
             dtype = call.meta["val"].dtype
-            result = Distribution(values, form(self.site, call, emit), emit, weight, dtype, dropout).run()
+            result = Distribution(values, form(self.site, call, emit), emit, weight, dtype, self.dropout).run()
             call.replace_all_uses_with(result)
             self.graph.erase_node(call)
 
     def weight_as_a_whole(self, weight: fx.Node, equation: Equation) -> None:
-        if dropping := [adapter.name for adapter, _ in self.target.chain if adapter.method.activation_dropout]:
+        if dropping := [adapter for adapter, rate in self.dropout.items() if rate]:
             raise MethodError(
                 f"{dropping[0]} at {self.site.name}: the op takes the weight as a whole, so that there is no "
                 "operand to drop. Rewrite this site by itself, with dropout=0."
@@ -112,6 +118,11 @@ class Lowering:
             node = next(n for n in self.graph.nodes if n.name == call.node)
             self.output_of(node, form(self.site, node, self.emitter(node)).x)
 
+    def module_output(self) -> None:
+        for region in regions(self.graph).get(self.site.name, {}).values():
+            x, y = ends(region, self.site.name)
+            self.output_of(y, x)
+
     def output_of(self, y: fx.Node, x: fx.Node) -> None:
         leading = tuple(range(2, 1 + len(x.meta["val"].shape)))
         shapes = {"x": (*leading, self.site.in_features), "y": (*leading, self.site.out_features)}
@@ -119,16 +130,24 @@ class Lowering:
         users, dtype = list(y.users), y.meta["val"].dtype
         emit = self.emitter(y.next, like=y)
         mapped: dict[fx.Node, Any] = {}
+
+        def copied(node: fx.Node) -> fx.Node:
+            return emit(node.target, (), f"again_{node.name}", equation.adapter(equation.result))
+
         for node in equation.graph.nodes:
             if node.op == "placeholder":
                 mapped[node] = self.output_operand(equation, node, x, y, dtype, emit)
+            elif node.target is AGAIN:
+                mapped[node] = again(self.graph, x, y, mapped[node.args[0]], copied)
             elif node.op == "call_function":
                 args, kwargs = (fx.node.map_arg(part, mapped.__getitem__) for part in (node.args, node.kwargs))
                 linear = node.target is aten.linear.default and node.args[1] in equation.operands
                 term = equation.term(node.args[1] if linear else node)
                 mapped[node] = emit(node.target, args, term, equation.adapter(node), kwargs)
+        result = mapped[equation.result]
+        result.meta["val"] = y.meta["val"]
         for user in users:
-            user.replace_input_with(y, mapped[equation.result])
+            user.replace_input_with(y, result)
 
     def output_operand(
         self, equation: Equation, node: fx.Node, x: fx.Node, y: fx.Node, dtype: torch.dtype, emit: Callable
@@ -197,4 +216,4 @@ class Lowering:
             held.meta["dtype"] = self.base_dtype if full else self.adapter_dtype
             return held
 
-        return Values(equation, emit, operand, hoisted, self.adapter_dtype, full_size, self.lowered)
+        return Values(equation, emit, operand, hoisted, self.adapter_dtype, full_size, self.lowered, self.nonlinear)

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -46,31 +46,50 @@ class Tensor:
     """A tensor that a method adds beside a weight.
 
     decay: whether weight decay applies (not to factors that multiply, whose neutral value is 1)
+    lr:    factor on the learning rate
+    saved: whether checkpoints hold it; one that they leave out is drawn again by an `init` that needs no generator
     """
 
     shape: tuple[int, ...]
     init: Init = zeros
     trainable: bool = True
     decay: bool = True
+    lr: float = 1.0
+    saved: bool = True
 
 
-def trainable(*shape: int, init: Init = zeros, decay: bool = True) -> Tensor:
-    return Tensor(shape, init, trainable=True, decay=decay)
+def trainable(*shape: int, init: Init = zeros, decay: bool = True, lr: float = 1.0) -> Tensor:
+    return Tensor(shape, init, trainable=True, decay=decay, lr=lr)
 
 
-def frozen(*shape: int, init: Init = zeros) -> Tensor:
-    return Tensor(shape, init, trainable=False, decay=False)
+def frozen(*shape: int, init: Init = zeros, saved: bool = True) -> Tensor:
+    return Tensor(shape, init, trainable=False, decay=False, saved=saved)
+
+
+@torch.library.custom_op("subgraph_peft::again", mutates_args=())
+def again(value: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """f(value) for y = f(x), in a traced equation; the compiler puts the nodes of f in its place."""
+    raise NotImplementedError
+
+
+again.register_fake(lambda value, y: torch.empty_like(y))
+AGAIN = torch.ops.subgraph_peft.again.default
 
 
 class Method(BaseModel):
     """Base of all methods. A subclass gives `tensors` and one or more of the equations
 
-    weight(W, …)     φ(W) of the matrix W [out, in]                          folds
-    bias(b, …)       φ(b) of a bias [out]                                     folds
-    output(x, y, …)  the result of a site with input x [..., in], output y    stays in the graph
+    weight(W, …)       φ(W) of the matrix W [out, in]                                       folds
+    bias(b, …)         φ(b) of a bias [out]                                                 folds
+    output(x, y, …)    the result of a site or module with input x [..., in], output y      stays in the graph
+    embeddings(…)      g(P) [n, d], put before the embedded sequence                        stays in the graph
+    keys_values(…)     (K, V), each [n, heads, d], put before the keys and values           stays in the graph
 
-    whose further arguments are names of `tensors`. Its fields are its options; it is frozen and hashable.
-    `prepare` computes starting values from the loaded weight, once, when the rewrite is made.
+    whose further arguments are names of `tensors` or `shared`. Its fields are its options; it is frozen and hashable.
+    `prepare` computes starting values from the loaded weight, once, when the rewrite is made. Beside these,
+
+    penalty(…)         a number added to the loss, from one site's tensors; summed over sites, or their mean
+    schedule(step)     called after every optimiser step: see `Step`
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -78,6 +97,7 @@ class Method(BaseModel):
     name: ClassVar[str] = ""
     family: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    every_parameter: ClassVar[bool] = False  # rewrites vectors (biases, norm scales) as sites of their own
 
     def __init__(self, **options: Any) -> None:
         try:
@@ -89,6 +109,10 @@ class Method(BaseModel):
         """Tensors by name for one site."""
         raise NotImplementedError
 
+    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Tensors by name that all sites share."""
+        return {}
+
     def prepare(self, site: Site, W: torch.Tensor) -> dict[str, torch.Tensor]:
         """Starting values by tensor name, from the loaded weight W [out, in] (float32 or wider)."""
         return {}
@@ -98,21 +122,45 @@ class Method(BaseModel):
         """Dropout on the input of every term that contains a trainable tensor, in training."""
         return getattr(self, "dropout", 0.0)
 
+    @property
+    def nonlinear(self) -> dict[str, str]:
+        """Tensor -> nonlinearity h that follows it: h(xAᵀ) in place of xAᵀ. Such a method does not fold."""
+        return {}
+
+    @property
+    def penalty_mean(self) -> bool:
+        """Whether `penalty` is averaged over sites, not summed."""
+        return False
+
+    def check_schedule(self, total: int) -> None:
+        """Raises MethodError where `schedule` cannot fit into `total` optimiser steps."""
+
+    @property
+    def spelling(self) -> str:
+        """The name under which a configuration spells it."""
+        return self.name
+
+    def layers(self) -> list["Method"]:
+        """This method and those inside it, outermost first."""
+        return [self]
+
     @classmethod
     def defines(cls, part: str) -> bool:
         return callable(getattr(cls, part, None))
 
     @classmethod
     def foldable(cls) -> bool:
-        return not cls.defines("output")
+        return not any(map(cls.defines, ("output", "embeddings", "keys_values")))
 
     def evaluate(self, part: str, *operands: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The equation `part` on its operands, given those of the tensors that it names."""
+        """The equation `part` on its operands, given those of the tensors that it names, and `f` where it names that:
+        the layer or module itself, as a function of its input."""
         equation = getattr(self, part)
         names = list(inspect.signature(equation).parameters.values())[len(operands) :]
         if any(p.kind is p.VAR_KEYWORD for p in names):
             return equation(*operands, **tensors)
-        return equation(*operands, **{p.name: tensors[p.name] for p in names})
+        known = {**tensors, "f": lambda value: AGAIN(value, operands[-1])}
+        return equation(*operands, **{p.name: known[p.name] for p in names})
 
     @model_serializer(mode="wrap")
     def _nested(self, handler: Callable, info: SerializationInfo) -> dict[str, Any]:
@@ -136,14 +184,23 @@ class Wrapper(Method):
         return data
 
     def model_post_init(self, context: Any) -> None:
-        if not self.of.defines("weight") or self.of.defines("output"):
-            raise MethodError(f"{self.name} needs a weight method inside; {self.of.name} rewrites something else.")
+        if not self.of.defines("weight") or not self.of.foldable():
+            raise MethodError(f"{self.name} needs a weight method that folds inside; {self.of.name} is none.")
+
+    def layers(self) -> list[Method]:
+        return [self, *self.of.layers()]
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
         return self.of.tensors(site)
 
+    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        return self.of.shared(sites)
+
     def prepare(self, site: Site, W: torch.Tensor) -> dict[str, torch.Tensor]:
         return self.of.prepare(site, W)
+
+    def weight(self, W: torch.Tensor, **tensors: torch.Tensor) -> torch.Tensor:
+        return self.of.evaluate("weight", W, tensors=tensors)
 
     @property
     def activation_dropout(self) -> float:
@@ -152,7 +209,7 @@ class Wrapper(Method):
 
 def spell(method: Method, exclude_defaults: bool = False) -> dict[str, Any]:
     """The method as configuration: {"lora": {"r": 8, …}}."""
-    return {method.name: method.model_dump(mode="json", exclude_defaults=exclude_defaults)}
+    return {method.spelling: method.model_dump(mode="json", exclude_defaults=exclude_defaults)}
 
 
 def option_error(cls: type[Method], error: ValidationError) -> MethodError:
@@ -174,22 +231,30 @@ def initial(
 ) -> dict[str, tuple[Tensor, torch.Tensor]]:
     """(declaration, starting value) of every tensor of a method on one site; W is the matrix in float32 or wider."""
     declared = method.tensors(site)
-    if W.is_meta:
-        return {name: (tensor, torch.empty(tensor.shape, device="meta")) for name, tensor in declared.items()}
-    prepared = method.prepare(site, W)
+    prepared = {} if W.is_meta else method.prepare(site, W)
     if unknown := set(prepared) - set(declared):
         raise MethodError(
             f"{method.name}.prepare gives {', '.join(sorted(unknown))}, which tensors() does not declare."
         )
-    values = {}
-    for name, tensor in declared.items():
-        value = prepared[name] if name in prepared else tensor.init(tensor.shape, generator)
-        if tuple(value.shape) != tensor.shape:
-            raise MethodError(
-                f"{method.name} at {site.name}: tensor {name!r} is declared {list(tensor.shape)}, "
-                f"its value is {list(value.shape)}."
-            )
-        if not torch.isfinite(value).all():
-            raise MethodError(f"{method.name} at {site.name}: the starting value of {name!r} is not finite.")
-        values[name] = (tensor, value)
-    return values
+    return {
+        name: (tensor, starting(method, site.name, name, tensor, prepared.get(name), generator, W.is_meta))
+        for name, tensor in declared.items()
+    }
+
+
+def starting(
+    method: Method, where: str, name: str, tensor: Tensor, value: torch.Tensor | None, generator: torch.Generator,
+    meta: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """The starting value of one tensor, drawn where `value` is None, and checked."""
+    if meta:
+        return torch.empty(tensor.shape, device="meta")
+    value = tensor.init(tensor.shape, generator) if value is None else value
+    if tuple(value.shape) != tensor.shape:
+        raise MethodError(
+            f"{method.name} at {where}: tensor {name!r} is declared {list(tensor.shape)}, "
+            f"its value is {list(value.shape)}."
+        )
+    if not torch.isfinite(value).all():
+        raise MethodError(f"{method.name} at {where}: the starting value of {name!r} is not finite.")
+    return value

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .adapter import Adapter
     from .constants import Constant
     from .fold import FoldReport
+    from .schedule import Schedule
     from .values import Lowered
 
 
@@ -81,6 +82,18 @@ class Program:
             return tensor.to(home.device, home.dtype if tensor.dtype == origin.dtype else tensor.dtype)
 
         return pytree.tree_map_only(torch.Tensor, move, dict(inputs))
+
+    def penalty(self) -> torch.Tensor:
+        """What the adapters' methods add to the loss, a scalar; 0 where they add nothing."""
+        from .penalty import penalty
+
+        return penalty(self)
+
+    def schedule(self, optimizer: torch.optim.Optimizer, total_steps: int | None = None) -> "Schedule":
+        """Let methods with a schedule follow the steps of `optimizer`, `total_steps` in all."""
+        from .schedule import Schedule
+
+        return Schedule(self, optimizer, total_steps)
 
     def save(self, folder: Any) -> None:
         """Write the adapters to `folder`: adapter.json and adapter.safetensors."""

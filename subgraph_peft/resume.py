@@ -19,14 +19,17 @@ from safetensors.torch import load_file, save_file
 
 from .errors import CheckpointError
 from .program import Program
+from .schedule import Schedule
 
-OPTIMIZER, STATE = "optimizer.safetensors", "run.json"
+OPTIMIZER, SCHEDULE, STATE = "optimizer.safetensors", "schedule.safetensors", "run.json"
 TRAINER_STATE = "trainer_state.json"  # the name that Trainer reads
 PREFIX = "checkpoint-"
 REMEDY = "Remove the folder to resume from the one before it."
 
 
-def write(folder: Path, program: Program, optimizer: Any, progress: Any, run: Mapping[str, Any]) -> None:
+def write(
+    folder: Path, program: Program, optimizer: Any, schedule: Schedule, progress: Any, run: Mapping[str, Any]
+) -> None:
     """Write a checkpoint folder.
 
     progress: the TrainerState
@@ -38,13 +41,17 @@ def write(folder: Path, program: Program, optimizer: Any, progress: Any, run: Ma
         for index, entries in state["state"].items()
         for key, value in entries.items()
     }
+    scheduled = schedule.state_dict()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
             new = Path(temporary) / folder.name
             program.save(new)
             save_file(tensors, new / OPTIMIZER)
-            text = json.dumps({**run, "groups": state["param_groups"]}, default=lambda value: value.tolist())
+            if scheduled["tensors"]:
+                save_file({n: v.cpu().contiguous() for n, v in scheduled["tensors"].items()}, new / SCHEDULE)
+            kept = {**run, "groups": state["param_groups"], "scheduled": scheduled["number"]}
+            text = json.dumps(kept, default=lambda value: value.tolist())
             (new / STATE).write_text(text, encoding="utf-8")
             progress.save_to_json(str(new / TRAINER_STATE))
             if folder.exists():
@@ -70,6 +77,11 @@ def load_optimizer(folder: Path, optimizer: Any) -> None:
         optimizer.load_state_dict({"state": state, "param_groups": read_run(folder)["groups"]})
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / OPTIMIZER} does not fit the program: {error}.") from error
+
+
+def load_schedule(folder: Path, schedule: Schedule) -> None:
+    tensors = read_tensors(folder / SCHEDULE) if (folder / SCHEDULE).exists() else {}
+    schedule.load_state_dict({"number": read_run(folder)["scheduled"], "tensors": tensors})
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

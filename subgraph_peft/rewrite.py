@@ -8,13 +8,18 @@ from typing import Literal
 import torch
 from torch import nn
 
-from .adapter import Adapter, Target, identifier, targets
+from . import selectors
+from .adapter import PARTS, Adapter, Target, identifier, targets
+from .budget import choose
 from .errors import MethodError, SelectorError, nearest
 from .generate import base_of, generate, rebuild
-from .method import Method, initial
+from .method import Method, Tensor, initial, starting
+from .module import Home
+from .places import candidates, what
 from .program import Program
-from .selectors import Where, describe, patterns, select
-from .sites import Site, find
+from .selectors import Where, describe, select
+from .sites import PLACES, VECTORS, Site
+from .variants import Patterns, variants
 
 Tied = Literal["refuse", "untie"]
 
@@ -29,6 +34,8 @@ def rewrite(
     name: str | None = None,
     trainable: str | Sequence[str] = (),
     tied: Tied = "refuse",
+    patterns: Patterns | None = None,
+    budget: str | float | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> Program:
@@ -38,6 +45,9 @@ def rewrite(
     name:       of the adapter (default: the method's, numbered when taken)
     trainable:  parameters of the model to train beside it, such as a new head ("classifier"), by name or module
     tied:       a weight that is tied to another: "refuse" it, or "untie" it (it gets memory of its own)
+    patterns:   other options at some sites: {"*.query": {"r": 16, "alpha": 32}}
+    budget:     of trained numbers, as "0.02%" of the model's, a share below 1 or a count: chooses the rank `r` or, for a
+                method without one, the sites
     dtype:      of the adapter's tensors; float32 by default, float64 in a float64 model
     seed:       of the starting values; every site draws from a generator of its own
 
@@ -46,44 +56,42 @@ def rewrite(
     check_arguments(program, method)
     captured = base_of(program)
     trained = named_parameters(captured, trainable) | {n for n, p in program.parameters(trainable=True)}
-    everything = [site for site in find(captured) if (site.kind == "bias") == is_bias_method(method)]
+    everything = candidates(captured, method)
     if not everything:
-        raise MethodError(
-            f"{method.name} rewrites {'biases' if is_bias_method(method) else 'weights'}; {captured.source} has none."
-        )
+        raise MethodError(f"{method.name} rewrites {what(method)}; {captured.source} has none.")
     selection = select(everything, where, exclude, kinds)
     sites = tuple(site for site in selection.sites if site.name not in trained)
     if not sites:
         raise SelectorError(
             f"Every site that {describe(where)} selects is trained in full: {selection.sites[0].name} …"
         )
-    captured = resolve_ties(captured, sites, tied)
-    home = captured.module.home
-    dtype = adapter_dtype(program, dtype)
     taken = {adapter.name for adapter in program.adapters}
-    adapter = Adapter(
-        name=unique(name or method.name, taken),
-        method=method,
-        sites=sites,
-        left_out=(
-            *((site.name, reason) for site, reason in selection.left_out),
-            *((site.name, "trained in full") for site in selection.sites if site.name in trained),
-        ),
+    left_out = (
+        *((site.name, reason) for site, reason in selection.left_out),
+        *((site.name, "trained in full") for site in selection.sites if site.name in trained),
     )
+
+    def make(method: Method, sites: Sequence[Site]) -> Adapter:
+        own = variants(method, patterns or {}, selection.sites)
+        names = {site.name for site in sites}
+        own = tuple((site, changed) for site, changed in own if site in names)
+        return Adapter(unique(name or method.name, taken), method, tuple(sites), left_out, own)
+
+    if budget is None:
+        adapter = make(method, sites)
+    else:
+        adapter, text = choose(budget, program.counts()[1], method, sites, make)
+        over = [(site.name, "over the budget") for site in sites if not adapter.on(site.name)]
+        adapter = replace(adapter, left_out=(*left_out, *over), chosen=text)
+    captured = resolve_ties(captured, adapter.sites, tied)
+    dtype = adapter_dtype(program, dtype)
     tensors = dict(program.module.tensors())
     if clash := trained & {site.name for a in program.adapters for site in a.sites}:
         raise MethodError(
             f"{sorted(clash)[0]} has an adapter already and cannot be trained in full beside it; "
             "leave it out of `trainable`."
         )
-    added: dict[str, nn.Parameter] = {}
-    with torch.no_grad():
-        for site in adapter.sites:
-            W = current_weight(program, site, tensors)
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {site.name}".encode()))
-            for tensor, (declared, value) in initial(method, site, W, generator).items():
-                value = value.detach().to(device=home.device, dtype=dtype, copy=True).contiguous()
-                added[adapter.path(site, tensor)] = nn.Parameter(value, requires_grad=declared.trainable)
+    added = first_values(program, adapter, captured.module.home, dtype, seed)
     kept = {n: p.detach().clone() for n, p in program.parameters(trainable=True)}
     kept |= {
         path: tensors[path].detach().clone()
@@ -98,14 +106,42 @@ def rewrite(
     return replace(result, history=(*program.history, adapter.name))
 
 
+@torch.no_grad()
+def first_values(
+    program: Program, adapter: Adapter, home: Home, dtype: torch.dtype, seed: int
+) -> dict[str, nn.Parameter]:
+    """Starting values of an adapter's tensors by qualified name, from the weights under the adapters there already."""
+    tensors = dict(program.module.tensors())
+    values: dict[str, nn.Parameter] = {}
+
+    def keep(path: str, declared: Tensor, value: torch.Tensor) -> None:
+        value = value.detach().to(device=home.device, dtype=dtype, copy=True).contiguous()
+        values[path] = nn.Parameter(value, requires_grad=declared.trainable)
+
+    for site in adapter.sites:
+        W = current_weight(program, site, tensors)
+        for name, (declared, value) in initial(adapter.at(site), site, W, draws(seed, site.name)).items():
+            keep(adapter.path(site, name), declared, value)
+    for name, declared in adapter.shared.items():
+        path, generator = adapter.path(adapter.sites[0], name), draws(seed, f"{adapter.name} {name}")
+        meta = home.device.type == "meta"
+        keep(path, declared, starting(adapter.method, path, name, declared, None, generator, meta))
+    return values
+
+
+def draws(seed: int, name: str) -> torch.Generator:
+    """A generator of its own for every site, so that starting values do not hang on the order of sites."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+
+
 def check_arguments(program: Program, method: Method) -> None:
     if not isinstance(program, Program):
         raise MethodError(f"rewrite takes a captured program, sp.capture(model, inputs), not {type(program).__name__}.")
     if not isinstance(method, Method):
         shown = method.__name__ if isinstance(method, type) else repr(method)
         raise MethodError(f"rewrite takes a method with its options, such as LoRA(r=8), not {shown}.")
-    if not any(method.defines(part) for part in ("weight", "bias", "output")):
-        raise MethodError(f"{type(method).__name__} defines none of weight, bias and output.")
+    if not any(map(method.defines, PARTS)):
+        raise MethodError(f"{type(method).__name__} defines none of {', '.join(PARTS)}.")
 
 
 def adapter_dtype(program: Program, wanted: torch.dtype | None) -> torch.dtype:
@@ -116,10 +152,6 @@ def adapter_dtype(program: Program, wanted: torch.dtype | None) -> torch.dtype:
     if wanted and own and own != {wanted}:
         raise MethodError(f"The adapters of this program are {own.pop()}; one of {wanted} cannot join them.")
     return wanted or (own.pop() if own else torch.promote_types(torch.float32, program.captured.module.home.dtype))
-
-
-def is_bias_method(method: Method) -> bool:
-    return method.defines("bias") and not method.defines("weight")
 
 
 def unique(name: str, taken: set[str]) -> str:
@@ -153,7 +185,7 @@ def named_parameters(program: Program, wanted: str | Sequence[str]) -> set[str]:
     """Parameters that the patterns name, by their own path or that of a module above them."""
     found: set[str] = set()
     names = [n for n, _ in program.module.named_parameters(remove_duplicate=False)]
-    for pattern in patterns(wanted):
+    for pattern in selectors.patterns(wanted):
         matched = {n for n in names if pattern.match(ancestors(n)) != "no"}
         if not matched:
             owners = {path for n in names for path in ancestors(n)}
@@ -173,7 +205,11 @@ def ancestors(name: str) -> list[str]:
 
 
 def current_weight(program: Program, site: Site, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The matrix φ(W) under the adapters that are there already (the bias for a bias site), float32 or wider."""
-    part = "bias" if site.kind == "bias" else "weight"
+    """The matrix φ(W) under the adapters that are there already, float32 or wider; the vector of a vector site. A place
+    has none and gets an empty matrix."""
+    if site.kind in PLACES:
+        home = program.module.home
+        return torch.empty(0, 0, device=home.device, dtype=torch.promote_types(torch.float32, home.dtype))
+    part = "bias" if site.kind in VECTORS else "weight"
     there = [target for target in targets(program.adapters) if (target.part, target.name) == (part, site.name)]
     return (there[0] if there else Target(part, site.name, site, ())).evaluate(tensors)

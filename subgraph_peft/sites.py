@@ -1,6 +1,7 @@
 """Sites: the weight parameters of a program, with every place that uses them."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +23,10 @@ RESHAPES = {
 }  # fmt: skip
 
 
+VECTORS = ("bias", "scale")
+PLACES = ("module", "attention")
+
+
 @dataclass(frozen=True)
 class Call:
     """One use of a weight: the node, its op form, its operator."""
@@ -37,7 +42,7 @@ class Site:
 
     name:    qualified name of the parameter         owner:  path of the module that holds it
     kind:    op form: linear, addmm ([in,out], as transformers' Conv1D), matmul, conv1d, conv2d, embedding, packed
-             (attention in_proj), bias, other
+             (attention in_proj), bias, scale (another vector), other. Not a parameter but a place: module, attention
     shape:   as stored                               bias:   name of the bias added at every call, if one
     calls:   every use in the graph                  ties:   other names of the same tensor
     head:    its result is an output of the model
@@ -55,7 +60,8 @@ class Site:
 
     @property
     def owner(self) -> str:
-        return self.name.rpartition(".")[0]
+        """Path of the module that holds the parameter; a place is its own."""
+        return self.name if self.kind in PLACES else self.name.rpartition(".")[0]
 
     @property
     def transposed(self) -> bool:
@@ -78,6 +84,7 @@ class Site:
             "conv2d": "[out, in, kh, kw]",
             "conv1d": "[out, in, k]",
             "bias": "[out]",
+            "scale": "[features]",
         }
         return named.get(self.kind, "[in, out]" if self.transposed else "[out, in]")
 
@@ -86,7 +93,7 @@ class Site:
         """Why a wildcard does not select this site."""
         if self.head:
             return "output head: name it to include it"
-        if self.kind in ("embedding", "other"):
+        if self.kind in ("embedding", "other", "module"):
             return f"{self.kind}: name it to include it"
         return None
 
@@ -110,24 +117,25 @@ class SiteTable(tuple[Site, ...]):
 
 def sites(program: "Program") -> SiteTable:
     """Every weight of two or more dimensions in the captured graph."""
-    return SiteTable(s for s in find(program) if s.kind != "bias")
+    return SiteTable(s for s in find(program) if s.kind not in VECTORS)
 
 
 def find(program: "Program") -> Iterator[Site]:
-    """Every weight, and every bias of any operator, of the captured graph."""
+    """Every parameter of the captured graph: weights first, then vectors (biases, norm scales)."""
     captured = program.captured
     tensors = dict(captured.module.tensors())
     graphs = captured.module.graphs()
-    biases: list[Site] = []
+    vectors: list[Site] = []
     for node in graphs[0].find_nodes(op="get_attr"):
         name, tensor = str(node.target), tensors.get(str(node.target))
         if not isinstance(tensor, torch.nn.Parameter):
             continue
         ties = tuple(sorted(other for group in captured.ties if name in group for other in group - {name}))
         common = {"name": name, "shape": tuple(tensor.shape), "dtype": tensor.dtype, "ties": ties}
-        if tensor.ndim == 1 and is_bias(node):
-            calls = tuple(Call(user.name, "bias", operator_name(user)) for user in node.users)
-            biases.append(Site(kind="bias", calls=calls, **common))
+        if tensor.ndim == 1:
+            kind = "bias" if is_bias(node) else "scale"
+            calls = tuple(Call(user.name, kind, operator_name(user)) for user in node.users)
+            vectors.append(Site(kind=kind, calls=calls, **common))
         elif tensor.ndim >= 2:
             found = list(calls_of(node))
             forms = {call.form for call, _ in found}
@@ -144,7 +152,7 @@ def find(program: "Program") -> Iterator[Site]:
                 groups=max((groups_of(graphs[0], call) for call, _ in found), default=1),
                 **common,
             )
-    yield from biases
+    yield from vectors
 
 
 def calls_of(weight: fx.Node) -> Iterator[tuple[Call, str | None]]:
@@ -206,3 +214,8 @@ def is_head(graph: fx.Graph, calls: Sequence[str]) -> bool:
             return True
         frontier.extend(user for user in node.users if user.target in RESHAPES)
     return False
+
+
+def layered(name: str) -> str:
+    """A weight's path with its layer numbers as `*`: a selector that matches the same place in every layer."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight"))

@@ -11,6 +11,7 @@ from pydantic import Field
 from . import registry
 from .capture import capture
 from .data import example_batch
+from .definition import Definition
 from .errors import ConfigError, suggestion
 from .evaluate import evaluate
 from .fold import fold
@@ -19,6 +20,7 @@ from .pipeline import Pass, State
 from .rewrite import rewrite
 from .tables import difference_text
 from .train import TrainOptions, train
+from .written import WRITTEN, Written
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -56,6 +58,8 @@ class Rewrite(Pass):
     as_: str | None = Field(None, alias="as", description="name of the adapter")
     trainable: str | list[str] = Field(default_factory=list)
     tied: Literal["refuse", "untie"] = "refuse"
+    patterns: dict[str, dict[str, Any]] | None = None
+    budget: str | float | None = Field(None, description='of trained numbers: "0.02%", a share below 1 or a count')
 
     def requires(self, state: State) -> None:
         if state.program is None:
@@ -64,7 +68,7 @@ class Rewrite(Pass):
     def apply(self, state: State) -> tuple[State, str]:
         program = rewrite(
             state.program, self.method, self.where, exclude=self.exclude, kinds=self.kinds, name=self.as_,
-            trainable=self.trainable, tied=self.tied, seed=state.seed,
+            trainable=self.trainable, tied=self.tied, patterns=self.patterns, budget=self.budget, seed=state.seed,
         )  # fmt: skip
         adapter = program.adapters[-1]
         trainable, everything = program.counts()
@@ -72,6 +76,8 @@ class Rewrite(Pass):
         summary = (
             f"{len(adapter.sites)} sites, {trainable:,} of {everything:,} numbers train ({trainable / everything:.3%})"
         )
+        if adapter.chosen:
+            summary = f"{adapter.chosen}; {summary}"
         if dense:
             summary += f"; {dense} sites evaluate a full-size matrix each step"
         if adapter.left_out:
@@ -80,25 +86,33 @@ class Rewrite(Pass):
         return replace(state, program=program), summary
 
     def option_name(self) -> str:
-        return self.method.name
+        return self.method.spelling
 
     def options(self) -> dict[str, Any]:
         own = self.model_dump(mode="json", exclude_defaults=True, exclude={"method"}, by_alias=True)
         return {**self.method.model_dump(mode="json", exclude_defaults=True), **own}
 
     @classmethod
-    def of(cls, method: type[Method], options: Mapping[str, Any]) -> "Rewrite":
-        own = {(field.alias or name) for name, field in cls.model_fields.items()} - {"method"}
-        known = [*method.model_fields, *sorted(own)]
+    def of(cls, name: str, options: Mapping[str, Any]) -> "Rewrite":
+        """By the installed method of that name, or, for "method", by the one that the options define."""
+        own = cls.own_options()
+        described = Definition if name == WRITTEN else registry.method_class(name)
+        known = [*described.model_fields, *sorted(own)]
         for option in options:
             if option not in known:
                 raise ConfigError(
-                    f"{method.name}: unknown option {option!r}.{suggestion(option, known)} Options: {', '.join(known)}."
+                    f"{name}: unknown option {option!r}.{suggestion(option, known)} Options: {', '.join(known)}."
                 )
-        return cls(
-            method=method(**{key: value for key, value in options.items() if key not in own}),
-            **{key: value for key, value in options.items() if key in own},
-        )
+        method = registry.read({name: {key: value for key, value in options.items() if key not in own}})
+        for layer in method.layers():
+            if isinstance(layer, Written) and layer.name in (*names(), WRITTEN):
+                raise ConfigError(f"{layer.name}: option 'name': a pass is called {layer.name!r} already.")
+        return cls(method=method, **{key: value for key, value in options.items() if key in own})
+
+    @classmethod
+    def own_options(cls) -> set[str]:
+        """The options that stand beside a method's."""
+        return {(field.alias or name) for name, field in cls.model_fields.items()} - {"method"}
 
 
 class Train(Pass, TrainOptions):
@@ -194,6 +208,7 @@ STEPS: dict[str, type[Pass]] = {step.name: step for step in (Capture, Train, Fol
 
 @cache
 def names() -> list[str]:
+    """Steps and installed methods; beside them a pipeline has `method`, which defines one."""
     return [*STEPS, *registry.methods()]
 
 
@@ -203,6 +218,7 @@ def make(name: str, options: Mapping[str, Any]) -> Pass:
         raise ConfigError(f"{name}: options are a mapping, not {options!r}.")
     if name in STEPS:
         return STEPS[name](**options)
-    if name in registry.methods():
-        return Rewrite.of(registry.methods()[name], options)
-    raise ConfigError(f"Unknown pass {name!r}.{suggestion(name, names())} Passes: {', '.join(names())}.")
+    known = [*names(), WRITTEN]
+    if name in known:
+        return Rewrite.of(name, options)
+    raise ConfigError(f"Unknown pass {name!r}.{suggestion(name, known)} Passes: {', '.join(known)}.")

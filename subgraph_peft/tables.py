@@ -1,7 +1,6 @@
 """Tables for people: sites, what a rewrite costs, what a fold kept."""
 
 import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.table import Table
 
 from .fold import FoldReport
 from .program import Program
-from .sites import Site
+from .sites import Site, layered
 
 REWRITE_COLUMNS = (
     "module",
@@ -42,11 +41,6 @@ def new_table(title: str, columns: Iterable[str]) -> Table:
             column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold"
         )
     return table
-
-
-def layered(name: str) -> str:
-    """A weight's path with its layer numbers as `*`: a selector that matches the same place in every layer."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight"))
 
 
 def grouped(rows: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:

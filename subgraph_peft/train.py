@@ -151,24 +151,21 @@ def train(
     )
 
 
-def parameter_groups(program: Program, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for any torch optimiser, over exactly what trains.
+def parameter_groups(program: Program, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Groups for any torch optimiser, over exactly what trains, each with its learning rate.
 
     Weight decay is off for a method's tensors that say so (those whose neutral value is not 0), and for vectors among
     the model's own parameters (biases, norm scales).
     """
-    declared = {
-        path: adapter.method.tensors(site)[tensor].decay
-        for adapter in program.adapters
-        for site, tensor, path in adapter.all_paths()
-    }
-    decayed, kept = [], []
+    declared = {path: tensor for adapter in program.adapters for path, tensor in adapter.declared().items()}
+    groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
     for name, parameter in program.parameters(trainable=True):
-        (decayed if declared.get(name, parameter.ndim > 1) else kept).append(parameter)
+        tensor = declared.get(name)
+        decays, factor = (tensor.decay, tensor.lr) if tensor else (parameter.ndim > 1, 1.0)
+        groups.setdefault((decays, factor), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": decay}
-        for parameters, decay in ((decayed, weight_decay), (kept, 0.0))
-        if parameters
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "lr": lr * factor}
+        for (decays, factor), parameters in groups.items()
     ]
 
 

@@ -19,6 +19,7 @@ from .data import Padding
 from .errors import CheckpointError, TrainError
 from .evaluate import Metrics, evaluate, loss_and_logits, scored, shifts_labels
 from .order import Order
+from .penalty import has_penalty
 from .program import Program
 from .record import Bar, Record, signals
 from .train import TrainOptions, parameter_groups
@@ -45,7 +46,7 @@ class ProgramTrainer(Trainer):
         callbacks: Sequence[TrainerCallback],
     ):
         self.program, self.options, self.metrics, self.record, self.run = program, options, metrics, record, run
-        self.shifted = shifts_labels(program)
+        self.shifted, self.penalised = shifts_labels(program), has_penalty(program)
         train, held_out = data
         lengths = [len(train[i]["input_ids"]) for i in range(len(train))] if options.group_by_length else None
         self.order = Order(len(train), options.seed, options.batch_size, lengths)
@@ -65,8 +66,9 @@ class ProgramTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        groups = parameter_groups(self.program, self.options.weight_decay)
+        groups = parameter_groups(self.program, self.args.learning_rate, self.options.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate)
+        self.schedule = self.program.schedule(self.optimizer, self.args.max_steps)
         return self.optimizer
 
     # the loss of a step is the mean over all its labels, however they are spread over batches and processes
@@ -86,6 +88,8 @@ class ProgramTrainer(Trainer):
         if num_items_in_batch is not None:
             share = scored(inputs["labels"], self.shifted).numel() / num_items_in_batch
             loss = loss * share * self.current_gradient_accumulation_steps * self.args.world_size
+        if self.penalised:
+            loss = loss + self.program.penalty()
         return (loss, logits) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -146,7 +150,8 @@ class ProgramTrainer(Trainer):
             run = {
                 "run": self.run, "scheduler": self.lr_scheduler.state_dict(), "random": states, **self.record.as_json(),
             }  # fmt: skip
-            resume.write(output / f"{resume.PREFIX}{step}", self.program, self.optimizer, self.state, run)
+            folder = output / f"{resume.PREFIX}{step}"
+            resume.write(folder, self.program, self.optimizer, self.schedule, self.state, run)
             resume.rotate(output, self.options.keep_checkpoints)
         self.accelerator.wait_for_everyone()
         self.record.aside += time.perf_counter() - start
@@ -157,6 +162,7 @@ class ProgramTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             resume.load_optimizer(Path(checkpoint), self.optimizer)
+            resume.load_schedule(Path(checkpoint), self.schedule)
             self.lr_scheduler.load_state_dict(resume.read_run(Path(checkpoint))["scheduler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

@@ -1,12 +1,13 @@
 """Values of an equation as nodes of the target graph: each made once, cast where it is read in another dtype."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
-from .equation import VIEWS, Equation
+from .equation import VIEWS, Equation, Operand
+from .errors import MethodError
 from .graphs import aten, operator_name
 
 MATMULS = {aten.matmul.default, aten.mm.default}
@@ -38,6 +39,7 @@ class Values:
     operand: placeholder of the equation -> node of the target graph
     hoisted: constant of the equation -> node that reads its buffer
     dtype:   in which values are computed
+    nonlinear: operand -> nonlinearity that follows its product with an activation
 
     A value's node says in meta["dtype"] which dtype it is held in, and in meta["shape"] its shape.
     """
@@ -51,7 +53,9 @@ class Values:
         dtype: torch.dtype,
         full_size: int,
         lowered: Lowered,
+        nonlinear: Mapping[Operand, str],
     ):
+        self.nonlinear = nonlinear
         self.equation, self.emit, self.operand, self.hoisted = equation, emit, operand, hoisted
         self.dtype, self.full_size, self.lowered = dtype, full_size, lowered
         self.made: dict[fx.Node, fx.Node] = {}
@@ -70,6 +74,7 @@ class Values:
             return self.operand(equation.operands[node])
         if equation.is_constant(node):
             return self.hoisted(node)
+        self.check_linear(node)
         for source in node.all_input_nodes:
             if self.is_dense(source) and not self.is_dense(node):
                 self.note(f"{operator_name(node)} reads a full-size matrix")
@@ -80,6 +85,16 @@ class Values:
         made = self.emit(node.target, args, equation.term(node), equation.adapter(node), kwargs)
         made.meta["dtype"] = self.dtype
         return made
+
+    def check_linear(self, node: fx.Node) -> None:
+        """A tensor that a nonlinearity follows has to meet the activation alone."""
+        operands = [self.equation.operands[leaf] for leaf in self.equation.leaves(node)]
+        if node.target not in VIEWS and (found := [operand for operand in operands if operand in self.nonlinear]):
+            adapter, tensor = found[0]
+            raise MethodError(
+                f"{adapter}: a nonlinearity follows {tensor}, but {operator_name(node)} needs {tensor} in a matrix of "
+                "its own here. Such a method takes linear and convolution sites, and no method over it that reads φ(W)."
+            )
 
     def held_in(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """The node's value, cast where it is held in another dtype."""

@@ -108,7 +108,12 @@ def test_another_base_another_method_another_format_are_refused(adapted, folder)
     edit(
         folder,
         adapters=[
-            {"name": "x", "method": {"lorra": {}}, "sites": ["bert.encoder.layer.0.attention.self.query.weight"]}
+            {
+                "name": "x",
+                "method": {"lorra": {}},
+                "sites": ["bert.encoder.layer.0.attention.self.query.weight"],
+                "variants": {},
+            }
         ],
     )
     with pytest.raises(sp.CheckpointError, match="Unknown method 'lorra'. Did you mean 'lora'"):

@@ -173,7 +173,7 @@ MOVES = {
     "lora": {"B"}, "rslora": {"B"}, "ssl": {"c"}, "ssb": {"rho", "c"}, "ia3_output": {"l"}, "ia3_input": {"l"},
     "ia3_weight": {"l"}, "pissa": {"A", "B"}, "pissa_scaled": {"A", "B"}, "pissa_fast": {"A", "B"},
     "milora": {"A", "B"}, "dora": {"B", "m"}, "dora_full_gradient": {"B", "m"}, "dora_pissa": {"A", "B", "m"},
-    "dora_ssb": {"rho", "c", "m"}, "bitfit": {"delta"}, "parallel_adapter": {"B"},
+    "dora_ssb": {"rho", "c", "m"}, "bitfit": {"delta"}, "parallel_adapter": {"U", "bu"},
 }  # fmt: skip
 
 

@@ -98,13 +98,13 @@ SNAPSHOTS = {
         return [linear_1]""",
     ),
     "parallel": (
-        ParallelAdapter(r=2, scale=4.0),
+        ParallelAdapter(r=2, scale=4.0, biases=False),
         """
         linear = linear(input_1, 0.weight, 0.bias)
-        _0_parallel_adapter_A = linear(input_1, 0.weight_parallel_adapter.A)
-        _0_parallel_adapter_relu = relu(_0_parallel_adapter_A)
-        _0_parallel_adapter_B = linear(_0_parallel_adapter_relu, 0.weight_parallel_adapter.B)
-        _0_parallel_adapter_mul = mul(_0_parallel_adapter_B, 4.0)
+        _0_parallel_adapter_D = linear(input_1, 0.weight_parallel_adapter.D)
+        _0_parallel_adapter_relu = relu(_0_parallel_adapter_D)
+        _0_parallel_adapter_U = linear(_0_parallel_adapter_relu, 0.weight_parallel_adapter.U)
+        _0_parallel_adapter_mul = mul(_0_parallel_adapter_U, 4.0)
         _0_parallel_adapter_add = add(linear, _0_parallel_adapter_mul)
         relu = relu(_0_parallel_adapter_add)
         linear_1 = linear(relu, 2.weight, 2.bias)
@@ -349,7 +349,7 @@ def test_refusals_say_what_and_what_to_do(base):
         sp.rewrite(base, PiSSA(r=7), where="0")
     with pytest.raises(sp.SelectorError, match="trainable 'clasifier' matches no parameter"):
         sp.rewrite(base, LoRA(), where="0", trainable="clasifier")
-    with pytest.raises(sp.MethodError, match="needs a weight method inside"):
+    with pytest.raises(sp.MethodError, match="needs a weight method that folds inside"):
         DoRA(of=ParallelAdapter())
     with pytest.raises(sp.MethodError, match="has an adapter already"):
         sp.rewrite(sp.rewrite(base, LoRA(), where="0"), SSB(), where="exact:2", trainable="0.weight")

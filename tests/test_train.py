@@ -387,7 +387,7 @@ def test_training_in_a_thread(program, tmp_path):
 def test_weight_decay_spares_what_multiplies(captured):
     program = sp.rewrite(captured, DoRA(of=LoRA(r=2)), where="*.query", trainable="classifier")
     program = sp.rewrite(program, SSL(), where="*.value")
-    decayed, kept = parameter_groups(program, 0.1)
+    decayed, kept = parameter_groups(program, 1e-3, 0.1)
     names = {id(parameter): name for name, parameter in program.module.named_parameters()}
     shown = [{names[id(parameter)] for parameter in group["params"]} for group in (decayed, kept)]
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
@@ -442,7 +442,7 @@ def test_plain_loop(program):
 
 
 def plain(program: sp.Program, epochs: int) -> list[float]:
-    optimizer = torch.optim.AdamW(parameter_groups(program, 0.01), lr=2e-2)
+    optimizer = torch.optim.AdamW(parameter_groups(program, 2e-2, 0.01))
     losses = []
     program.module.train()
     for _ in range(epochs):
@@ -461,7 +461,7 @@ def assert_falls(losses: list[float]) -> None:
 
 def test_accelerate(program):
     accelerator = Accelerator(cpu=True)
-    optimizer = torch.optim.AdamW(parameter_groups(program, 0.01), lr=2e-2)
+    optimizer = torch.optim.AdamW(parameter_groups(program, 2e-2, 0.01))
     loader = DataLoader(examples(24), 8, collate_fn=collate)
     module, optimizer, loader = accelerator.prepare(program.module, optimizer, loader)
     losses = []

@@ -1,40 +1,31 @@
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from pydantic import Field, PositiveInt
+from subgraph_peft.passes.extension.bottleneck import Bottleneck
 
-from subgraph_peft.method import Method, Tensor, kaiming_uniform, trainable, zeros
+from subgraph_peft.method import Tensor, kaiming_uniform, trainable, zeros
 from subgraph_peft.sites import Site
 
-NONLINEAR = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
+class ParallelAdapter(Bottleneck):
+    """y ← y + s U h(D x + b_d) + s b_u
 
-class ParallelAdapter(Method):
-    """y ← y + s · B φ(A x)
-
-    A [r, in] uniform in ±1/√in, B [out, r] zero, φ a nonlinearity, dropout after it. It does not fold: its nodes stay
-    in the graph and in ONNX. Source: He et al. 2021, "Towards a Unified View of Parameter-Efficient Transfer
-    Learning", Table 1; without biases, at single linear layers, as in the subspace-tuning code.
+    Beside the op or module that the selector names, with its input x: a whole feed-forward block as published (s = 4), or
+    single linear layers without biases as in the subspace-tuning code, where it is MPC_n over LoRA. D [r, in] uniform in
+    ±1/√in, U [out, r] zero. Source: He et al. 2021, "Towards a Unified View of Parameter-Efficient Transfer Learning",
+    Table 1 and Sec. 4.6.
     """
 
     name: ClassVar[str] = "parallel_adapter"
     family: ClassVar[str] = "extension"
     paper: ClassVar[str] = "arXiv 2110.04366"
 
-    r: PositiveInt = 8
-    scale: float = 1.0
+    scale: float = 4.0
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
-    hidden_dropout: float = Field(0.0, ge=0, lt=1)
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
-        return {
-            "A": trainable(self.r, site.in_features, init=kaiming_uniform),
-            "B": trainable(site.out_features, self.r, init=zeros),
-        }
+        declared = self.factors(site.in_features, site.out_features)
+        return {**declared, "D": trainable(self.r, site.in_features, init=kaiming_uniform)}
 
-    def output(self, x: torch.Tensor, y: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-        hidden = NONLINEAR[self.activation](F.linear(x, A))
-        if self.hidden_dropout:
-            hidden = F.dropout(hidden, self.hidden_dropout, training=True)
-        return y + self.scale * F.linear(hidden, B)
+    def output(self, x: torch.Tensor, y: torch.Tensor, **tensors: torch.Tensor) -> torch.Tensor:
+        return y + self.scale * self.through(x, **tensors)

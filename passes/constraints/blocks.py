@@ -1,0 +1,73 @@
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from pydantic import PositiveInt
+from subgraph_peft.passes.extension.lora import LoRA
+
+from subgraph_peft.errors import MethodError, suggestion
+from subgraph_peft.method import Method, Tensor, Wrapper
+from subgraph_peft.sites import Site
+
+
+class Blocks(Wrapper):
+    """φ(W) = [φ_of(W_q); W_k; φ_of(W_v)] for a packed W = [W_q; W_k; W_v]
+
+    Any weight method at chosen row blocks of a packed weight, each with tensors of its own. `names` are the blocks in
+    order, `sizes` their rows (default: all equal), `only` those to rewrite. Fused projections that interleave heads are
+    not row blocks. Source: Hu et al. 2021, "LoRA", MergedLinear of its code; here for any method.
+    """
+
+    name: ClassVar[str] = "blocks"
+    family: ClassVar[str] = "framework"
+    paper: ClassVar[str] = "arXiv 2106.09685"
+
+    of: Method = LoRA()
+    only: tuple[str, ...] = ("q", "v")
+    names: tuple[str, ...] = ("q", "k", "v")
+    sizes: tuple[PositiveInt, ...] | None = None
+
+    def model_post_init(self, context: object) -> None:
+        super().model_post_init(context)
+        for name in self.only:
+            if name not in self.names:
+                raise MethodError(
+                    f"blocks: there is no block {name!r}.{suggestion(name, self.names)} Blocks: {', '.join(self.names)}."
+                )
+        if not self.only or len(set(self.names)) < len(self.names) or self.sizes and len(self.sizes) != len(self.names):
+            raise MethodError(
+                "blocks: `only` names at least one block, `names` are distinct, `sizes` gives one number a name."
+            )
+
+    def rows(self, out_features: int) -> Iterator[tuple[str, slice]]:
+        """(block, its rows)"""
+        count = len(self.names)
+        sizes = self.sizes or (out_features // count,) * count
+        if sum(sizes) != out_features:
+            raise MethodError(f"blocks: {out_features} rows are not {' + '.join(map(str, sizes))}; give `sizes`.")
+        start = 0
+        for name, size in zip(self.names, sizes, strict=True):
+            yield name, slice(start, start := start + size)
+
+    def chosen(self, site: Site) -> Iterator[tuple[str, slice, Site]]:
+        """(block, its rows, the block as a site)"""
+        for name, rows in self.rows(site.out_features):
+            if name in self.only:
+                size = rows.stop - rows.start
+                shape = (site.shape[0], size) if site.transposed else (size, *site.shape[1:])
+                yield name, rows, replace(site, shape=shape)
+
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        return {f"{t}_{name}": v for name, _, block in self.chosen(site) for t, v in self.of.tensors(block).items()}
+
+    def prepare(self, site: Site, W: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = ((name, self.of.prepare(block, W[rows])) for name, rows, block in self.chosen(site))
+        return {f"{t}_{name}": value for name, values in found for t, value in values.items()}
+
+    def weight(self, W: torch.Tensor, **tensors: torch.Tensor) -> torch.Tensor:
+        parts = []
+        for name, rows in self.rows(W.shape[0]):
+            own = {t.removesuffix(f"_{name}"): v for t, v in tensors.items() if t.endswith(f"_{name}")}
+            parts.append(self.of.evaluate("weight", W[rows], tensors=own) if name in self.only else W[rows])
+        return torch.cat(parts)

@@ -1,0 +1,58 @@
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field, PositiveInt
+
+from subgraph_peft.method import Init, Method, Tensor, frozen, trainable, zeros
+from subgraph_peft.sites import Site
+
+
+class VeRA(Method):
+    """φ(W) = W + diag(b) B diag(d) A
+
+    A [r, max in] and B [max out, r] are frozen, random and shared by all sites, which read A[:, :in] and B[:out]; only
+    b [out] = 0 and d [r] = `d_initial` train. The projections come from `projection_seed` (Kaiming-uniform, drawn on the
+    CPU); checkpoints hold them unless `save_projections` is off. Source: Kopiczko et al. 2023, "VeRA", Eq. 2; drawn as
+    in huggingface/peft.
+    """
+
+    name: ClassVar[str] = "vera"
+    family: ClassVar[str] = "extension"
+    paper: ClassVar[str] = "arXiv 2310.11454"
+
+    r: PositiveInt = 256
+    d_initial: float = 0.1
+    projection_seed: int = 0
+    save_projections: bool = True
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        def started(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+            """d_initial"""
+            return torch.full(shape, self.d_initial)
+
+        return {"b": trainable(site.out_features, init=zeros), "d": trainable(self.r, init=started)}
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        A = (self.r, max(site.in_features for site in sites))
+        B = (max(site.out_features for site in sites), self.r)
+        return {
+            "A": frozen(*A, init=self.drawn(A, B, 0), saved=self.save_projections),
+            "B": frozen(*B, init=self.drawn(A, B, 1), saved=self.save_projections),
+        }
+
+    def drawn(self, A: tuple[int, int], B: tuple[int, int], which: int) -> Init:
+        def init(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+            """U(±√(6/fan in)), from the projection seed"""
+            own = torch.Generator().manual_seed(self.projection_seed)
+            bounds = [math.sqrt(2.0) * math.sqrt(3.0) / math.sqrt(size[1]) for size in (A, B)]
+            return [torch.empty(s).uniform_(-b, b, generator=own) for s, b in zip((A, B), bounds, strict=True)][which]
+
+        return init
+
+    def weight(
+        self, W: torch.Tensor, b: torch.Tensor, d: torch.Tensor, A: torch.Tensor, B: torch.Tensor
+    ) -> torch.Tensor:
+        return W + b[:, None] * (B[: W.shape[0]] @ (d[:, None] * A[:, : W.shape[1]]))

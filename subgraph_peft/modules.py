@@ -1,0 +1,99 @@
+"""Modules as places in a graph: the nodes of one call of a module, its input and its result."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import fx
+
+from .errors import MethodError
+from .graphs import fixed_size, operator_name
+from .program import Program
+from .sites import Call, Site, find
+
+Region = dict[fx.Node, None]
+
+
+def module_sites(program: Program) -> Iterator[Site]:
+    """Every module that computes a result from one activation and is not itself the layer of a weight."""
+    graph = program.captured.module.graphs()[0]
+    layers = {site.owner for site in find(program) if len(site.shape) > 1}
+    for path, calls in regions(graph).items():
+        if not path or path in layers:
+            continue
+        try:
+            found = [ends(region, path) for region in calls.values()]
+        except MethodError:
+            continue
+        x, y = found[0]
+        shape = tuple(fixed_size(node.meta["val"].shape[-1]) for node in (y, x))
+        if None in shape:
+            continue
+        yield Site(
+            name=path,
+            kind="module",
+            shape=shape,
+            dtype=y.meta["val"].dtype,
+            calls=tuple(Call(result.name, "module", operator_name(result)) for _, result in found),
+        )
+
+
+def regions(graph: fx.Graph) -> dict[str, dict[str, Region]]:
+    """Module path -> call ("path", "path@1", …) -> its nodes, those of inner modules included, in order."""
+    found: dict[str, dict[str, Region]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function":
+            for call in {str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()}:
+                found.setdefault(call.partition("@")[0], {}).setdefault(call, {})[node] = None
+    return found
+
+
+def ends(region: Region, path: str) -> tuple[fx.Node, fx.Node]:
+    """(x, y) of one call: its result y, and the activation x with y's leading dimensions that it reads first.
+
+    Raises MethodError where there is no such pair.
+    """
+    results = [n for n in region if is_activation(n) and any(user not in region for user in n.users)]
+    if len(results) != 1:
+        names = ", ".join(node.name for node in results) or "none"
+        raise MethodError(f"The module {path} has no single result to rewrite (found: {names}).")
+    y = results[0]
+    leading = [str(size) for size in y.meta["val"].shape[:-1]]
+    for node in region:
+        for source in node.all_input_nodes:
+            outside = source not in region and source.op != "get_attr" and is_activation(source)
+            if outside and [str(size) for size in source.meta["val"].shape[:-1]] == leading:
+                return source, y
+    raise MethodError(
+        f"The module {path} reads no activation of its result's leading dimensions [{', '.join(leading)}]."
+    )
+
+
+def is_activation(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1
+
+
+def again(graph: fx.Graph, x: fx.Node, y: fx.Node, value: fx.Node, emit: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """y computed once more from `value` in place of x: copies of the nodes that lead from x to y.
+
+    emit: (node) -> a copy of the node, whose arguments are then set
+    """
+    between: set[fx.Node] = {x}
+    for node in graph.nodes:
+        if between.intersection(node.all_input_nodes):
+            between.add(node)
+        if node is y:
+            break
+    needed, stack = set(), [y]
+    while stack:
+        node = stack.pop()
+        if node in between and node not in needed and node is not x:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    copies: dict[fx.Node, fx.Node] = {x: value}
+    for node in [n for n in graph.nodes if n in needed]:
+        copy = emit(node)
+        copy.args = fx.node.map_arg(node.args, lambda n: copies.get(n, n))
+        copy.kwargs = fx.node.map_arg(node.kwargs, lambda n: copies.get(n, n))
+        copies[node] = copy
+    return copies[y]

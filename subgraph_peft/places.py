@@ -1,0 +1,37 @@
+"""Where a method can rewrite a program: the candidate sites, by what the method defines."""
+
+from collections.abc import Iterator
+
+from .method import Method
+from .modules import module_sites
+from .program import Program
+from .sites import VECTORS, Site, find
+
+
+def candidates(program: Program, method: Method) -> list[Site]:
+    """Sites of the captured program among which a selector chooses for `method`."""
+    return list(found(program, method))
+
+
+def found(program: Program, method: Method) -> Iterator[Site]:
+    every = list(find(program))
+    if method.every_parameter:
+        yield from every
+    elif method.defines("weight") or method.defines("output"):
+        yield from (site for site in every if site.kind not in VECTORS)
+    elif method.defines("bias"):
+        yield from (site for site in every if site.kind == "bias")
+    if method.defines("output"):
+        yield from module_sites(program)
+
+
+def what(method: Method) -> str:
+    """What a method rewrites, in words."""
+    named = {
+        "weight": "weights",
+        "output": "the results of layers and modules",
+        "bias": "biases",
+        "embeddings": "an embedded sequence",
+        "keys_values": "the keys and values of attention",
+    }
+    return next((text for part, text in named.items() if method.defines(part)), "nothing")

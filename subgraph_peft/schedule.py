@@ -1,0 +1,134 @@
+"""Schedules: what methods do after optimiser steps. They count steps of the optimiser and nothing else."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .adapter import Adapter, targets
+from .constants import refresh
+from .errors import CheckpointError, MethodError
+from .method import Method
+from .program import Program
+from .sites import Site
+
+
+@dataclass
+class SiteStep:
+    """One site at a step: its tensors by name, with the gradients of the step just taken, and what the schedule keeps.
+
+    state:  tensors that live from step to step and in training checkpoints
+    weight: the matrix [out, in] that the method rewrites, float32 or wider
+    """
+
+    site: Site
+    method: Method
+    tensors: dict[str, torch.nn.Parameter]
+    weight: Callable[[], torch.Tensor]
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def kept(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """A tensor of the state, zeros like `like` at first."""
+        return self.state.setdefault(name, torch.zeros_like(like))
+
+
+@dataclass
+class Step:
+    """The optimiser step just taken, its number counted from 1, and all sites of one adapter."""
+
+    number: int
+    total: int | None
+    sites: list[SiteStep]
+
+
+class Schedule:
+    """Runs `Method.schedule` of every adapter after each step of an optimiser, in whatever loop.
+
+    An optimiser step that a gradient scaler skips does not count; gradients are unscaled when it does not.
+    """
+
+    def __init__(self, program: Program, optimizer: torch.optim.Optimizer, total_steps: int | None = None):
+        self.program, self.total, self.number = program, total_steps, 0
+        self.adapters = [(a, layer, site_steps(program, a, layer)) for a in program.adapters for layer in scheduled(a)]
+        for adapter, layer, _ in self.adapters:
+            if total_steps is None:
+                raise MethodError(
+                    f"{adapter.name}: {layer.name} follows a schedule over the whole run: pass total_steps, the number "
+                    "of optimiser steps, to program.schedule(optimizer, total_steps)."
+                )
+            layer.check_schedule(total_steps)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for name, parameter in program.parameters(trainable=True):
+            if id(parameter) not in held:
+                raise MethodError(f"{name} trains, but this optimiser does not hold it: pass program.parameters' own.")
+        self.hook = optimizer.register_step_post_hook(lambda *_: self.advance())
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """One optimiser step has been taken."""
+        self.number += 1
+        frozen = [parameter for parameter in self.program.module.parameters() if not parameter.requires_grad]
+        before = [parameter._version for parameter in frozen]
+        for _, layer, sites in self.adapters:
+            layer.schedule(Step(self.number, self.total, sites))
+        if self.program.constants and before != [parameter._version for parameter in frozen]:
+            refresh(self.program.module, self.program.constants)
+
+    def remove(self) -> None:
+        """Stop following the optimiser."""
+        self.hook.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"number": steps taken, "tensors": {name: tensor}}"""
+        tensors = {
+            f"{adapter.name}.{layer.name}.{entry.site.name}.{name}": value
+            for adapter, layer, sites in self.adapters
+            for entry in sites
+            for name, value in entry.state.items()
+        }
+        return {"number": self.number, "tensors": tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of the same program. Raises CheckpointError for one that does not fit."""
+        places = {
+            f"{adapter.name}.{layer.name}.{entry.site.name}": entry
+            for adapter, layer, sites in self.adapters
+            for entry in sites
+        }
+        found: dict[str, dict[str, torch.Tensor]] = {place: {} for place in places}
+        for path, value in state["tensors"].items():
+            place, _, name = path.rpartition(".")
+            if place not in places:
+                raise CheckpointError(f"The schedule's state has {path}, which this program has no place for.")
+            found[place][name] = value
+        self.number = state["number"]
+        device = self.program.module.home.device
+        for place, entry in places.items():
+            entry.state = {name: value.to(device) for name, value in found[place].items()}
+
+
+def scheduled(adapter: Adapter) -> list[Method]:
+    return [layer for layer in adapter.method.layers() if layer.defines("schedule")]
+
+
+def site_steps(program: Program, adapter: Adapter, layer: Method) -> list[SiteStep]:
+    read = program.module.get_parameter
+
+    def beneath(site: Site) -> Callable[[], torch.Tensor]:
+        """The weight under the adapters that come before this one."""
+        earlier = program.adapters[: program.adapters.index(adapter) + 1]
+        target = next(t for t in targets(earlier) if t.part in ("weight", "bias") and t.name == site.name)
+        rest = tuple((a, s) for a, s in target.chain if a is not adapter)
+        return lambda: type(target)(target.part, target.name, target.site, rest).evaluate(
+            dict(program.module.tensors())
+        )
+
+    def own(site: Site) -> Method:
+        """The scheduling layer with the options of one site."""
+        return next(found for found in adapter.at(site).layers() if found.name == layer.name)
+
+    return [
+        SiteStep(site, own(site), {n: read(path) for n, path in adapter.paths(site).items()}, beneath(site))
+        for site in adapter.sites
+    ]
