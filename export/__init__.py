@@ -1,8 +1,12 @@
-"""Merged ONNX: a program written as a file that onnxruntime has been seen to run like torch."""
+"""Programs for others: merged ONNX that onnxruntime has been seen to run like torch, adapters as huggingface/peft has
+them."""
 
 from .exporter import to_onnx
+from .peft import PeftReport, from_peft, to_peft
 from .report import Drift, ExportReport, Verification
 from .runtime import session
 from .verification import verify
 
-__all__ = ["Drift", "ExportReport", "Verification", "session", "to_onnx", "verify"]
+__all__ = [
+    "Drift", "ExportReport", "PeftReport", "Verification", "from_peft", "session", "to_onnx", "to_peft", "verify",
+]  # fmt: skip

@@ -14,6 +14,7 @@ from subgraph_peft.normalise import attribute
 from subgraph_peft.program import Program
 
 from .axes import Axes, axis_names
+from .bake import bake
 
 STAMP = "fx_node"
 
@@ -52,7 +53,8 @@ class Inference:
 
 
 def inference(program: Program, outputs: Sequence[str] | None = None) -> Inference:
-    """Cut the eval graph of `program` to `outputs` (all but the loss by default).
+    """Cut the eval graph of `program` to `outputs` (all but the loss by default), with what adapters compute from
+    tensors alone computed.
 
     Tensors keep their qualified names; tied ones are there once, under the first. Every node carries its name in
     `meta["custom"]`. Raises ExportError for an unknown output, or one with the name of an input.
@@ -64,6 +66,7 @@ def inference(program: Program, outputs: Sequence[str] | None = None) -> Inferen
     leaves = dict(zip(source.signature.output_names(), flat_outputs(graph), strict=True))
     chosen = choose(leaves, outputs, program.source)
     graph.output_node().args = (tuple(computed(graph, leaves[name]) for name in chosen),)
+    baked = bake(graph, dict(source.tensors()))
     graph.eliminate_dead_code(is_impure_node=is_kept)
     inputs = {name: shape for name, shape in shapes.items() if placeholders[name].users}
     if clash := sorted(set(inputs).intersection(chosen)):
@@ -75,7 +78,7 @@ def inference(program: Program, outputs: Sequence[str] | None = None) -> Inferen
         if node.op == "call_function":
             node.meta["custom"] = {**node.meta.get("custom", {}), STAMP: node.name}
     return Inference(
-        module=runner(graph, source),
+        module=runner(graph, source, baked),
         inputs=inputs,
         outputs=chosen,
         axes=axes_of(program),
@@ -133,13 +136,14 @@ def is_scalar(node: fx.Node) -> bool:
     return "val" in node.meta and node.meta["val"].ndim == 0
 
 
-def runner(graph: fx.Graph, source: nn.Module) -> Runner:
+def runner(graph: fx.Graph, source: nn.Module, baked: Mapping[str, torch.Tensor]) -> Runner:
     first: dict[int, str] = {}
     for name, tensor in source.tensors():
         first.setdefault(id(tensor), name)
     module = Runner(graph)
     for node in graph.find_nodes(op="get_attr"):
-        value = attribute(source, str(node.target))
+        name = str(node.target)
+        value = baked[name] if name in baked else attribute(source, name)
         node.target = first.get(id(value), node.target)
         attach(module, node.target, value)
     return module.eval()

@@ -94,7 +94,7 @@ class Target:
         return value
 
 
-PARTS = ("bias", "embeddings", "keys_values", "output", "weight")
+PARTS = ("bias", "keys_values", "embeddings", "output", "weight")
 
 
 def targets(adapters: Sequence[Adapter]) -> list[Target]:

@@ -1,12 +1,14 @@
 """The catalogue: every installed method, described by its own source."""
 
 import inspect
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 
 from . import registry
-from .formula import count_formula, equations, generic_site, size_names
+from .formula import count_formula, equations, generic_site, shapes
 from .method import Method
 
 LEFT = {"weight": "φ(W)", "bias": "φ(b)", "output": "y"}
@@ -29,16 +31,28 @@ class Entry:
         return self.name, self.family, self.equation, self.trained, "yes" if self.folds else "no", self.paper
 
 
-def entry(cls: type[Method]) -> Entry:
-    method = cls()
+def entry(subject: type[Method] | Method) -> Entry:
+    """The entry of a method as it stands, or of a class with its default options."""
+    method = subject if isinstance(subject, Method) else subject()
+    cls = type(method)
     printed = ", ".join(f"{LEFT[part]} = {text}" for part, text in equations(method).items())
+    printed = "; ".join([printed, *(f"loss + {text}" for text in penalties(method))])
     text = inspect.cleandoc(cls.__doc__ or "")
     return Entry(cls.name, cls.family, printed, count_formula(method), cls.foldable(), cls.paper, text)
 
 
-def catalogue() -> list[Entry]:
-    order = {"reconstruction": 0, "extension": 1, "combination": 2}
-    return sorted(map(entry, registry.methods().values()), key=lambda e: (order.get(e.family, 3), e.name))
+def penalties(method: Method) -> list[str]:
+    """What a method and those inside it add to the loss, as the first lines of their docstrings say it."""
+    adding = [type(layer) for layer in method.layers() if layer.defines("penalty")]
+    first = [inspect.cleandoc(cls.__doc__ or "").partition("\n")[0] for cls in adding]
+    return [line.partition("loss + ")[2] or "penalty" for line in first]
+
+
+def catalogue(beside: Iterable[type[Method]] = ()) -> list[Entry]:
+    """Every installed method, and those `beside` them."""
+    order = ["reconstruction", "extension", "combination", "framework"]
+    entries = map(entry, [*registry.methods().values(), *beside])
+    return sorted(entries, key=lambda e: (order.index(e.family) if e.family in order else len(order), e.name))
 
 
 def markdown() -> str:
@@ -59,7 +73,7 @@ def options(cls: type[Method]) -> list[tuple[str, str, str]]:
 def tensors(cls: type[Method]) -> list[tuple[str, str, str, str]]:
     """(tensor, shape, trained or frozen, starting value) at a linear site."""
     method = cls()
-    names = size_names(method)
+    sizes = shapes(method)
     small = replace(
         generic_site(method), shape=(24, 16) if method.defines("weight") or method.defines("output") else (24,)
     )
@@ -67,9 +81,9 @@ def tensors(cls: type[Method]) -> list[tuple[str, str, str, str]]:
     return [
         (
             name,
-            "[" + ", ".join(names.get(size, str(size)) for size in tensor.shape) + "]",
+            f"[{', '.join(sizes[name])}]",
             "trained" if tensor.trainable else "frozen",
-            "from W" if name in prepared else (inspect.getdoc(tensor.init) or "").partition(",")[0],
+            "from W" if name in prepared else re.split(r",(?![^(]*\))", inspect.getdoc(tensor.init) or "")[0],
         )
         for name, tensor in method.tensors(generic_site(method)).items()
     ]

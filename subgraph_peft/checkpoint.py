@@ -114,7 +114,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         if (folder / "adapter_config.json").exists():
             raise CheckpointError(
-                f"{folder} is a huggingface/peft adapter, not one of this package: it has no {CONFIG}."
+                f"{folder} is a huggingface/peft adapter, not one of this package: it has no {CONFIG}. Read it "
+                "with subgraph_peft.export.from_peft(program, folder), or turn it into one with subgraph-peft convert."
             )
         raise CheckpointError(f"{folder} holds no adapter: {CONFIG} is missing.")
     try:
@@ -147,6 +148,12 @@ def read_tensors(folder: Path, expected: Mapping[str, torch.Size]) -> dict[str, 
         raise CheckpointError(
             f"{folder}: {CONFIG} is not the one that {TENSORS} was saved with. Restore both from one save."
         )
+    check_fit(path, found, expected)
+    return found
+
+
+def check_fit(path: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size]) -> None:
+    """CheckpointError that lists what is missing, unexpected and misshapen."""
     problems = [f"missing {name}" for name in sorted(set(expected) - set(found))]
     problems += [f"unexpected {name}" for name in sorted(set(found) - set(expected))]
     problems += [
@@ -157,7 +164,6 @@ def read_tensors(folder: Path, expected: Mapping[str, torch.Size]) -> dict[str, 
     if problems:
         listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"{path} does not fit the program: {listed}.")
-    return found
 
 
 def check_base(program: Program, config: Mapping[str, Any], folder: Path) -> None:
@@ -229,11 +235,18 @@ def load(program: Program, folder: str | os.PathLike) -> Program:
     expected = {path: torch.Size(tensor.shape) for path, tensor in declared.items() if tensor.saved}
     expected |= {name: base[name].shape for name in config["trained"]} | buffer_shapes(captured, config)
     found = read_tensors(folder, expected)
-    device = captured.module.home.device
+    return assembled(captured, adapters, found)
+
+
+def assembled(captured: Program, adapters: tuple[Adapter, ...], found: Mapping[str, torch.Tensor]) -> Program:
+    """The captured program under adapters whose tensors are given by qualified name, along with values of the model's
+    own parameters, which train, and buffers; tensors that are not saved are drawn."""
+    declared = {path: tensor for adapter in adapters for path, tensor in adapter.declared().items()}
+    device, statistics = captured.module.home.device, buffers(captured)
     own = {
         name: nn.Parameter(value.to(device), requires_grad=name not in declared or declared[name].trainable)
         for name, value in found.items()
-        if name not in config["buffers"]
+        if name not in statistics
     }
     dtype = next(value.dtype for name, value in own.items() if name in declared)
     drawn = {path: tensor for path, tensor in declared.items() if not tensor.saved}

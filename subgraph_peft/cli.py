@@ -105,6 +105,7 @@ def inspect(
     """Dry run: each site, what matched it, what the method will cost. Nothing is trained or written."""
     import tempfile
 
+    from . import catalogue
     from .run import prepare
     from .sites import sites
     from .steps import Capture, Rewrite
@@ -118,6 +119,8 @@ def inspect(
                 result = item(state)
                 state = result.state
                 announce(f"{item.spelled()}  {result.summary}  ({result.seconds:.1f} s)")
+                if isinstance(item, Rewrite):
+                    announce(f"    {catalogue.entry(item.method).equation}")
                 if graph and result.difference:
                     announce("\n".join(result.difference))
         if all_sites or not state.program.adapters:
@@ -195,19 +198,73 @@ def verify(
         print_rows("Verified", verify_(model, Fold()(state).state.program).rows())
 
 
+def run_folder(path: str) -> Path | None:
+    """The path where it is a folder that `run` or `train` wrote."""
+    return Path(path) if (Path(path) / "config.yaml").is_file() else None
+
+
+def adapter_folder(path: Path) -> Path:
+    """An adapter folder, or that of a run folder."""
+    return path if run_folder(str(path)) is None else path / "adapter"
+
+
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="one method")] = None) -> None:
-    """The catalogue of methods, printed from their equations."""
-    from . import catalogue, registry
+def analyze(
+    what: Annotated[
+        str, typer.Argument(help="a run's folder, a pipeline file or a shipped one", metavar="RUN_OR_PIPELINE")
+    ],
+    set_: Set = [],  # noqa: B006
+    adapter: Adapter = None,
+    other: Annotated[Path | None, typer.Option("--other", help="adapter or run folder to compare with")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="folder of tables and pictures; RUN/analysis by default")
+    ] = None,
+    where: Annotated[list[str], typer.Option("--where", help="selector of weights; may be given again")] = ["*"],  # noqa: B006
+    k: Annotated[int | None, typer.Option("-k", help="directions to look at; each update's rank by default")] = None,
+    site: Annotated[str | None, typer.Option("--site", help="weight whose φ(i, j) is drawn")] = None,
+) -> None:
+    """What training did to each weight: spectra, amplification, inside and outside the base's subspace, similarity."""
+    from .analysis_report import findings, tables
+    from .analyze import analyze as analyze_
+    from .checkpoint import load
 
     with refusals():
+        run = run_folder(what)
+        config = configured(what if run is None else str(run / "config.yaml"), set_, run)
+        program = with_adapter(config, adapter and adapter_folder(adapter)).program
+        twin = other and load(program.captured, adapter_folder(other))
+        analysis = analyze_(program, twin, k=k, where=where)
+        page = analysis.save(output or Path(config.output) / "analysis", site=site)
+        for table in tables(analysis):
+            out.print(table)
+            out.print()
+        for sentence in findings(analysis):
+            announce(sentence)
+        announce(f"\nTables and pictures: {page.parent} (start with {page.name})")
+
+
+@app.command()
+def methods(
+    what: Annotated[str | None, typer.Argument(help="one method, or a pipeline file", metavar="NAME_OR_FILE")] = None,
+    name: Annotated[str | None, typer.Argument(help="after a pipeline file: one method")] = None,
+) -> None:
+    """The catalogue of methods, printed from their equations; with a pipeline file, the methods it defines too."""
+    from . import catalogue, registry
+    from .config import load_config
+
+    with refusals():
+        is_file = what is not None and what.endswith((".yaml", ".yml"))
+        if name and not is_file:
+            raise typer.BadParameter(f"{what!r} before a method's name is no pipeline file (.yaml).")
+        beside = load_config(what).written() if is_file else {}
+        name = name if is_file else what
         if name is None:
-            table = new(["method", "family", "equation", "trained per site", "folds", "paper"], "Methods")
-            for entry in catalogue.catalogue():
+            table = new(catalogue.COLUMNS, "Methods")
+            for entry in catalogue.catalogue(beside.values()):
                 table.add_row(*map(escape, entry.row()))
             out.print(table)
             return
-        cls = registry.method_class(name)
+        cls = registry.method_class(name, beside)
         entry = catalogue.entry(cls)
         out.print(f"[bold]{entry.name}[/]  {escape(entry.equation)}\n\n{escape(entry.text)}\n", highlight=False)
         for title, columns, rows in (

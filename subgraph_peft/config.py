@@ -1,7 +1,8 @@
 """Pipeline files: YAML with a schema; unknown keys are refused with their line; `--set lora.r=16` overrides."""
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from . import registry
 from .data import DataSpec
+from .definition import Definition
 from .errors import ConfigError, MethodError, suggestion
 from .pipeline import Pipeline
 from .sources import ModelSpec
 from .steps import STEPS, Rewrite, names
+from .written import WRITTEN, Written
 
 
 class PipelineConfig(BaseModel):
@@ -39,6 +42,12 @@ class PipelineConfig(BaseModel):
 
     def pipeline(self) -> Pipeline:
         return Pipeline.read(self.passes)
+
+    def written(self) -> dict[str, type[Written]]:
+        """The methods that the passes define, by name."""
+        methods = [item.method for item in self.pipeline().passes if isinstance(item, Rewrite)]
+        layers = [layer for method in methods for layer in method.layers()]
+        return {layer.name: type(layer) for layer in layers if isinstance(layer, Written)}
 
 
 class Lines(yaml.SafeLoader):
@@ -104,14 +113,27 @@ def load_config(name: str | os.PathLike, overrides: Sequence[str] = ()) -> Pipel
         try:
             Pipeline.read([item])
         except (ConfigError, MethodError) as error:
-            location = ("passes", index, *([next(iter(item))] if isinstance(item, dict) else []))
-            deeper = next((k for k in option_names(item) if f"option {k!r}" in str(error)), None)
-            raise ConfigError(f"{path}:{line_of(root, (*location, *([deeper] if deeper else [])))}: {error}") from error
+            line = line_of(root, ("passes", index, *option_path(item, str(error))))
+            raise ConfigError(f"{path}:{line}: {error}") from error
     return config
 
 
-def option_names(item: Any) -> list[str]:
-    return list(next(iter(item.values())) or {}) if isinstance(item, dict) else []
+def option_path(item: Any, message: str) -> tuple[str, ...]:
+    """The keys down to the option of a pass that a message quotes, as far as the pass has them."""
+    every = list(key_paths(item))
+    quoted = re.search(r"option '([^']+)'", message)
+    wanted = tuple(quoted[1].split(".")) if quoted else ()
+    while wanted:
+        if found := next((keys for keys in every if keys[-len(wanted) :] == wanted), None):
+            return found
+        wanted = wanted[:-1]
+    return every[0] if every else ()
+
+
+def key_paths(value: Any) -> Iterator[tuple[str, ...]]:
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield (str(key),)
+        yield from ((str(key), *rest) for rest in key_paths(inner))
 
 
 def located(path: Path, root: yaml.Node, item: Mapping[str, Any], raw: Any) -> str:
@@ -157,9 +179,11 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     if parts[0] in PipelineConfig.model_fields:
         target: Any = raw
     else:
-        target, parts = pass_options(raw, parts[0], override), parts[1:]
+        (own, target), parts = pass_options(raw, parts[0], override), parts[1:]
         if not parts:
             raise ConfigError(f"--set {override}: name an option of the pass, {path}.option=value.")
+        if own == WRITTEN:
+            target = defined_options(target, parts[0], override)
     for part in parts[:-1]:
         if not isinstance(target.get(part), dict):
             target[part] = {}
@@ -167,23 +191,37 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     target[parts[-1]] = value
 
 
-def pass_options(raw: dict[str, Any], name: str, override: str) -> dict[str, Any]:
+def pass_options(raw: dict[str, Any], name: str, override: str) -> tuple[str, dict[str, Any]]:
+    """(key, options) of the pass of that name; a pass that defines a method has that method's name too."""
     passes = raw.get("passes") or []
     if isinstance(passes, str):
         raise ConfigError(f"--set {override}: `passes` is in the one-line form; change it there.")
     present = []
     for index, item in enumerate(passes):
         own = item if isinstance(item, str) else next(iter(item))
-        present.append(own)
-        if own == name:
+        defined = own == WRITTEN and isinstance(item, dict) and isinstance(item[own], dict)
+        present.append(item[own].get("name", own) if defined else own)
+        if name in (own, present[-1]):
             if isinstance(item, str) or item[own] is None:
                 passes[index] = {own: {}}
-            return passes[index][own]
+            return own, passes[index][own]
     known = [*PipelineConfig.model_fields, *present]
     raise ConfigError(
         f"--set {override}: there is no {name!r} in this pipeline.{suggestion(name, known)} "
         f"There are: {', '.join(known)}."
     )
+
+
+def defined_options(definition: dict[str, Any], name: str, override: str) -> dict[str, Any]:
+    """The mapping that holds an option of a pass that defines a method: the method's options, or the pass itself."""
+    own = definition.get("options") or {}
+    beside = [*Definition.model_fields, *sorted(Rewrite.own_options())]
+    if name not in own and name not in beside:
+        known = [*own, *beside]
+        raise ConfigError(
+            f"--set {override}: unknown option {name!r}.{suggestion(name, known)} Options: {', '.join(known)}."
+        )
+    return own if name in own else definition
 
 
 def schema() -> dict[str, Any]:
@@ -192,14 +230,16 @@ def schema() -> dict[str, Any]:
     definitions = document.setdefault("$defs", {})
     choices: list[dict[str, Any]] = [{"enum": names()}]
     rewriting = {k: v for k, v in Rewrite.model_json_schema(by_alias=True)["properties"].items() if k != "method"}
-    for name in names():
+    for name in (*names(), WRITTEN):
         if name in STEPS:
             options = STEPS[name].model_json_schema()
         else:
-            options = registry.methods()[name].model_json_schema()
+            described = Definition if name == WRITTEN else registry.methods()[name]
+            options = described.model_json_schema()
             options["properties"] = {**options.get("properties", {}), **rewriting}
             if "of" in options["properties"]:
-                options["properties"]["of"] = {"description": "the inner method: a name, or {name: {options}}"}
+                text = "the inner method: a name, {name: {options}}, or {method: {definition}}"
+                options["properties"]["of"] = {"description": text}
         definitions |= options.pop("$defs", {})
         options["additionalProperties"] = False
         choices.append(

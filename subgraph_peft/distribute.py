@@ -184,6 +184,9 @@ class Distribution:
         whole = self.equation.shape(node)
         if not all(isinstance(a, fx.Node) and self.equation.shape(a) == whole for a in (left, right)) or node.kwargs:
             return None
+        small = left.op == right.op == "placeholder" and self.equation.numel(node) < self.values.full_size
+        if small and not self.dropout.get(self.equation.adapter(node)) and not self.values.nonlinear:
+            return None
         sign = SUMS[node.target]
         first = self.apply(left, x, scale, bias, at)
         negative = scale.times(-1.0) if sign < 0 and scale else scale

@@ -34,7 +34,7 @@ class Step(nn.Module):
 
 
 class Chain(nn.Module):
-    """φₙ(…φ₂(φ₁(W)))"""
+    """φₙ(…φ₂(φ₁(W))); of a method that reads its own tensors alone, that one"""
 
     def __init__(self, chain: tuple[tuple[str, Method], ...], part: str):
         super().__init__()
@@ -42,6 +42,9 @@ class Chain(nn.Module):
         self.part = part
 
     def forward(self, operands: tuple[torch.Tensor, ...], tensors: dict[str, dict[str, torch.Tensor]]) -> torch.Tensor:
+        if not operands:
+            ((name, step),) = self.steps.items()
+            return step((), tensors[name])
         *inputs, value = operands
         for name, step in self.steps.items():
             value = step((*inputs, value), tensors[name])
@@ -51,7 +54,7 @@ class Chain(nn.Module):
 class Equation:
     """The traced chain.
 
-    graph:     aten operators; `result` is the node of φ
+    graph:     aten operators; `result` is the node of φ, `results` are all where φ gives several
     operands:  placeholder node -> (adapter, tensor)
     trainable: nodes that depend on a trainable tensor or on an activation
     """
@@ -60,7 +63,8 @@ class Equation:
         self.graph = graph
         self.operands = operands
         push_transposes(graph)
-        self.result: fx.Node = graph.output_node().args[0][0]
+        self.results: tuple[fx.Node, ...] = tuple(graph.output_node().args[0])
+        self.result: fx.Node = self.results[0]
         self.trainable: set[fx.Node] = set()
         for node in graph.nodes:
             if operands.get(node) in varying or self.trainable.intersection(node.all_input_nodes):
@@ -144,7 +148,8 @@ def trace(
 ) -> Equation:
     """Trace `part` of a chain of methods.
 
-    operands: (name, shape) of W, b or (x, y); activations' leading dimensions are dynamic
+    operands: (name, shape) of W, b or (x, y); activations' leading dimensions are dynamic. None for what is computed
+              from the method's own tensors, where the chain is one method
     tensors:  per adapter its (name, shape, trainable)
 
     Raises MethodError where the equation cannot be traced or gives another shape than it was given.
@@ -176,17 +181,19 @@ def trace(
     flat += [(adapter, name) for adapter, specs in tensors for name, _, _ in specs]
     placeholders = dict(zip(graph.find_nodes(op="placeholder"), flat, strict=True))
     equation = Equation(graph, placeholders, varying)
-    expected, actual = operand_values[-1].shape, equation.shape(equation.result)
-    if part != "output" and tuple(expected) != actual:
+    keeps_shape = part in ("weight", "bias")
+    if keeps_shape and tuple(operand_values[-1].shape) != equation.shape(equation.result):
         raise MethodError(
-            f"The equation {part} of {names} maps shape {list(expected)} to {list(actual)}; it has to keep it."
+            f"The equation {part} of {names} maps shape {list(operand_values[-1].shape)} to "
+            f"{list(equation.shape(equation.result))}; it has to keep it."
         )
     leaves = {placeholders[leaf] for leaf in equation.leaves(equation.result)}
-    if part == "weight" and len(chain) > 1 and ("", "W") not in leaves:
-        raise MethodError(
-            f"The equation of {chain[-1][1].name} keeps nothing of the weight it is given, so that {chain[-2][1].name} "
-            "beneath it would have no effect: fold that one first."
-        )
-    if part != "output" and any(node.target in TRAINING_FLAG for node in graph.nodes):
+    for (adapter, specs), (_, method) in zip(tensors[:-1], chain[1:], strict=True):
+        if part == "weight" and not leaves.intersection((adapter, name) for name, _, _ in specs):
+            raise MethodError(
+                f"The equation of {method.name} keeps nothing of the weight it is given, so that {adapter} beneath it "
+                "would have no effect: fold that one first."
+            )
+    if keeps_shape and any(node.target in TRAINING_FLAG for node in graph.nodes):
         raise MethodError(f"The equation {part} of {names} draws random numbers: declare a `dropout` option instead.")
     return equation

@@ -1,26 +1,33 @@
 """A method's equation as text, by running it on symbols instead of tensors; the catalogue is printed from this."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 import torch
 
 from .errors import MethodError
-from .method import Method, Wrapper
+from .method import Method, Tensor
 from .sites import Site
 
 SUM, PRODUCT, ATOM = 1, 2, 3
-NAMES = {"rho": "ρ", "delta": "δ", "sigma": "σ", "alpha": "α", "lam": "λ", "A0": "A₀", "B0": "B₀"}
-FUNCTIONS = {"linalg_vector_norm": "‖{0}‖", "relu": "ReLU({0})", "gelu": "GELU({0})", "silu": "SiLU({0})"}
-OUT, IN = 10007, 10009  # sizes that no option has by chance
+NAMES = {
+    "rho": "ρ", "delta": "δ", "sigma": "σ", "alpha": "α", "lam": "λ", "scale": "s", "A0": "A₀", "B0": "B₀", "bd": "b_d",
+    "bu": "b_u",
+}  # fmt: skip
+FUNCTIONS = {
+    "linalg_vector_norm": "‖{0}‖", "relu": "ReLU({0})", "gelu": "GELU({0})", "silu": "SiLU({0})",
+    "dropout": "drop({0})", "expm1": "(exp({0}) − 1)", "cayley": "Q({0})", "again.default": "f({0})",
+}  # fmt: skip
 INVISIBLE = {"detach", "clamp_min", "unsqueeze", "contiguous", "clone"}
+OUT, IN = 30030, 60060  # sizes that no option has by chance, and that split into blocks
 
 
 class Symbol:
     """Text that composes under torch's operators. `rank` is 0 for scalars, 1 for vectors, 2 for matrices."""
 
-    def __init__(self, text: str, rank: int = 2, level: int = ATOM, row: bool = False):
-        self.text, self.rank, self.level, self.row = text, rank, level, row
+    def __init__(self, text: str, rank: int = 2, level: int = ATOM, row: bool = False, shape: tuple[int, ...] = ()):
+        self.text, self.rank, self.level, self.row, self.shape = text, rank, level, row, shape
 
     def at(self, level: int) -> str:
         return self.text if self.level >= level else f"({self.text})"
@@ -30,14 +37,15 @@ class Symbol:
         name = getattr(func, "__name__", str(func))
         subject = args[0]
         if name == "linear":
-            return args[1] @ subject
+            product = args[1] @ subject
+            return product if len(args) < 3 or args[2] is None else product + args[2]
         if name in INVISIBLE:
             return subject
         if name == "diag":
             return Symbol(f"diag({subject.text})")
-        if name == "dropout":
-            return Symbol(f"drop({subject.text})", subject.rank)
-        pattern = FUNCTIONS.get(name, f"{name}({{0}})")
+        if name == "cat":
+            return Symbol(f"[{'; '.join(part.text for part in subject)}]", subject[0].rank)
+        pattern = FUNCTIONS.get(name, f"{name}({', '.join(lift(arg).text for arg in args)})")
         return Symbol(pattern.format(subject.text), 1 if "norm" in name else subject.rank)
 
     def __getattr__(self, name: str) -> Any:
@@ -84,8 +92,17 @@ class Symbol:
     def __rtruediv__(self, other: Any) -> "Symbol":
         return lift(other) / self
 
-    def __pow__(self, power: float) -> "Symbol":
-        return Symbol(f"√{self.at(ATOM)}" if power == 0.5 else f"{self.at(ATOM)}^{power}", self.rank)
+    def __rsub__(self, other: Any) -> "Symbol":
+        return lift(other) - self
+
+    def __pow__(self, power: Any) -> "Symbol":
+        exponent = lift(power)
+        if exponent.text == "0.5":
+            return Symbol(f"√{self.at(ATOM)}", self.rank)
+        return Symbol(f"{self.at(ATOM)}^{exponent.at(ATOM)}", max(self.rank, exponent.rank), PRODUCT)
+
+    def __rpow__(self, other: Any) -> "Symbol":
+        return lift(other) ** self
 
     def __neg__(self) -> "Symbol":
         return Symbol(f"−{self.at(PRODUCT)}", self.rank, PRODUCT)
@@ -101,38 +118,55 @@ def lift(value: Any) -> Symbol:
     return value if isinstance(value, Symbol) else Symbol(f"{value:g}" if isinstance(value, float) else str(value), 0)
 
 
-def generic_site(method: Method) -> Site:
+def generic_site(method: Method, out_features: int = OUT, in_features: int = IN) -> Site:
     """A linear site, or a bias, whose sizes stand for any."""
     if method.defines("bias") and not method.defines("weight"):
-        return Site("b", "bias", (OUT,), torch.float32, ())
-    return Site("W", "linear", (OUT, IN), torch.float32, ())
+        return Site("b", "bias", (out_features,), torch.float32, ())
+    return Site("W", "linear", (out_features, in_features), torch.float32, ())
+
+
+def numeric(method: Method) -> dict[str, int | float | None]:
+    """The numeric options of a method."""
+    fields = type(method).model_fields.items()
+    return {n: getattr(method, n) for n, f in fields if {int, float} & {f.annotation, *get_args(f.annotation)}}
+
+
+def replaced(method: Method, value: Callable[[str, Any], Any]) -> Method:
+    """The method with value(name, option) for its numeric options, and those of a method inside it."""
+    inner = {n: replaced(m, value) for n in type(method).model_fields if isinstance(m := getattr(method, n), Method)}
+    return method.model_copy(update={**inner, **{n: value(n, option) for n, option in numeric(method).items()}})
 
 
 def symbolic(method: Method) -> Method:
     """The method with its numeric options replaced by symbols; a dropout stays off."""
-    values = {}
-    for name, field in type(method).model_fields.items():
-        value = getattr(method, name)
-        numeric = {int, float} & {field.annotation, *get_args(field.annotation)}
-        if isinstance(value, Method):
-            values[name] = symbolic(value)
-        elif numeric and "dropout" not in name:
-            values[name] = Symbol(NAMES.get(name, name), 0)
-    return method.model_copy(update=values)
+    return replaced(method, lambda name, value: value if "dropout" in name else Symbol(NAMES.get(name, name), 0))
+
+
+def declared(method: Method, site: Site) -> dict[str, Tensor]:
+    return {**method.tensors(site), **method.shared((site,))}
+
+
+def symbols(method: Method) -> dict[str, Symbol]:
+    """The tensors of a method as symbols."""
+    found = {}
+    for name, tensor in declared(method, generic_site(method)).items():
+        text = NAMES.get(name, name)
+        if h := method.nonlinear.get(name):
+            text = FUNCTIONS.get(h, f"{h}({{0}})").format(f"{text}·")
+        found[name] = Symbol(text, 0 if math.prod(tensor.shape) == 1 else len(tensor.shape))
+    return found
 
 
 def equations(method: Method) -> dict[str, str]:
     """Part ("weight", "bias", "output") -> the right-hand side of its equation."""
-    declared = method.tensors(generic_site(method))
     found = {}
-    symbols = {name: Symbol(NAMES.get(name, name), len(tensor.shape)) for name, tensor in declared.items()}
-    subject = symbolic(method)
+    tensors, subject = symbols(method), symbolic(method)
     for part, operands in {"weight": ("W",), "bias": ("b",), "output": ("x", "y")}.items():
         if not method.defines(part):
             continue
-        given = [Symbol(name, 2 if name == "W" else 1) for name in operands]
+        given = [Symbol(n, 2, shape=(OUT, IN)) if n == "W" else Symbol(n, 1, shape=(OUT,)) for n in operands]
         try:
-            result = subject.evaluate(part, *given, tensors=symbols)
+            result = subject.evaluate(part, *given, tensors=tensors)
         except (TypeError, AttributeError) as error:
             raise MethodError(f"The equation {part} of {method.name} has no printed form: {error}.") from error
         if result.text != operands[-1]:
@@ -142,16 +176,35 @@ def equations(method: Method) -> dict[str, str]:
 
 def count_formula(method: Method) -> str:
     """Numbers trained at one site: `r·in + out·r`."""
-    names = size_names(method)
-    tensors = method.tensors(generic_site(method)).values()
-    return " + ".join("·".join(names.get(s, str(s)) for s in tensor.shape) for tensor in tensors if tensor.trainable)
+    tensors, named = method.tensors(generic_site(method)), shapes(method)
+    return " + ".join("·".join(named[name]) for name, tensor in tensors.items() if tensor.trainable)
 
 
-def size_names(method: Method) -> dict[int, str]:
-    """The name of a size: an integer option's, or in and out."""
-    options = {getattr(m, n): n for m in chain(method) for n in type(m).model_fields if type(getattr(m, n)) is int}
-    return {**options, OUT: "out", IN: "in"}
+def shapes(method: Method) -> dict[str, tuple[str, ...]]:
+    """Tensor -> its sizes by name. They are told apart by their values at two sites, one wide and one tall, where every
+    integer option has a value of its own."""
+    options: dict[int, str] = {}
+
+    def distinct(name: str, value: Any) -> Any:
+        if type(value) is not int:
+            return value
+        size = 101 + 100 * len(options)
+        options[size] = name
+        return size
+
+    probe = replaced(method, distinct)
+    wide, tall = (declared(probe, generic_site(method, *sizes)) for sizes in ((OUT, IN), (IN, OUT)))
+    found = {
+        name: tuple(size_name(a, b, options) for a, b in zip(tensor.shape, tall[name].shape, strict=True))
+        for name, tensor in wide.items()
+    }
+    printed = {name: sizes for layer in method.layers() for name, sizes in layer.printed_shapes.items()}
+    return {name: printed.get(name, sizes) for name, sizes in found.items()}
 
 
-def chain(method: Method) -> list[Method]:
-    return [method, *chain(method.of)] if isinstance(method, Wrapper) else [method]
+def size_name(wide: int, tall: int, options: Mapping[int, str]) -> str:
+    """The name of a size from its values where (out, in) = (OUT, IN) and where they are the other way round."""
+    if wide == tall:
+        return {OUT: "min(in, out)", IN: "max(in, out)", **options}.get(wide, str(wide))
+    name, whole = ("out", OUT) if wide < tall else ("in", IN)
+    return name if wide == whole else f"{name}/{whole // wide}"

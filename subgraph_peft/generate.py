@@ -47,7 +47,7 @@ def generate(
         cast_trained(graph, own, base)
         for target in wanted:
             note = lowered.setdefault(target.chain[0][1].name, Lowered()) if not rewritten else Lowered()
-            Lowering(graph, target, dtype, hoist, note).run()
+            Lowering(graph, target, dtype, captured.module.home.device, hoist, note).run()
         graphs.sweep(graph)
         rewritten.append(graph)
     tensors = {**base, **own}

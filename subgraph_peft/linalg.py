@@ -1,6 +1,10 @@
-"""Singular value decompositions for methods that start from a weight's own factors."""
+"""Singular value decompositions and rotations, for methods that start from a weight's own factors."""
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from .errors import MethodError
+from .sites import Site
 
 
 def svd(
@@ -25,3 +29,18 @@ def svd(
     Q = torch.linalg.qr(W @ Q).Q
     U, sigma, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
     return (Q @ U)[:, :r], sigma[:r], Vh[:r]
+
+
+def check_rank(method: str, site: Site, r: int) -> None:
+    """MethodError where the matrix of a site has fewer than r singular values."""
+    shape = [site.out_features, site.in_features]
+    if r > min(shape):
+        raise MethodError(f"{method} at {site.name}: r = {r} exceeds min(in, out) = {min(shape)} of {shape}.")
+
+
+def cayley(X: torch.Tensor) -> torch.Tensor:
+    """Q = (I + K)⁻¹ (I − K), K = (X − Xᵀ)/2: orthogonal for every X [r, r], and I where X = 0."""
+    if has_torch_function_unary(X):
+        return handle_torch_function(cayley, (X,), X)
+    identity, K = torch.ones_like(X).tril().triu(), (X - X.mT) / 2
+    return torch.linalg.solve(identity + K, identity - K)

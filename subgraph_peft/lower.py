@@ -1,12 +1,14 @@
 """Lower one target into a graph: a weight at its calls or as a whole, a bias, the results of a site."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from .adapter import Target, identifier
+from .attention import Prefix, attentions
 from .distribute import Distribution
 from .equation import Equation, Operand, trace
 from .errors import MethodError
@@ -14,6 +16,7 @@ from .forms import Form, form_class
 from .graphs import aten
 from .method import AGAIN
 from .modules import again, ends, regions
+from .sequence import Extension, entry
 from .sites import PLACES, calls_of
 from .values import Lowered, Values
 
@@ -32,7 +35,7 @@ def equation_of(target: Target, operands: Mapping[str, tuple[int, ...]]) -> Equa
 class Lowering:
     """Rewrites everything that reads one target in one graph, in place.
 
-    dtype:   of the adapters' tensors
+    dtype:   of the adapters' tensors            device:  of constants in the graph
     hoist:   (target, equation, node) -> name of the buffer that holds a constant of the equation
     lowered: is told the nodes, the cost, and why something is dense
     """
@@ -42,19 +45,24 @@ class Lowering:
         graph: fx.Graph,
         target: Target,
         dtype: torch.dtype,
+        device: torch.device,
         hoist: Callable[[Target, Equation, fx.Node], str],
         lowered: Lowered,
     ):
         self.graph, self.target, self.site = graph, target, (site := target.site)
-        self.base_dtype, self.adapter_dtype = site.dtype, dtype
+        self.base_dtype, self.adapter_dtype, self.device = site.dtype, dtype, device
         self.hoist, self.lowered = hoist, lowered
         self.prefix = identifier(site.owner if site.name.endswith((".weight", ".bias")) else site.name)
         self.dropout = {a.name: a.at(s).activation_dropout for a, s in target.chain}
         self.nonlinear = {(a.name, name): h for a, s in target.chain for name, h in a.at(s).nonlinear.items()}
 
     def run(self) -> None:
+        whole = {"embeddings": self.embeddings, "keys_values": self.keys_values}
+        if self.target.part in whole:
+            whole[self.target.part]()
+            return
         if self.site.kind in PLACES:
-            {"output": self.module_output}[self.target.part]()
+            self.module_output()
             return
         parameter = next((n for n in self.graph.find_nodes(op="get_attr") if n.target == self.target.name), None)
         if parameter is not None:
@@ -161,6 +169,54 @@ class Lowering:
             self.lowered.per_token += 2 * equation.numel(node)
         held = self.reader(self.target.path(adapter, tensor))
         return held if self.adapter_dtype == dtype else emit(aten.to.dtype, (held, dtype), f"{tensor}_cast", adapter)
+
+    def embeddings(self) -> None:
+        """The virtual positions of the chain in front of the embedded sequence, a later adapter's in front."""
+        (virtual,), lengths = self.virtual(entry(self.graph).lookup, 1, (self.site.out_features,))
+        Extension(self.graph, sum(lengths.values()), self.around, self.device).run(virtual)
+
+    def keys_values(self) -> None:
+        (keys, values), lengths = self.virtual(attentions(self.graph)[self.site.name], 2, self.site.shape)
+        moved = sum(lengths[adapter.name] for adapter, site in self.target.chain if adapter.at(site).moves_positions)
+        prefix = Prefix(self.graph, self.site.name, self.around, self.device)
+        prefix.run(keys, values, sum(lengths.values()), moved)
+
+    def around(self, before: fx.Node) -> Callable[..., fx.Node]:
+        """An emitter of nodes that belong to the chain as a whole."""
+        emit, adapter = self.emitter(before), self.target.chain[-1][0].name
+        return lambda target, args, term, kwargs=None: emit(target, args, term, adapter, kwargs)
+
+    def virtual(
+        self, like: fx.Node, count: int, width: tuple[int, ...]
+    ) -> tuple[tuple[fx.Node, ...], dict[str, int]]:
+        """The `count` results [n, *width] of every equation, joined along n, at the top of the graph; n by adapter."""
+        first = next(node for node in self.graph.nodes if node.op == "call_function")
+        emit = self.emitter(first, like)
+        parts: list[list[fx.Node]] = []
+        lengths: dict[str, int] = {}
+        for adapter, site in reversed(self.target.chain):
+            equation = equation_of(replace(self.target, chain=((adapter, site),)), {})
+            shapes = [equation.shape(node) for node in equation.results]
+            if [shape[1:] for shape in shapes] != [width] * count or len({shape[:1] for shape in shapes}) > 1:
+                raise MethodError(
+                    f"{adapter.name}.{self.target.part} gives {', '.join(map(str, map(list, shapes)))} at {site.name}, "
+                    f"not {' and '.join([str(['n', *width])] * count)}."
+                )
+            mapped: dict[fx.Node, Any] = {}
+            for node in equation.graph.nodes:
+                if node.op == "placeholder" and (node.users):
+                    mapped[node] = self.reader(adapter.path(site, equation.operands[node][1]))
+                elif node.op == "call_function":
+                    args, kwargs = (fx.node.map_arg(part, mapped.__getitem__) for part in (node.args, node.kwargs))
+                    mapped[node] = emit(node.target, args, equation.term(node), adapter.name, kwargs)
+            parts.append([mapped[node] for node in equation.results])
+            lengths[adapter.name] = shapes[0][0]
+        name = self.target.chain[-1][0].name
+        joined = [group[0] if len(group) == 1 else emit(aten.cat.default, (list(group),), "joined", name)
+                  for group in zip(*parts, strict=True)]
+        if self.adapter_dtype != self.base_dtype:
+            joined = [emit(aten.to.dtype, (node, self.base_dtype), "cast", name) for node in joined]
+        return tuple(joined), lengths
 
     def users(self, parameter: fx.Node) -> tuple[list[fx.Node], fx.Node]:
         """The readers of a parameter, and the first of them in the graph."""

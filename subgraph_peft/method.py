@@ -128,6 +128,11 @@ class Method(BaseModel):
         return {}
 
     @property
+    def moves_positions(self) -> bool:
+        """Whether tokens behind this method's keys and values count their positions from n on, not from 0."""
+        return True
+
+    @property
     def penalty_mean(self) -> bool:
         """Whether `penalty` is averaged over sites, not summed."""
         return False
@@ -140,9 +145,18 @@ class Method(BaseModel):
         """The name under which a configuration spells it."""
         return self.name
 
+    @property
+    def printed_shapes(self) -> dict[str, tuple[str, ...]]:
+        """Tensor -> its sizes as text, where they are not one size by its name."""
+        return {}
+
     def layers(self) -> list["Method"]:
         """This method and those inside it, outermost first."""
         return [self]
+
+    def layers_at(self, site: Site) -> list["Layer"]:
+        """The `layers` as they stand at one site."""
+        return [Layer(self, site, {name: name for name in self.tensors(site)})]
 
     @classmethod
     def defines(cls, part: str) -> bool:
@@ -169,6 +183,20 @@ class Method(BaseModel):
         return {name: spelled.get(name, value) for name, value in handler(self).items()}
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A method inside another, or itself, at one site.
+
+    site:  as this method sees it        names: its tensors -> what the outermost method calls them
+    rows:  of the weight that it rewrites, taken one after the other; all where there are none
+    """
+
+    method: Method
+    site: Site
+    names: Mapping[str, str]
+    rows: tuple[slice, ...] = ()
+
+
 class Wrapper(Method):
     """A method that is a function of another weight method, as DoRA is: option `of` names the inner one."""
 
@@ -189,6 +217,9 @@ class Wrapper(Method):
 
     def layers(self) -> list[Method]:
         return [self, *self.of.layers()]
+
+    def layers_at(self, site: Site) -> list[Layer]:
+        return [*super().layers_at(site), *self.of.layers_at(site)]
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
         return self.of.tensors(site)

@@ -38,12 +38,12 @@ def module_sites(program: Program) -> Iterator[Site]:
 
 
 def regions(graph: fx.Graph) -> dict[str, dict[str, Region]]:
-    """Module path -> call ("path", "path@1", …) -> its nodes, those of inner modules included, in order."""
+    """Module path -> call (a key of the module stack, "…", "…@1", …) -> its nodes, inner modules' included, in order."""
     found: dict[str, dict[str, Region]] = {}
     for node in graph.nodes:
         if node.op == "call_function":
-            for call in {str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()}:
-                found.setdefault(call.partition("@")[0], {}).setdefault(call, {})[node] = None
+            for call, (path, _) in node.meta.get("nn_module_stack", {}).items():
+                found.setdefault(str(path).partition("@")[0], {}).setdefault(call, {})[node] = None
     return found
 
 

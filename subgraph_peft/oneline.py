@@ -1,4 +1,7 @@
-"""The one-line form of a pipeline, `capture,lora{r=8,where=*.query},dora{of={lora{r=4}}},fold`: as printed, so read."""
+"""The one-line form of a pipeline, `capture,lora{r=8,where=*.query},dora{of={lora{r=4}}},fold`: as printed, so read.
+
+A value is a scalar, a list `[a,b]`, a method `{name{option=value}}` or a mapping `{key=value}`.
+"""
 
 import json
 import re
@@ -9,6 +12,7 @@ import yaml
 from .errors import ConfigError
 
 PLAIN = re.compile(r"[^\s,{}\[\]'\"=]+")
+MAPPING = re.compile(rf"\{{(\}}$|\s*\"|\s*{PLAIN.pattern}\s*=)")
 OPENING, CLOSING = "{[", "}]"
 
 
@@ -25,19 +29,26 @@ def parse_item(item: str, whole: str) -> tuple[str, dict[str, Any]]:
         return name, {}
     if not rest.endswith("}"):
         raise error("'}' expected at the end", item, whole)
+    return name, parse_options(rest[:-1], whole)
+
+
+def parse_options(text: str, whole: str) -> dict[str, Any]:
     options = {}
-    for part in split(rest[:-1], whole):
-        key, equals, value = part.partition("=")
+    for part in split(text, whole) if text.strip() else []:
+        quoted = re.match(r'\s*("(?:[^"\\]|\\.)*")\s*(?==)', part)
+        key, equals, value = (quoted[1], *part[quoted.end() :].partition("=")[1:]) if quoted else part.partition("=")
         if not equals:
             raise error(f"option=value expected in {part!r}", part, whole)
-        options[key.strip()] = parse_value(value.strip(), whole)
-    return name, options
+        options[parse_value(key, whole) if quoted else key.strip()] = parse_value(value.strip(), whole)
+    return options
 
 
 def parse_value(text: str, whole: str) -> Any:
     if text.startswith("{") and re.match(r"\{[\w-]+\s*[{}]", text):
         name, options = parse_item(text[1:-1], whole)
         return {name: options}
+    if text.endswith("}") and MAPPING.match(text):
+        return parse_options(text[1:-1], whole)
     if text.startswith("[") and text.endswith("]"):
         return [parse_value(part.strip(), whole) for part in split(text[1:-1], whole) if part.strip()]
     if text.startswith('"'):
@@ -83,8 +94,10 @@ def spell(name: str, options: dict[str, Any]) -> str:
 
 def spell_value(value: Any) -> str:
     if isinstance(value, dict):
-        name, options = next(iter(value.items()))
-        return "{" + spell(name, options) + ("" if options else "{}") + "}"
+        name, options = next(iter(value.items()), ("", None))
+        if len(value) == 1 and isinstance(options, dict) and re.fullmatch(r"[\w-]+", name):
+            return "{" + spell(name, options) + ("" if options else "{}") + "}"
+        return "{" + ",".join(f"{spell_value(key)}={spell_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(spell_value, value)) + "]"
     if isinstance(value, str):

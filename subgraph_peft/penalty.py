@@ -7,37 +7,47 @@ import torch
 from .adapter import Adapter
 from .method import Method
 from .program import Program
-from .sites import Site
+
+Tensors = dict[str, torch.Tensor]
 
 
 def penalty(program: Program) -> torch.Tensor:
-    """Σ over adapters of the sum (or mean) over sites of `Method.penalty`, a scalar; 0 where no method has one."""
+    """Σ over adapters of the sum (or mean) over sites of `Method.penalty`, a scalar; 0 where no method has one.
+
+    Computed in the dtype of the adapters' tensors, also under autocast.
+    """
     home = program.module.home
     total = torch.zeros((), device=home.device, dtype=torch.promote_types(torch.float32, home.dtype))
     for adapter in program.adapters:
-        groups: dict[tuple, list[Site]] = {}
-        for site in adapter.sites:
-            shapes = tuple((name, tensor.shape) for name, tensor in adapter.tensors(site).items())
-            groups.setdefault((adapter.at(site), shapes), []).append(site)
+        shared = {n: program.module.get_parameter(adapter.path(adapter.sites[0], n)) for n in adapter.shared}
+        groups = alike(program, adapter)
         for (method, _), sites in groups.items():
-            for layer in method.layers():
-                if layer.defines("penalty"):
-                    value = of_sites(program, adapter, layer, sites)
-                    total = total + (value / len(adapter.sites) if layer.penalty_mean else value)
+            with torch.autocast(home.device.type, enabled=False):
+                value = of_sites(method, sites, shared)
+            count = sum(len(others) for (other, _), others in groups.items() if other.name == method.name)
+            total = total + (value / count if method.penalty_mean else value)
     return total
 
 
-def of_sites(program: Program, adapter: Adapter, method: Method, sites: Sequence[Site]) -> torch.Tensor:
-    """The sum of one method's penalty over sites whose tensors have the same shapes."""
+def alike(program: Program, adapter: Adapter) -> dict[tuple, list[Tensors]]:
+    """(method, shapes) -> the tensors of every site, or part of one, at which that method has a penalty."""
     read = program.module.get_parameter
-    names = adapter.tensors(sites[0])
-    own = {n: torch.stack([read(adapter.path(s, n)) for s in sites]) for n in names if n not in adapter.shared}
-    shared = {n: read(adapter.path(sites[0], n)) for n in adapter.shared}
+    groups: dict[tuple, list[Tensors]] = {}
+    for site in adapter.sites:
+        for layer in adapter.at(site).layers_at(site):
+            if layer.method.defines("penalty"):
+                own = {name: read(adapter.path(site, outer)) for name, outer in layer.names.items()}
+                groups.setdefault((layer.method, tuple(t.shape for t in own.values())), []).append(own)
+    return groups
 
-    def of_one(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+
+def of_sites(method: Method, sites: Sequence[Tensors], shared: Tensors) -> torch.Tensor:
+    """The sum of one method's penalty over sites whose tensors have the same shapes."""
+
+    def of_one(tensors: Tensors) -> torch.Tensor:
         return method.evaluate("penalty", tensors={**tensors, **shared})
 
-    return torch.func.vmap(of_one)(own).sum()
+    return torch.func.vmap(of_one)({name: torch.stack([site[name] for site in sites]) for name in sites[0]}).sum()
 
 
 def has_penalty(program: Program) -> bool:

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 
+from .attention import attention_sites
 from .method import Method
 from .modules import module_sites
 from .program import Program
+from .sequence import sequence_sites
 from .sites import VECTORS, Site, find
 
 
@@ -23,6 +25,10 @@ def found(program: Program, method: Method) -> Iterator[Site]:
         yield from (site for site in every if site.kind == "bias")
     if method.defines("output"):
         yield from module_sites(program)
+    if method.defines("embeddings"):
+        yield from sequence_sites(program)
+    if method.defines("keys_values"):
+        yield from attention_sites(program)
 
 
 def what(method: Method) -> str:

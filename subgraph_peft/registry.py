@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
+from types import MappingProxyType
 from typing import Any
 
 from .errors import MethodError, suggestion
 from .method import Method
+from .written import WRITTEN, define
 
 GROUP = "subgraph_peft.passes"
 
@@ -28,19 +30,21 @@ def methods() -> Mapping[str, type[Method]]:
     return dict(sorted(found.items()))
 
 
-def method_class(name: str) -> type[Method]:
-    if name not in methods():
-        raise MethodError(f"Unknown method {name!r}.{suggestion(name, methods())} Methods: {', '.join(methods())}.")
-    return methods()[name]
+def method_class(name: str, beside: Mapping[str, type[Method]] = MappingProxyType({})) -> type[Method]:
+    """The installed method of that name, or the one among those `beside` them."""
+    known = {**methods(), **beside}
+    if name not in known:
+        raise MethodError(f"Unknown method {name!r}.{suggestion(name, known)} Methods: {', '.join(known)}.")
+    return known[name]
 
 
 def read(spelled: Any) -> Method:
-    """A method from its configuration: `"lora"` or `{"lora": {"r": 8}}`."""
+    """A method from its configuration: `"lora"`, `{"lora": {"r": 8}}`, or `{"method": {definition}}`."""
     if isinstance(spelled, Method):
         return spelled
     if isinstance(spelled, str):
         return method_class(spelled)()
     if isinstance(spelled, Mapping) and len(spelled) == 1:
         name, options = next(iter(spelled.items()))
-        return method_class(name)(**(options or {}))
+        return define(options or {}) if name == WRITTEN else method_class(name)(**(options or {}))
     raise MethodError(f"A method is written as a name or {{name: {{options}}}}, not {spelled!r}.")

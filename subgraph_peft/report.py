@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
+from . import catalogue, oneline
+from .adapter import Adapter
 from .errors import ConfigError
 from .files import write_json, write_text
+from .method import Method, spell
 from .pipeline import Result
 from .program import Program
 from .tables import REWRITE_COLUMNS, difference_text, fold_cells, fold_rows, rewrite_cells, rewrite_rows
 
+ADAPTER_COLUMNS = ("adapter", "equation", "options", "sites", "chosen")
 PACKAGES = ("subgraph-peft", "torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
 
 
@@ -69,6 +73,7 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
         trainable, everything = adapted.counts()
         document["parameters"] = {"trainable": trainable, "all": everything}
         document["sites"] = rewrite_rows(adapted)
+        document["adapters"] = [adapter_facts(adapter) for adapter in adapted.adapters]
         document["left_out"] = [list(entry) for adapter in adapted.adapters for entry in adapter.left_out]
     if state.program is not None and state.program.folded is not None:
         folded = state.program.folded
@@ -78,6 +83,23 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
             "sites": fold_rows(state.program),
         }
     return document
+
+
+def adapter_facts(adapter: Adapter) -> dict[str, str]:
+    """An adapter's equation, what it adds to the loss, every option, and what its patterns and its budget chose."""
+    own = [f"{name}: {describe(method)}" for name, method in adapter.variants]
+    return {
+        "adapter": adapter.name,
+        "equation": catalogue.entry(adapter.method).equation,
+        "options": describe(adapter.method),
+        "chosen": "; ".join([adapter.chosen] * bool(adapter.chosen) + own),
+        "sites": str(len(adapter.sites)),
+    }
+
+
+def describe(method: Method) -> str:
+    name, options = next(iter(spell(method).items()))
+    return oneline.spell(name, options)
 
 
 def last_adapted(results: Sequence[Result]) -> Program | None:
@@ -127,6 +149,9 @@ def page(document: Mapping[str, Any], results: Sequence[Result], curve: bool) ->
         names = sorted({name for scores in document["scores"].values() for name in scores})
         rows = ((stage, *(number(scores.get(name)) for name in names)) for stage, scores in document["scores"].items())
         lines += ["## Scores on held-out data", "", *table(("model", *names), rows)]
+    if "adapters" in document:
+        rows = ([fact[column] for column in ADAPTER_COLUMNS] for fact in document["adapters"])
+        lines += ["## Adapters", "", *table(ADAPTER_COLUMNS, rows)]
     if curve:
         lines += ["## Training", "", "![loss curve](loss.png)", ""]
     if "parameters" in document:

@@ -18,6 +18,7 @@ from .module import Home
 from .places import candidates, what
 from .program import Program
 from .selectors import Where, describe, select
+from .sequence import rows
 from .sites import PLACES, VECTORS, Site
 from .variants import Patterns, variants
 
@@ -212,4 +213,5 @@ def current_weight(program: Program, site: Site, tensors: Mapping[str, torch.Ten
         return torch.empty(0, 0, device=home.device, dtype=torch.promote_types(torch.float32, home.dtype))
     part = "bias" if site.kind in VECTORS else "weight"
     there = [target for target in targets(program.adapters) if (target.part, target.name) == (part, site.name)]
-    return (there[0] if there else Target(part, site.name, site, ())).evaluate(tensors)
+    current = (there[0] if there else Target(part, site.name, site, ())).evaluate(tensors)
+    return current if site.kind != "sequence" else rows(program, site, current.T).T

@@ -1,7 +1,8 @@
 """Schedules: what methods do after optimiser steps. They count steps of the optimiser and nothing else."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from .adapter import Adapter, targets
 from .constants import refresh
 from .errors import CheckpointError, MethodError
-from .method import Method
+from .method import Layer, Method
 from .program import Program
 from .sites import Site
 
@@ -62,7 +63,12 @@ class Schedule:
         for name, parameter in program.parameters(trainable=True):
             if id(parameter) not in held:
                 raise MethodError(f"{name} trains, but this optimiser does not hold it: pass program.parameters' own.")
-        self.hook = optimizer.register_step_post_hook(lambda *_: self.advance())
+        self.hook = optimizer.register_step_post_hook(self.stepped)
+
+    def stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """A fused optimiser's step is called for gradients that a scaler found infinite, and changes nothing."""
+        if not getattr(optimizer, "found_inf", 0):
+            self.advance()
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -113,22 +119,29 @@ def scheduled(adapter: Adapter) -> list[Method]:
 
 
 def site_steps(program: Program, adapter: Adapter, layer: Method) -> list[SiteStep]:
-    read = program.module.get_parameter
+    """The scheduling layer at every site, or part of one, with the options that it has there."""
 
-    def beneath(site: Site) -> Callable[[], torch.Tensor]:
+    def beneath(site: Site, parts: Sequence[slice]) -> Callable[[], torch.Tensor]:
         """The weight under the adapters that come before this one."""
-        earlier = program.adapters[: program.adapters.index(adapter) + 1]
-        target = next(t for t in targets(earlier) if t.part in ("weight", "bias") and t.name == site.name)
-        rest = tuple((a, s) for a, s in target.chain if a is not adapter)
-        return lambda: type(target)(target.part, target.name, target.site, rest).evaluate(
-            dict(program.module.tensors())
-        )
 
-    def own(site: Site) -> Method:
-        """The scheduling layer with the options of one site."""
-        return next(found for found in adapter.at(site).layers() if found.name == layer.name)
+        def weight() -> torch.Tensor:
+            earlier = program.adapters[: program.adapters.index(adapter) + 1]
+            target = next(t for t in targets(earlier) if t.part in ("weight", "bias") and t.name == site.name)
+            rest = tuple((a, s) for a, s in target.chain if a is not adapter)
+            found = type(target)(target.part, target.name, target.site, rest).evaluate(dict(program.module.tensors()))
+            return reduce(lambda matrix, rows: matrix[rows], parts, found)
+
+        return weight
 
     return [
-        SiteStep(site, own(site), {n: read(path) for n, path in adapter.paths(site).items()}, beneath(site))
+        SiteStep(found.site, found.method, held(program, adapter, site, found), beneath(site, found.rows))
         for site in adapter.sites
+        for found in adapter.at(site).layers_at(site)
+        if found.method.name == layer.name
     ]
+
+
+def held(program: Program, adapter: Adapter, site: Site, layer: Layer) -> dict[str, torch.nn.Parameter]:
+    """A layer's tensors by its own names, shared ones included."""
+    names = {**layer.names, **{name: name for name in adapter.shared}}
+    return {name: program.module.get_parameter(adapter.path(site, outer)) for name, outer in names.items()}

@@ -42,7 +42,8 @@ class Site:
 
     name:    qualified name of the parameter         owner:  path of the module that holds it
     kind:    op form: linear, addmm ([in,out], as transformers' Conv1D), matmul, conv1d, conv2d, embedding, packed
-             (attention in_proj), bias, scale (another vector), other. Not a parameter but a place: module, attention
+             (attention in_proj), sequence (the table that embeds the main input, as the place where the sequence
+             begins), bias, scale (another vector), other. Not a parameter but a place: module, attention
     shape:   as stored                               bias:   name of the bias added at every call, if one
     calls:   every use in the graph                  ties:   other names of the same tensor
     head:    its result is an output of the model
@@ -66,7 +67,7 @@ class Site:
     @property
     def transposed(self) -> bool:
         """Stored as [in, out]: the matrix W [out, in] is its transpose."""
-        return self.kind in ("addmm", "embedding") or any(call.form == "matmul_in_out" for call in self.calls)
+        return self.kind in ("addmm", "embedding", "sequence") or any(call.form == "matmul_in_out" for call in self.calls)
 
     @property
     def out_features(self) -> int:
@@ -81,6 +82,8 @@ class Site:
     def layout(self) -> str:
         named = {
             "embedding": "[vocabulary, out]",
+            "sequence": "[vocabulary, out]",
+            "attention": "[heads, width]",
             "conv2d": "[out, in, kh, kw]",
             "conv1d": "[out, in, k]",
             "bias": "[out]",

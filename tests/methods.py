@@ -1,6 +1,33 @@
 """The methods under test, each with options that show every term of its equation."""
 
-from subgraph_peft.passes import IA3, SSB, SSL, BitFit, DoRA, LoRA, MiLoRA, ParallelAdapter, PiSSA, RsLoRA
+from subgraph_peft.passes import (
+    IA3,
+    SSB,
+    SSL,
+    AdaLoRA,
+    BitFit,
+    DiffPruning,
+    DoRA,
+    FLoRA,
+    Houlsby,
+    LieRA,
+    LoRA,
+    LoRADash,
+    MiLoRA,
+    MoSLoRA,
+    MPCd,
+    MPCn,
+    MPCo,
+    ParallelAdapter,
+    PiSSA,
+    RsLoRA,
+    SAMParser,
+    SpectralAdditive,
+    SpectralRotational,
+    SVDiff,
+    TriLoRA,
+    VeRA,
+)
 
 from subgraph_peft.method import Method
 
@@ -16,10 +43,31 @@ WEIGHT_METHODS: dict[str, Method] = {
     "pissa_scaled": PiSSA(r=2, alpha=6.0),
     "pissa_fast": PiSSA(r=2, niter=1),
     "milora": MiLoRA(r=2),
+    "sam_parser": SAMParser(),
+    "trilora": TriLoRA(r=2, alpha=5.0),
+    "flora": FLoRA(r=2, alpha=5.0),
+    "moslora": MoSLoRA(r=2, alpha=5.0),
+    "liera": LieRA(r=2, alpha=1.0),
+    "liera_exponential": LieRA(r=2, alpha=1.0, exponential=True),
+    "svdiff": SVDiff(s=0.5),
+    "spectral_additive": SpectralAdditive(r=2),
+    "spectral_rotational": SpectralRotational(r=2, scale=True),
     "dora": DoRA(of=LoRA(r=2, alpha=5.0)),
     "dora_full_gradient": DoRA(of=LoRA(r=2, alpha=5.0), norm_gradient=True),
     "dora_pissa": DoRA(of=PiSSA(r=2)),
     "dora_ssb": DoRA(of=SSB()),
+    "dora_vera": DoRA(of=VeRA(r=4)),
+    "vera": VeRA(r=4),
+    "adalora": AdaLoRA(r=3, target_r=2, alpha=5.0),
+    "lora_dash": LoRADash(r=2, alpha=5.0, directions=2, switch=2),
+    "diff_pruning": DiffPruning(),
+    "mpc_o": MPCo(of=LoRA(r=2, alpha=5.0)),
+    "mpc_d": MPCd(of=FLoRA(r=2, alpha=5.0)),
 }
-OTHER_METHODS: dict[str, Method] = {"bitfit": BitFit(), "parallel_adapter": ParallelAdapter(r=4, scale=0.5)}
+OTHER_METHODS: dict[str, Method] = {
+    "bitfit": BitFit(),
+    "parallel_adapter": ParallelAdapter(r=4, scale=0.5),
+    "houlsby": Houlsby(r=4),
+    "mpc_n": MPCn(of=LoRA(r=4, alpha=5.0)),
+}
 METHODS: dict[str, Method] = {**WEIGHT_METHODS, **OTHER_METHODS}

@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -7,7 +7,7 @@ from pydantic import PositiveInt
 from subgraph_peft.passes.extension.lora import LoRA
 
 from subgraph_peft.errors import MethodError, suggestion
-from subgraph_peft.method import Method, Tensor, Wrapper
+from subgraph_peft.method import Layer, Method, Tensor, Wrapper
 from subgraph_peft.sites import Site
 
 
@@ -56,18 +56,30 @@ class Blocks(Wrapper):
             if name in self.only:
                 size = rows.stop - rows.start
                 shape = (site.shape[0], size) if site.transposed else (size, *site.shape[1:])
-                yield name, rows, replace(site, shape=shape)
+                yield name, rows, replace(site, name=f"{site.name}[{name}]", shape=shape)
+
+    def layers_at(self, site: Site) -> list[Layer]:
+        found = Method.layers_at(self, site)
+        for name, rows, block in self.chosen(site):
+            for layer in self.of.layers_at(block):
+                names = {inner: f"{outer}_{name}" for inner, outer in layer.names.items()}
+                found.append(replace(layer, names=names, rows=(rows, *layer.rows)))
+        return found
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
         return {f"{t}_{name}": v for name, _, block in self.chosen(site) for t, v in self.of.tensors(block).items()}
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        return self.of.shared([block for site in sites for _, _, block in self.chosen(site)])
 
     def prepare(self, site: Site, W: torch.Tensor) -> dict[str, torch.Tensor]:
         found = ((name, self.of.prepare(block, W[rows])) for name, rows, block in self.chosen(site))
         return {f"{t}_{name}": value for name, values in found for t, value in values.items()}
 
     def weight(self, W: torch.Tensor, **tensors: torch.Tensor) -> torch.Tensor:
+        shared = {t: v for t, v in tensors.items() if not t.endswith(tuple(f"_{name}" for name in self.only))}
         parts = []
         for name, rows in self.rows(W.shape[0]):
             own = {t.removesuffix(f"_{name}"): v for t, v in tensors.items() if t.endswith(f"_{name}")}
-            parts.append(self.of.evaluate("weight", W[rows], tensors=own) if name in self.only else W[rows])
+            parts.append(self.of.evaluate("weight", W[rows], tensors={**shared, **own}) if name in self.only else W[rows])
         return torch.cat(parts)

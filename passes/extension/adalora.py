@@ -17,8 +17,8 @@ class AdaLoRA(Method):
 
     A [r, in] and B [out, r] normal, e [r] zero. After every step the triplets (e_i, A_i, B_i) of all sites are ranked by
     smoothed importance |p·∂p| times its uncertainty, and the e_i of the least important are set to zero, so that
-    b(t) stay: `r` a site until step `warmup`, then falling as a cube to `target_r` a site, which holds for the last
-    `final` steps, with the mask fixed. s uses the first r throughout; no tensor changes its shape.
+    b(t) stay: `r` a site until step `warmup`, then falling as a cube to `target_r` a site, masked every `interval` steps
+    and at the start of the last `final` steps, for which the mask is fixed. s uses the first r throughout; no tensor changes its shape.
     Source: Zhang et al. 2023, "AdaLoRA", Eq. 3, 7 to 12 and Algorithm 1; masks and constants as in its code.
     """
 
@@ -62,9 +62,8 @@ class AdaLoRA(Method):
                 f"adalora: warmup ({self.warmup}) and final ({self.final}) leave no step of the run's {total} to prune in."
             )
 
-    def budget(self, step: int, total: int, sites: int) -> int:
-        """b(t): triplets that stay, over all sites."""
-        first, last = self.r * sites, self.target_r * sites
+    def budget(self, step: int, total: int, first: int, last: int) -> int:
+        """b(t): triplets that stay, over all sites, of `first` down to `last`."""
         if step <= self.warmup:
             return first
         if step > total - self.final:
@@ -73,15 +72,15 @@ class AdaLoRA(Method):
         return int(last + (first - last) * left**3)
 
     def schedule(self, step: "Step") -> None:
-        ending = step.number > step.total - self.final
-        if step.number < step.total - self.final:
+        ending = step.number >= step.total - self.final
+        if not ending:
             for site in step.sites:
                 self.observe(site)
-        due = ending or (step.number > self.warmup and step.number % self.interval == 0)
-        if not due:
-            return
+            if step.number <= self.warmup or step.number % self.interval:
+                return
         scores = torch.cat([self.scores(site) for site in step.sites])
-        excess = len(scores) - self.budget(step.number, step.total, len(step.sites))
+        last = self.target_r * len(step.sites)
+        excess = len(scores) - self.budget(step.number, step.total, len(scores), last)
         if excess > 0:
             keep = torch.ones_like(scores, dtype=torch.bool)
             keep[scores.argsort(stable=True)[:excess]] = False

@@ -33,7 +33,10 @@ class VeRA(Method):
             """d_initial"""
             return torch.full(shape, self.d_initial)
 
-        return {"b": trainable(site.out_features, init=zeros), "d": trainable(self.r, init=started)}
+        return {
+            "b": trainable(site.out_features, init=zeros, decay=False),
+            "d": trainable(self.r, init=started, decay=False),
+        }
 
     def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
         A = (self.r, max(site.in_features for site in sites))

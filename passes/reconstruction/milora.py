@@ -1,9 +1,6 @@
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-import torch
 from subgraph_peft.passes.reconstruction.pissa import PiSSA
-
-from subgraph_peft.linalg import svd
 
 
 class MiLoRA(PiSSA):
@@ -16,8 +13,5 @@ class MiLoRA(PiSSA):
     name: ClassVar[str] = "milora"
     paper: ClassVar[str] = "arXiv 2406.09044"
 
+    components: Literal["minor"] = "minor"
     niter: None = None
-
-    def triplets(self, W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        U, sigma, Vh = svd(W)
-        return U[:, -self.r :], sigma[-self.r :], Vh[-self.r :]

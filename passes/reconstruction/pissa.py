@@ -1,10 +1,10 @@
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 
 from subgraph_peft.errors import MethodError
-from subgraph_peft.linalg import svd
+from subgraph_peft.linalg import check_rank, svd
 from subgraph_peft.method import Method, Tensor, frozen, trainable
 from subgraph_peft.sites import Site
 
@@ -12,10 +12,11 @@ from subgraph_peft.sites import Site
 class PiSSA(Method):
     """φ(W) = (W − s B₀A₀) + s B A,  s = α/r
 
-    A₀ = diag(√(σ/s)) Vh [r, in] and B₀ = U diag(√(σ/s)) [out, r] from the r largest singular triplets; A and B start
-    there. The residual W − s B₀A₀ is computed once. α defaults to r, hence s = 1; `niter` power iterations of a fast
-    SVD, exact by default. A₀ and B₀ are kept: the update is the plain LoRA s (BA − B₀A₀) of rank 2r.
-    Source: Meng et al. 2024, "PiSSA", Eq. 2 to 4.
+    A₀ = diag(√(σ/s)) Vh [r, in] and B₀ = U diag(√(σ/s)) [out, r] from r singular triplets: the largest, the middle or
+    the smallest (`components`); A and B start there. Here σ is at least ε‖W‖, ε of float32: where W is rank-deficient,
+    factors would be zero and never train. The residual W − s B₀A₀ is computed once, from W itself. α defaults to r,
+    hence s = 1; `niter` power iterations of a fast SVD for the largest, exact by default. A₀ and B₀ are kept: the
+    update is the plain LoRA s (BA − B₀A₀) of rank 2r. Source: Meng et al. 2024, "PiSSA", Eq. 2 to 4, Appendix F.
     """
 
     name: ClassVar[str] = "pissa"
@@ -24,7 +25,15 @@ class PiSSA(Method):
 
     r: PositiveInt = 8
     alpha: float | None = None
+    components: Literal["principal", "medium", "minor"] = "principal"
     niter: NonNegativeInt | None = None
+
+    def model_post_init(self, context: Any) -> None:
+        if self.niter is not None and self.components != "principal":
+            raise MethodError(
+                f"{self.name}: the fast SVD (niter = {self.niter}) finds principal components, not {self.components} "
+                "ones. Leave niter out for the exact one."
+            )
 
     @property
     def s(self) -> float:
@@ -35,17 +44,17 @@ class PiSSA(Method):
         return {"A": trainable(*A), "B": trainable(*B), "A0": frozen(*A), "B0": frozen(*B)}
 
     def prepare(self, site: Site, W: torch.Tensor) -> dict[str, torch.Tensor]:
-        if self.r > min(W.shape):
-            raise MethodError(
-                f"{self.name} at {site.name}: r = {self.r} exceeds min(in, out) = {min(W.shape)} of {list(W.shape)}."
-            )
-        U, sigma, Vh = self.triplets(W)
-        q = (sigma / self.s).sqrt()
+        check_rank(self.name, site, self.r)
+        spare = min(W.shape) - self.r
+        first = {"principal": 0, "medium": spare // 2, "minor": spare}[self.components]
+        U, sigma, Vh = svd(W, first + self.r, self.niter)
+        U, sigma, Vh = U[:, first:], sigma[first:], Vh[first:]
+        floor = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(W)
+        if not floor:
+            raise MethodError(f"{self.name} at {site.name}: W is zero, and factors that start at zero never train.")
+        q = (sigma.clamp_min(floor) / self.s).sqrt()
         A, B = q[:, None] * Vh, U * q
         return {"A": A, "B": B, "A0": A, "B0": B}
-
-    def triplets(self, W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return svd(W, self.r, self.niter)
 
     def weight(
         self, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, A0: torch.Tensor, B0: torch.Tensor

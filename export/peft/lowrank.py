@@ -1,0 +1,65 @@
+"""Any weight update as a plain LoRA: ΔW = φ(W) − W = s B A, exactly or truncated."""
+
+import torch
+from subgraph_peft.passes import LoRA
+
+from subgraph_peft.adapter import Target, targets
+from subgraph_peft.errors import MethodError
+from subgraph_peft.program import Program
+
+from .pieces import Piece
+
+
+@torch.no_grad()
+def lora_pieces(program: Program, rank: int | None, tolerance: float) -> tuple[list[Piece], dict[str, float]]:
+    """(a LoRA with s = 1 at every rewritten weight, ‖ΔW − B A‖ / ‖ΔW‖ by weight)
+
+    A [r, in] and B [out, r] are the singular vectors of ΔW, computed in float64, each times √σ; r is the rank of ΔW, at
+    most `rank`. Raises MethodError for an adapter that does not fold, an update of full rank, and an error above
+    `tolerance`.
+    """
+    held = dict(program.module.tensors())
+    found, errors = [], {}
+    for target in targets(program.adapters):
+        if target.part not in ("weight", "bias"):
+            names = ", ".join(adapter.name for adapter, _ in target.chain)
+            raise MethodError(
+                f"{names} at {target.name} changes no weight, so that it is no LoRA. Use program.save(folder)."
+            )
+        if target.part == "weight":
+            adapter, site = target.chain[0]
+            dtype = held[next(iter(adapter.paths(site).values()))].dtype
+            W = Target("weight", target.name, site, ()).evaluate(held, torch.float64)
+            update = target.evaluate(held, torch.float64) - W
+            A, B = factors(update, W, target.name, rank)
+            A, B = A.to(dtype), B.to(dtype)
+            errors[target.name] = relative(update - B.double() @ A.double(), update)
+            method = LoRA(r=len(A), alpha=len(A))
+            found.append(Piece(adapter.name, site, method, {"A": A, "B": B}, {}))
+    worst = max(errors, key=errors.get, default=None)
+    if worst is not None and errors[worst] > tolerance:
+        raise MethodError(
+            f"At rank {rank} the LoRA loses {errors[worst]:.1%} of the update of {worst}, more than {tolerance:.1%}. "
+            f"Give a larger rank, or accept it with tolerance={errors[worst] * 1.01:.2g}."
+        )
+    return found, errors
+
+
+def factors(update: torch.Tensor, W: torch.Tensor, where: str, rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of rank at most `rank`, with B A the closest to the update; a zero row and column where it is zero."""
+    U, S, Vh = torch.linalg.svd(update, full_matrices=False)
+    noise = max(update.shape) * torch.finfo(S.dtype).eps * (torch.linalg.matrix_norm(W) + S[0])
+    full = int((noise < S).sum())
+    r = max(1, full if rank is None else min(rank, full))
+    if rank is None and r * sum(update.shape) >= update.numel():
+        raise MethodError(
+            f"The update of {where} {list(update.shape)} has rank {full}: it is not low. Give rank= for a truncated "
+            "one with its error stated, or fold it into plain weights."
+        )
+    root = torch.where(S[:r] > noise, S[:r], 0).sqrt()
+    return root[:, None] * Vh[:r], U[:, :r] * root
+
+
+def relative(lost: torch.Tensor, update: torch.Tensor) -> float:
+    size = torch.linalg.matrix_norm(update).item()
+    return torch.linalg.matrix_norm(lost).item() / size if size else 0.0

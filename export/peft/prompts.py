@@ -1,0 +1,160 @@
+"""Prompt tuning, P-tuning and prefix tuning in peft's layout: one tensor, `prompt_embeddings`, evaluated."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from subgraph_peft.passes.reconstruction.p_tuning import PTuning
+from subgraph_peft.passes.reconstruction.prefix_tuning import PrefixTuning
+from subgraph_peft.passes.reconstruction.prompt_tuning import PromptTuning
+
+from subgraph_peft.adapter import Adapter
+from subgraph_peft.errors import CheckpointError, MethodError
+from subgraph_peft.method import Method
+from subgraph_peft.places import candidates
+from subgraph_peft.program import Program
+from subgraph_peft.sites import Site
+
+from .folder import WRAPPER, Layout, Slot
+from .form import Form, one
+from .options import ABOUT, Options
+from .pieces import Piece
+
+KEY = "prompt_embeddings"
+
+
+class PromptOptions(Options):
+    """PromptLearningConfig. How the virtual tokens started, or were computed, says nothing about their values."""
+
+    ignored: ClassVar[frozenset[str]] = ABOUT | {
+        "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "init_weights",
+        "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout",
+        "prefix_projection",
+    }  # fmt: skip
+
+    num_virtual_tokens: int
+    token_dim: int
+    num_transformer_submodules: int | None = 1
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+
+    def problems(self) -> list[str]:
+        count = self.num_transformer_submodules
+        two = "virtual tokens for an encoder and a decoder at once are not known; use it in peft"
+        return [] if count in (None, 1) else [f"num_transformer_submodules = {count}: {two}"]
+
+
+class PromptForm(Form):
+    """prompt_embeddings [n, d], before the embedded sequence."""
+
+    peft_type = "PROMPT_TUNING"
+    options = PromptOptions
+    prefix = WRAPPER
+    written_by: ClassVar[type[Method]] = PromptTuning
+
+    def takes(self, method: Method) -> bool:
+        return type(method) is self.written_by
+
+    def layout(self, captured: Program, options: PromptOptions, tensors: Mapping[str, torch.Tensor]) -> Layout:
+        method = PromptTuning(n=options.num_virtual_tokens)
+        (site,) = candidates(captured, method)
+        check(site.out_features == options.token_dim, "token_dim", options.token_dim, site.out_features)
+        adapter = Adapter(method.name, method, (site,))
+        slot = Slot(KEY, (options.num_virtual_tokens, options.token_dim))
+        return Layout((adapter,), {adapter.path(site, "P"): slot})
+
+    def written(self, captured: Program, pieces: Sequence[Piece]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        if len(pieces) > 1:
+            raise MethodError("The program has several prompts; a peft folder has one. Save them with program.save.")
+        (piece,) = pieces
+        tokens = piece.method.evaluate("embeddings", tensors=piece.tensors)
+        n, d = tokens.shape
+        config = {"num_virtual_tokens": n, "token_dim": d, "num_transformer_submodules": 1, **self.about(piece.method)}
+        return config, {KEY: tokens}
+
+    def about(self, method: Method) -> dict[str, Any]:
+        return {"prompt_tuning_init": "RANDOM"}
+
+
+class PTuningForm(PromptForm):
+    """prompt_embeddings = g(P) [n, d]: the encoder is not in the file, so that it reads back as a prompt."""
+
+    peft_type = "P_TUNING"
+    written_by = PTuning
+
+    def about(self, method: PTuning) -> dict[str, Any]:
+        return {"encoder_reparameterization_type": method.encoder.upper(), "encoder_hidden_size": method.hidden}
+
+
+class PrefixForm(Form):
+    """prompt_embeddings [n, 2 · layers · heads · width]: keys and values of every attention in turn."""
+
+    peft_type = "PREFIX_TUNING"
+    options = PromptOptions
+    prefix = WRAPPER
+
+    def takes(self, method: Method) -> bool:
+        return type(method) is PrefixTuning
+
+    def layout(self, captured: Program, options: PromptOptions, tensors: Mapping[str, torch.Tensor]) -> Layout:
+        method = PrefixTuning(n=options.num_virtual_tokens)
+        sites = tuple(candidates(captured, method))
+        shape = alike(sites, CheckpointError)
+        check(options.num_layers in (None, len(sites)), "num_layers", options.num_layers, len(sites))
+        check(
+            options.num_attention_heads in (None, shape[0]),
+            "num_attention_heads",
+            options.num_attention_heads,
+            shape[0],
+        )
+        size = shape[0] * shape[1]
+        check(options.token_dim == size, "token_dim", options.token_dim, size)
+        adapter = Adapter(method.name, method, sites)
+        whole = (method.n, 2 * len(sites) * size)
+        slots = {}
+        for layer, site in enumerate(sites):
+            for half, name in enumerate(("keys", "values")):
+                slots[adapter.path(site, name)] = Slot(
+                    KEY, whole, columns((2 * layer + half) * size, (method.n, *shape))
+                )
+        return Layout((adapter,), slots)
+
+    def written(self, captured: Program, pieces: Sequence[Piece]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        n = one("the number of virtual tokens", pieces, lambda method: method.n)
+        if len({piece.adapter for piece in pieces}) > 1:
+            raise MethodError("The program has several prefixes; a peft folder has one. Save them with program.save.")
+        every = candidates(captured, pieces[0].method)
+        by_site = {piece.site.name: piece for piece in pieces}
+        if missing := [site.name for site in every if site.name not in by_site]:
+            raise MethodError(
+                f"{missing[0]} has no prefix; peft puts one before every attention. Use program.save(folder)."
+            )
+        if one("positions", pieces, lambda method: method.positions) == "kept":
+            raise MethodError('prefix_tuning keeps positions; peft starts them at n. Use positions="shifted".')
+        heads, width = alike(every, MethodError)
+        halves = []
+        for site in every:
+            piece = by_site[site.name]
+            pair = piece.method.evaluate("keys_values", tensors={**piece.tensors, **piece.shared})
+            halves += [half.reshape(n, heads * width) for half in pair]
+        config = {
+            "num_virtual_tokens": n, "token_dim": heads * width, "num_transformer_submodules": 1,
+            "num_attention_heads": heads, "num_layers": len(every), "prefix_projection": False,
+        }  # fmt: skip
+        return config, {KEY: torch.cat(halves, dim=1)}
+
+
+def columns(start: int, shape: tuple[int, int, int]) -> Any:
+    return lambda stored: stored[:, start : start + shape[1] * shape[2]].reshape(shape)
+
+
+def alike(sites: Sequence[Site], error: type[Exception]) -> tuple[int, int]:
+    """[heads, width] of every attention."""
+    if len({site.shape for site in sites}) > 1:
+        raise error("The model's attentions have keys of different sizes; peft's layout has one for all.")
+    return sites[0].shape
+
+
+def check(fits: bool, name: str, theirs: Any, ours: Any) -> None:
+    if not fits:
+        raise CheckpointError(f"{name} is {theirs}; the model has {ours}. Load the model that it was trained on.")
