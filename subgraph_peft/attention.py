@@ -18,6 +18,7 @@ ATTENTION = aten.scaled_dot_product_attention.default
 # operators through which positions stay positions: constants are added, padding is multiplied away
 KEEPS = CARRIES | {
     aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.mul.Tensor, aten.masked_fill.Scalar,
+    aten.repeat.default,
 }  # fmt: skip
 ARANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 LOOKUPS = {aten.embedding.default: 1, aten.index_select.default: 2}
@@ -75,11 +76,12 @@ def heads(node: fx.Node) -> tuple[tuple[Any, ...], int]:
 class Prefix:
     """Puts keys and values before those of one attention, in place.
 
-    emitter: node -> emit(target, args, term, kwargs=…), which adds nodes before it
+    emitter: (node, like=None) -> emit(target, args, term, kwargs=None), which adds nodes before `node`, of the module
+             of `like`
     device:  of the graph's constants
     """
 
-    def __init__(self, graph: fx.Graph, name: str, emitter: Callable[[fx.Node], Emit], device: torch.device):
+    def __init__(self, graph: fx.Graph, name: str, emitter: Callable[..., Emit], device: torch.device):
         self.graph, self.name, self.emitter, self.device = graph, name, emitter, device
         self.node = attentions(graph)[name]
         self.arguments = bound(self.node)
@@ -121,7 +123,9 @@ class Prefix:
             raise MethodError(f"The mask {mask.name} {list(sizes(mask))} of {self.name} does not tell keys apart.")
         arguments = (mask, [n, 0], True if mask.meta["val"].dtype == torch.bool else 0.0)
         known = [u for u in mask.users if u.target is aten.constant_pad_nd.default and u.args == arguments]
-        return known[0] if known else put(self.emitter(mask.next), aten.constant_pad_nd.default, arguments, "mask", mask)
+        if known:
+            return known[0]
+        return put(self.emitter(mask.next, mask), aten.constant_pad_nd.default, arguments, "mask", mask)
 
     def causal(self) -> fx.Node:
         """The mask of is_causal, one for all attentions over this length."""
@@ -133,7 +137,7 @@ class Prefix:
         for node in self.graph.nodes:
             if node.meta.get(CAUSAL) == length:
                 return node
-        emit = self.emitter(first.next)
+        emit = self.emitter(first.next, first)
         size = emit(aten.sym_size.int, (first, 2), "length")
         options = {"dtype": torch.bool, "device": self.device}
         mask = emit(aten.tril.default, (emit(aten.ones.default, ([size, size],), "visible", options),), "causal")
@@ -157,7 +161,7 @@ class Prefix:
             if known:
                 reader.replace_input_with(source, known[0])
                 continue
-            emit = self.emitter(source.next)
+            emit = self.emitter(source.next, source)
             start = None if from_table else self.start(source, length, emit)
             counted = source if start is None else put(emit, aten.sub.Tensor, (source, start), "from_first", source)
             added = put(emit, aten.add.Tensor, (counted, moved), "positions", source)

@@ -171,52 +171,55 @@ class Lowering:
         return held if self.adapter_dtype == dtype else emit(aten.to.dtype, (held, dtype), f"{tensor}_cast", adapter)
 
     def embeddings(self) -> None:
-        """The virtual positions of the chain in front of the embedded sequence, a later adapter's in front."""
-        (virtual,), lengths = self.virtual(entry(self.graph).lookup, 1, (self.site.out_features,))
-        Extension(self.graph, sum(lengths.values()), self.around, self.device).run(virtual)
+        lengths, (virtual,) = self.virtual(entry(self.graph).embedded, ("virtual",), (self.site.out_features,))
+        Extension(self.graph, sum(lengths.values()), self.emitter_of_chain, self.device).run(virtual)
 
     def keys_values(self) -> None:
-        (keys, values), lengths = self.virtual(attentions(self.graph)[self.site.name], 2, self.site.shape)
+        attention = attentions(self.graph)[self.site.name]
+        lengths, (keys, values) = self.virtual(attention, ("keys", "values"), self.site.shape)
         moved = sum(lengths[adapter.name] for adapter, site in self.target.chain if adapter.at(site).moves_positions)
-        prefix = Prefix(self.graph, self.site.name, self.around, self.device)
+        prefix = Prefix(self.graph, self.site.name, self.emitter_of_chain, self.device)
         prefix.run(keys, values, sum(lengths.values()), moved)
 
-    def around(self, before: fx.Node) -> Callable[..., fx.Node]:
-        """An emitter of nodes that belong to the chain as a whole."""
-        emit, adapter = self.emitter(before), self.target.chain[-1][0].name
-        return lambda target, args, term, kwargs=None: emit(target, args, term, adapter, kwargs)
-
     def virtual(
-        self, like: fx.Node, count: int, width: tuple[int, ...]
-    ) -> tuple[tuple[fx.Node, ...], dict[str, int]]:
-        """The `count` results [n, *width] of every equation, joined along n, at the top of the graph; n by adapter."""
-        first = next(node for node in self.graph.nodes if node.op == "call_function")
-        emit = self.emitter(first, like)
-        parts: list[list[fx.Node]] = []
+        self, like: fx.Node, names: tuple[str, ...], width: tuple[int, ...]
+    ) -> tuple[dict[str, int], list[fx.Node]]:
+        """(adapter -> n, the named results [n, *width] of its equation, joined along n with a later adapter's in front),
+        in the dtype of `like`, at the top of the graph."""
+        emit = self.emitter(next(node for node in self.graph.nodes if node.op == "call_function"), like)
         lengths: dict[str, int] = {}
+        parts: list[list[fx.Node]] = []
         for adapter, site in reversed(self.target.chain):
             equation = equation_of(replace(self.target, chain=((adapter, site),)), {})
             shapes = [equation.shape(node) for node in equation.results]
-            if [shape[1:] for shape in shapes] != [width] * count or len({shape[:1] for shape in shapes}) > 1:
+            lengths[adapter.name] = shapes[0][0]
+            if shapes != [(lengths[adapter.name], *width)] * len(names):
                 raise MethodError(
-                    f"{adapter.name}.{self.target.part} gives {', '.join(map(str, map(list, shapes)))} at {site.name}, "
-                    f"not {' and '.join([str(['n', *width])] * count)}."
+                    f"{self.target.part} of {adapter.name} gives {' and '.join(map(str, map(list, shapes)))} at "
+                    f"{site.name}, not {' and '.join([f'[n, {str(list(width))[1:]}'] * len(names))}."
                 )
-            mapped: dict[fx.Node, Any] = {}
+            terms = dict(zip(equation.results, names, strict=True))
+            mapped: dict[fx.Node, fx.Node] = {}
             for node in equation.graph.nodes:
-                if node.op == "placeholder" and (node.users):
+                if node.op == "placeholder" and node.users:
                     mapped[node] = self.reader(adapter.path(site, equation.operands[node][1]))
                 elif node.op == "call_function":
                     args, kwargs = (fx.node.map_arg(part, mapped.__getitem__) for part in (node.args, node.kwargs))
-                    mapped[node] = emit(node.target, args, equation.term(node), adapter.name, kwargs)
+                    term = terms.get(node) or equation.term(node)
+                    mapped[node] = emit(node.target, args, term, adapter.name, kwargs)
             parts.append([mapped[node] for node in equation.results])
-            lengths[adapter.name] = shapes[0][0]
-        name = self.target.chain[-1][0].name
-        joined = [group[0] if len(group) == 1 else emit(aten.cat.default, (list(group),), "joined", name)
-                  for group in zip(*parts, strict=True)]
-        if self.adapter_dtype != self.base_dtype:
-            joined = [emit(aten.to.dtype, (node, self.base_dtype), "cast", name) for node in joined]
-        return tuple(joined), lengths
+        dtype, last = like.meta["val"].dtype, self.target.chain[-1][0].name
+        joined = list(parts[0])
+        if len(parts) > 1:
+            joined = [emit(aten.cat.default, (list(several),), "joined", last) for several in zip(*parts, strict=True)]
+        if dtype != self.adapter_dtype:
+            joined = [emit(aten.to.dtype, (node, dtype), "cast", last) for node in joined]
+        return lengths, joined
+
+    def emitter_of_chain(self, before: fx.Node, like: fx.Node | None = None) -> Callable[..., fx.Node]:
+        """An emitter of nodes that belong to the chain as a whole."""
+        emit, last = self.emitter(before, like), self.target.chain[-1][0].name
+        return lambda target, args, term, kwargs=None: emit(target, args, term, last, kwargs)
 
     def users(self, parameter: fx.Node) -> tuple[list[fx.Node], fx.Node]:
         """The readers of a parameter, and the first of them in the graph."""

@@ -221,8 +221,15 @@ class Wrapper(Method):
     def layers_at(self, site: Site) -> list[Layer]:
         return [*super().layers_at(site), *self.of.layers_at(site)]
 
+    def added(self, site: Site) -> dict[str, Tensor]:
+        """Tensors by name beside the inner method's."""
+        return {}
+
     def tensors(self, site: Site) -> dict[str, Tensor]:
-        return self.of.tensors(site)
+        inner, own = self.of.tensors(site), self.added(site)
+        if clash := set(own) & set(inner):
+            raise MethodError(f"{self.name} and {self.of.name} inside it both have a tensor {sorted(clash)[0]!r}.")
+        return {**inner, **own}
 
     def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
         return self.of.shared(sites)

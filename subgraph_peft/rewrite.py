@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from . import selectors
 from .adapter import PARTS, Adapter, Target, identifier, targets
@@ -104,6 +105,8 @@ def rewrite(
         kept.setdefault(path, tensors[path].detach().to(dtype, copy=True))
     old = {n: nn.Parameter(v, requires_grad=tensors[n].requires_grad or n in trained) for n, v in kept.items()}
     result = generate(captured, (*program.adapters, adapter), {**old, **added}, dtype)
+    if method.defines("embeddings") or method.defines("keys_values"):
+        check_example(result, adapter)
     return replace(result, history=(*program.history, adapter.name))
 
 
@@ -143,6 +146,28 @@ def check_arguments(program: Program, method: Method) -> None:
         raise MethodError(f"rewrite takes a method with its options, such as LoRA(r=8), not {shown}.")
     if not any(map(method.defines, PARTS)):
         raise MethodError(f"{type(method).__name__} defines none of {', '.join(PARTS)}.")
+
+
+def check_example(program: Program, adapter: Adapter) -> None:
+    """Raises MethodError where a graph with more positions does not run on the example inputs, or gives other shapes
+    than the captured one."""
+    if program.module.home.device.type == "meta":
+        return
+    config = getattr(program.module, "config", None)
+    rows = getattr(config, "max_position_embeddings", getattr(config, "n_positions", None))
+    full = f" (positions end at {rows})" if rows else ""
+    try:
+        after, before = pytree.tree_leaves(program.run()), pytree.tree_leaves(program.captured.run())
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise MethodError(
+            f"{adapter.name}: {program.source} does not run on the example inputs with more positions: "
+            f"{type(error).__name__}: {reason} If its table of positions is full{full}, use fewer virtual positions or "
+            "capture it with shorter example inputs."
+        ) from error
+    shapes = [[tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)] for leaves in (before, after)]
+    if shapes[0] != shapes[1]:
+        raise MethodError(f"{adapter.name}: the outputs of {program.source} change from {shapes[0]} to {shapes[1]}.")
 
 
 def adapter_dtype(program: Program, wanted: torch.dtype | None) -> torch.dtype:

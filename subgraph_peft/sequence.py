@@ -26,7 +26,11 @@ CARRIES = {
 SCALES = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.to.dtype, aten.to.dtype_layout, aten.to.device}
 LOSSES = {aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default}
 EQUALITIES = {aten.eq.Scalar, aten.ne.Scalar}
-COMPARISONS = {aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar, aten.ge.Scalar}
+# operators that read the shape of ids only, or where the largest is
+HARMLESS = {
+    aten.sym_size.int, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.zeros_like.default,
+    aten.ones_like.default, aten.full_like.default, aten.argmax.default, *LOSSES,
+}  # fmt: skip
 # operators that single out or reorder positions -> which argument is the dimension
 COUNTS = {
     aten.flip.default: 1, aten.unbind.int: 1, aten.unfold.default: 1, aten.roll.default: 2, aten.split.Tensor: 2,
@@ -179,11 +183,12 @@ class Extension:
     they enter it, virtual rows of the embedding are set to P, and outputs are cut back to the T real positions. A
     position that the model picks by its number, as a pooled first token, is counted from the first real token.
 
-    emitter: node -> emit(target, args, term, kwargs=…), which adds nodes before it
+    emitter: (node, like=None) -> emit(target, args, term, kwargs=None), which adds nodes before `node`, of the module
+             of `like`
     device:  of the graph's constants
     """
 
-    def __init__(self, graph: fx.Graph, n: int, emitter: Callable[[fx.Node], Emit], device: torch.device):
+    def __init__(self, graph: fx.Graph, n: int, emitter: Callable[..., Emit], device: torch.device):
         self.graph, self.n, self.emitter, self.device = graph, n, emitter, device
         self.entry = entry(graph)
         self.fills = fills(graph, self.entry)
@@ -262,7 +267,7 @@ class Extension:
     def place(self, virtual: fx.Node) -> None:
         """P into the virtual rows of the embedding."""
         embedded = self.entry.embedded
-        users, emit = list(embedded.users), self.emitter(embedded.next)
+        users, emit = list(embedded.users), self.emitter(embedded.next, embedded)
         width = sizes(embedded)[2]
         at = self.arange(self.n, "virtual_steps", emit)
         at = at if self.start is None else emit(aten.add.Tensor, (self.start, at), "virtual_at")
@@ -359,7 +364,10 @@ def fills(graph: fx.Graph, found: Entry) -> dict[fx.Node, Any]:
 
 
 def dummy(found: Entry) -> int:
-    """A token id that the graph takes for an ordinary one: none that it compares ids with, such as padding."""
+    """A token id that the graph takes for an ordinary one: none that it compares ids with, such as padding.
+
+    Raises MethodError where the graph does something else with ids, such as giving them to a decoder.
+    """
     taken: set[Any] = {found.lookup.args[2]} if len(found.lookup.args) > 2 else set()
     stack = [found.ids]
     while stack:
@@ -368,8 +376,10 @@ def dummy(found: Entry) -> int:
                 stack.append(user)
             elif user.target in EQUALITIES:
                 taken.add(user.args[1])
-            elif user.target in COMPARISONS:
-                raise MethodError(f"{user.name} compares token ids by size; no id is known to be ordinary to it.")
+            elif user not in (found.lookup, found.lookup.graph.output_node()) and user.target not in HARMLESS:
+                raise MethodError(
+                    f"{operator_name(user)} at {user.name} reads token ids as numbers; virtual positions have none."
+                )
     return next(i for i in range(len(taken) + 1) if i not in taken)
 
 

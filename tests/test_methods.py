@@ -366,3 +366,8 @@ def test_counts_on_the_six_sites_of_a_deberta_layer():
     assert count(PiSSA(r=2)) == count(MiLoRA(r=2)) == count(LieRA(r=2)) == count(SpectralAdditive(r=2)) == lora
     assert count(FLoRA(r=2)) == count(MoSLoRA(r=2)) == lora + 72 * 4 and count(TriLoRA(r=2)) == lora + 72 * 2
     assert count(SpectralRotational(r=2)) == 72 * 2 * 4 and count(SpectralRotational(r=2, scale=True)) == 72 * (8 + 2)
+
+
+def test_a_wrapper_whose_tensor_is_the_inner_methods_too_is_refused(narrow):
+    with pytest.raises(sp.MethodError, match="dora and dora inside it both have a tensor 'm'"):
+        sp.rewrite(narrow, DoRA(of=DoRA()), where="from_one")

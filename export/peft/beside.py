@@ -21,7 +21,7 @@ BASE = "base_layer."
 TASKS = {
     "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForQuestionAnswering": "QUESTION_ANS", "Model": "FEATURE_EXTRACTION",
 }  # fmt: skip
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
@@ -127,7 +127,8 @@ class Saved:
 
 
 def write(program: Program, form: Form, values: Mapping[str, torch.Tensor], adapted: Collection[str]) -> Saved:
-    """`values` as modules_to_save and, under modules that have an adapter, as `bias`. Raises MethodError."""
+    """`values` as modules_to_save and, under modules that have an adapter, as `bias`. A task type that brings heads is
+    given where they are saved. Raises MethodError."""
     base = program.captured.module.state_dict()
     biases = {name for name in base if name.rpartition(".")[2] == "bias"}
     under = {name for name in values if owner(name) in adapted}
@@ -136,16 +137,24 @@ def write(program: Program, form: Form, values: Mapping[str, torch.Tensor], adap
             f"{lost[0]} is trained in full beside an adapter at its module, which a peft folder ({form.peft_type}) "
             "cannot hold. Use program.save(folder)."
         )
-    task, heads = task_of(program, values)
-    saved = {within(owner(name), heads) for name in values if name not in biases}
-    loose = {name for name in biases if not inside(name, saved)}
+    saved = {owner(name) for name in values if name not in biases}
+    loose = {name for name in biases if owner(name) not in saved}
     rest = {name for name in values if name in loose}
     which, kept = "none", set()
     if form.only and rest and rest == loose:
         which, kept = "all", loose
     elif under:
         which, kept = form.only, {name for name in loose if owner(name) in adapted}
-    saved |= {within(owner(name), heads) for name in rest - kept}
+    saved |= {owner(name) for name in rest - kept}
+    task, heads = task_of(program)
+    if form.needs_task:
+        saved |= set(heads)
+        if task is None:
+            raise MethodError(f"peft puts no virtual tokens before a {program.source}. Use program.save(folder).")
+    elif not all(any(within(module, [head]) == head for module in saved) for head in heads):
+        task, heads = None, []
+    saved = {within(module, heads) for module in saved}
+    kept = {name for name in kept if not inside(name, saved)}
     names = [name for name in base if inside(name, saved)]
     tensors = {f"{form.prefix}{name}": values.get(name, base[name]) for name in names}
     tensors |= {key_of(name, adapted): values.get(name, base[name]) for name in kept}
@@ -162,11 +171,8 @@ def within(module: str, heads: Collection[str]) -> str:
     return next((head for head in heads if f"{module}.".startswith(f"{head}.")), module)
 
 
-def task_of(program: Program, values: Collection[str]) -> tuple[str | None, list[str]]:
-    """(peft's task type, the heads that it saves whole). Without a trained head, a type that brings one is left out."""
+def task_of(program: Program) -> tuple[str | None, list[str]]:
+    """(peft's task type, the heads that it always saves, whole)"""
     task = next((task for ending, task in TASKS.items() if program.source.endswith(ending)), None)
     named = HEADS.get(task, ())
-    heads = outermost([module for module in modules(program.captured) if module.endswith(named)] if named else [])
-    if named and not all(any(name.startswith(f"{head}.") for name in values) for head in heads):
-        return None, []
-    return task, heads
+    return task, outermost([module for module in modules(program.captured) if named and module.endswith(named)])

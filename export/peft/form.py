@@ -25,13 +25,16 @@ Keys = Mapping[str, tuple[str, tuple[int, ...]]]
 class Form:
     """One `peft_type`.
 
-    prefix: before the names of the model's own parameters        only: the value of `bias` that trains those beside
+    prefix: before the names of the model's own parameters
+    only:   the value of `bias` that trains those of adapted modules; None where there is no such option
+    needs_task: peft applies it by the task type
     """
 
     peft_type: ClassVar[str]
     options: ClassVar[type[Options]]
     prefix: ClassVar[str] = MODULES
     only: ClassVar[str | None] = None
+    needs_task: ClassVar[bool] = False
 
     def takes(self, method: Method) -> bool:
         """Whether a method is of this kind."""
@@ -123,8 +126,8 @@ class ModuleForm(Form):
                 raise MethodError(f"{piece.adapter} at {piece.site.name} {why}. Use program.save(folder).")
             if piece.site.name in met:
                 raise MethodError(
-                    f"{piece.site.name} is rewritten by {met[piece.site.name]} and {piece.adapter}; a peft folder has one "
-                    "adapter at a module. as_lora=True writes their sum."
+                    f"{piece.site.name} is rewritten by {met[piece.site.name]} and {piece.adapter}; a peft folder has "
+                    "one adapter at a module. as_lora=True writes their sum."
                 )
             met[piece.site.name] = piece.adapter
 

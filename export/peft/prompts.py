@@ -13,6 +13,7 @@ from subgraph_peft.errors import CheckpointError, MethodError
 from subgraph_peft.method import Method
 from subgraph_peft.places import candidates
 from subgraph_peft.program import Program
+from subgraph_peft.sequence import carriers, entry, picks
 from subgraph_peft.sites import Site
 
 from .folder import WRAPPER, Layout, Slot
@@ -21,6 +22,8 @@ from .options import ABOUT, Options
 from .pieces import Piece
 
 KEY = "prompt_embeddings"
+SEQUENCE_TO_SEQUENCE = "SEQ_2_SEQ_LM"
+TWO = "virtual tokens of an encoder and a decoder at once are not known; use it in peft"
 
 
 class PromptOptions(Options):
@@ -39,23 +42,30 @@ class PromptOptions(Options):
     num_layers: int | None = None
 
     def problems(self) -> list[str]:
-        count = self.num_transformer_submodules
-        two = "virtual tokens for an encoder and a decoder at once are not known; use it in peft"
-        return [] if count in (None, 1) else [f"num_transformer_submodules = {count}: {two}"]
+        fits = self.num_transformer_submodules in (None, 1) and self.task_type != SEQUENCE_TO_SEQUENCE
+        return [] if fits else [f"task_type = {SEQUENCE_TO_SEQUENCE!r}: {TWO}"]
 
 
-class PromptForm(Form):
-    """prompt_embeddings [n, d], before the embedded sequence."""
+class VirtualForm(Form):
+    """Virtual tokens: one tensor, beside no module."""
 
-    peft_type = "PROMPT_TUNING"
     options = PromptOptions
     prefix = WRAPPER
+    needs_task = True
+
+
+class PromptForm(VirtualForm):
+    """prompt_embeddings [n, d], before the embedded sequence. On rows padded on the left peft puts them before the
+    padding, this package behind it."""
+
+    peft_type = "PROMPT_TUNING"
     written_by: ClassVar[type[Method]] = PromptTuning
 
     def takes(self, method: Method) -> bool:
         return type(method) is self.written_by
 
     def layout(self, captured: Program, options: PromptOptions, tensors: Mapping[str, torch.Tensor]) -> Layout:
+        check_picks(captured, CheckpointError)
         method = PromptTuning(n=options.num_virtual_tokens)
         (site,) = candidates(captured, method)
         check(site.out_features == options.token_dim, "token_dim", options.token_dim, site.out_features)
@@ -66,6 +76,7 @@ class PromptForm(Form):
     def written(self, captured: Program, pieces: Sequence[Piece]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         if len(pieces) > 1:
             raise MethodError("The program has several prompts; a peft folder has one. Save them with program.save.")
+        check_picks(captured, MethodError)
         (piece,) = pieces
         tokens = piece.method.evaluate("embeddings", tensors=piece.tensors)
         n, d = tokens.shape
@@ -86,12 +97,10 @@ class PTuningForm(PromptForm):
         return {"encoder_reparameterization_type": method.encoder.upper(), "encoder_hidden_size": method.hidden}
 
 
-class PrefixForm(Form):
+class PrefixForm(VirtualForm):
     """prompt_embeddings [n, 2 · layers · heads · width]: keys and values of every attention in turn."""
 
     peft_type = "PREFIX_TUNING"
-    options = PromptOptions
-    prefix = WRAPPER
 
     def takes(self, method: Method) -> bool:
         return type(method) is PrefixTuning
@@ -142,6 +151,19 @@ class PrefixForm(Form):
             "num_attention_heads": heads, "num_layers": len(every), "prefix_projection": False,
         }  # fmt: skip
         return config, {KEY: torch.cat(halves, dim=1)}
+
+
+def check_picks(captured: Program, error: type[Exception]) -> None:
+    """Where the model picks a position by its number, peft lets it pick a virtual token."""
+    graph = captured.module.graphs()[0]
+    found = entry(graph)
+    held = carriers(graph, found, {})
+    if picked := next((node for node in graph.nodes if node in held and picks(node, found)), None):
+        raise error(
+            f"{captured.source} reads a token by its position ({picked.name}): behind a prompt that is a virtual token in "
+            "peft, and the real one in this package. Use program.save(folder) in place of a peft folder; or capture the "
+            "model without its pooled output."
+        )
 
 
 def columns(start: int, shape: tuple[int, int, int]) -> Any:

@@ -21,8 +21,8 @@ class DoRA(Wrapper):
     of: Method = LoRA()
     norm_gradient: bool = False
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
-        return {**self.of.tensors(site), "m": trainable(site.out_features, decay=False)}
+    def added(self, site: Site) -> dict[str, Tensor]:
+        return {"m": trainable(site.out_features, decay=False)}
 
     def prepare(self, site: Site, W: torch.Tensor) -> dict[str, torch.Tensor]:
         return {**self.of.prepare(site, W), "m": torch.linalg.vector_norm(W, dim=1)}
