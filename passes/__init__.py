@@ -24,7 +24,10 @@ from .reconstruction.bitfit import BitFit
 from .reconstruction.diff_pruning import DiffPruning
 from .reconstruction.ia3 import IA3
 from .reconstruction.milora import MiLoRA
+from .reconstruction.p_tuning import PTuning
 from .reconstruction.pissa import PiSSA
+from .reconstruction.prefix_tuning import PrefixTuning
+from .reconstruction.prompt_tuning import PromptTuning
 from .reconstruction.sam_parser import SAMParser
 from .reconstruction.ssb import SSB
 from .reconstruction.ssl import SSL
@@ -49,6 +52,9 @@ __all__ = [
     "ParallelAdapter",
     "Pfeiffer",
     "PiSSA",
+    "PromptTuning",
+    "PTuning",
+    "PrefixTuning",
     "RsLoRA",
     "SAMParser",
     "SpectralAdditive",

@@ -24,7 +24,7 @@ from .pipeline import Pipeline
 from .program import Program
 from .rewrite import rewrite
 from .sites import Site, sites
-from .train import TrainOptions, TrainResult, train
+from .train import TrainOptions, TrainResult, parameter_groups, train
 
 __version__ = "0.1.0"
 
@@ -32,5 +32,6 @@ __all__ = [
     "Analysis", "AnalysisError", "CaptureError", "CaptureWarning", "CheckpointError", "ConfigError", "ExportError",
     "FoldError", "Method", "MethodError", "Pipeline", "Program", "SelectorError", "Site", "SubgraphPeftError",
     "Tensor", "TrainError", "TrainOptions", "TrainResult", "Wrapper", "analyze", "capture", "evaluate", "fold",
-    "frozen", "kaiming_uniform", "load", "normal", "ones", "rewrite", "sites", "train", "trainable", "zeros",
+    "frozen", "kaiming_uniform", "load", "normal", "ones", "parameter_groups", "rewrite", "sites", "train",
+    "trainable", "zeros",
 ]  # fmt: skip

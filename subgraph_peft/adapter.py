@@ -98,14 +98,17 @@ PARTS = ("bias", "keys_values", "embeddings", "output", "weight")
 
 
 def targets(adapters: Sequence[Adapter]) -> list[Target]:
-    """Everything that the adapters rewrite, in the order in which it is lowered."""
+    """Everything that the adapters rewrite, in the order in which it is lowered: results of inner modules first."""
     found: dict[tuple[str, str], Target] = {}
     for adapter in adapters:
         for site in adapter.sites:
             for part, name in rewritten(adapter.method, site).items():
                 known = found.get((part, name), Target(part, name, site, ()))
                 found[part, name] = Target(part, name, known.site, (*known.chain, (adapter, site)))
-    return sorted(found.values(), key=lambda target: PARTS.index(target.part))
+    def place(target: Target) -> tuple[int, int]:
+        return PARTS.index(target.part), -target.name.count(".") if target.part == "output" else 0
+
+    return sorted(found.values(), key=place)
 
 
 def rewritten(method: Method, site: Site) -> dict[str, str]:

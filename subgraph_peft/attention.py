@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from .entry import CARRIES, MASK, POSITIONS, innermost, sizes
 from .errors import MethodError
 from .graphs import aten, operator_name
-from .sequence import CARRIES, MASK, POSITIONS, Emit, first_real, innermost, sizes
+from .sequence import Emit, first_real
 from .sites import Call, Site
 
 if TYPE_CHECKING:
@@ -47,7 +48,9 @@ def attention_sites(program: "Program") -> Iterator[Site]:
                 f"{name} has keys {list(sizes(key))} and values {list(sizes(value))}; a prefix needs both as [batch, "
                 "heads, length, width] of one width."
             )
-        yield Site(name, "attention", shape, key.meta["val"].dtype, (Call(node.name, "attention", operator_name(node)),))
+        yield Site(
+            name, "attention", shape, key.meta["val"].dtype, (Call(node.name, "attention", operator_name(node)),)
+        )
 
 
 def attentions(graph: fx.Graph) -> dict[str, fx.Node]:

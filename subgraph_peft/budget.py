@@ -33,14 +33,16 @@ def trained(adapter: Adapter) -> int:
 
 
 def choose(budget: str | float, total: int, method: Method, sites: Sequence[Site], make: Make) -> tuple[Adapter, str]:
-    """(adapter, what was chosen in words). The largest rank at all sites that stays within the budget; without a rank, or where rank 1 is too much, the
-    kinds of sites (the same in every layer) that come closest to it from below.
+    """(adapter, what was chosen in words). The largest rank at all sites, up to their smallest dimension, that stays
+    within the budget; without a rank, or where rank 1 is too much, the kinds of sites (the same in every layer) that
+    come closest to it from below.
 
     Raises MethodError where not even one kind of site fits.
     """
     limit = allowed(budget, total)
     ranked = next((layer for layer in method.layers() if "r" in type(layer).model_fields), None)
-    text = f"budget {budget} of {total:,} = {limit:,}"
+    named = budget if isinstance(budget, str) or budget < 1 else f"{limit:,}"
+    text = f"budget {named} of {total:,} = {limit:,}"
     if ranked is not None:
         r = largest(lambda r: trained(make(with_options(method, {"r": r}), sites)) <= limit, cap(sites))
         method = with_options(method, {"r": max(r, 1)})

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,14 @@ Set = Annotated[
     list[str], typer.Option("--set", help="override, e.g. --set lora.r=16 --set train.epochs=1", metavar="A.B=C")
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="results folder, in place of the file's")]
+
+
+class Layout(StrEnum):
+    """Of an adapter folder."""
+
+    native = "native"
+    peft = "peft"
+    lora = "lora"
 
 
 @contextmanager
@@ -132,19 +141,23 @@ def inspect(
                     announce(f"left out by {adapter.name}: {name} ({why})")
 
 
+def with_model(config):
+    """The state of a pipeline with the captured model."""
+    from .run import prepare
+    from .steps import Capture
+
+    state = prepare(config, Path(config.output), announce)
+    return next((item for item in config.pipeline().passes if isinstance(item, Capture)), Capture())(state).state
+
+
 def with_adapter(config, adapter: Path | None):
     """The state of a pipeline with the captured model and a trained adapter on it."""
     from dataclasses import replace
 
     from .checkpoint import load
-    from .run import prepare
-    from .steps import Capture
 
-    folder = Path(config.output)
-    state = prepare(config, folder, announce)
-    capturing = next((item for item in config.pipeline().passes if isinstance(item, Capture)), Capture())
-    state = capturing(state).state
-    return replace(state, program=load(state.program, adapter or folder / "adapter"))
+    state = with_model(config)
+    return replace(state, program=load(state.program, adapter or Path(config.output) / "adapter"))
 
 
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="adapter folder; the pipeline's own by default")]
@@ -241,6 +254,40 @@ def analyze(
         for sentence in findings(analysis):
             announce(sentence)
         announce(f"\nTables and pictures: {page.parent} (start with {page.name})")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="adapter folder of this package or of huggingface/peft, or a run's")],
+    target: Annotated[Path, typer.Argument(help="folder to write")],
+    base: Annotated[
+        str | None,
+        typer.Argument(
+            help="what it was trained on: a run's folder, a pipeline, or a transformers model; by default SOURCE, "
+            "where it is a run, or the model that it names",
+            metavar="BASE",
+        ),
+    ] = None,
+    to: Annotated[Layout, typer.Option("--to", help="lora: every update as a plain LoRA of peft")] = Layout.peft,
+    rank: Annotated[int | None, typer.Option("--rank", help="of that LoRA at most; exact by default")] = None,
+    tolerance: Annotated[float, typer.Option("--tolerance", help="relative error that a truncation may have")] = 0.01,
+    task: Annotated[str | None, typer.Option("--task", help="which head a transformers model has")] = None,
+    set_: Set = [],  # noqa: B006
+) -> None:
+    """Turn an adapter of this package into one of huggingface/peft, or one of peft into one of this package."""
+    from .config import shipped_configs
+    from .export.peft import convert as convert_
+
+    with refusals():
+        folder = adapter_folder(source)
+        base = base or (str(source) if run_folder(str(source)) else convert_.base_named(folder))
+        if run := run_folder(base):
+            program = with_model(configured(str(run / "config.yaml"), set_, run)).program
+        elif Path(base).is_file() or base.removesuffix(".yaml") in shipped_configs():
+            program = with_model(configured(base, set_, None)).program
+        else:
+            program = convert_.captured_model(base, task)
+        print_rows("Converted", convert_.convert(program, folder, target, to.value, rank, tolerance))
 
 
 @app.command()

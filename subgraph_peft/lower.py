@@ -10,13 +10,14 @@ from torch import fx
 from .adapter import Target, identifier
 from .attention import Prefix, attentions
 from .distribute import Distribution
+from .entry import entry
 from .equation import Equation, Operand, trace
 from .errors import MethodError
 from .forms import Form, form_class
 from .graphs import aten
 from .method import AGAIN
 from .modules import again, ends, regions
-from .sequence import Extension, entry
+from .sequence import Extension
 from .sites import PLACES, calls_of
 from .values import Lowered, Values
 
@@ -121,8 +122,11 @@ class Lowering:
     def output(self, weight: fx.Node) -> None:
         for call, _ in calls_of(weight):
             form = form_class(self.site, call.form)
-            if form is None:
-                raise MethodError(f"{self.site.name} ({self.site.kind}) has no single input and output to rewrite.")
+            if form is None or form.features != -1:
+                raise MethodError(
+                    f"{self.site.name} ({self.site.kind}) has no result to rewrite: it would need a single input and "
+                    "output with the features in the last dimension."
+                )
             node = next(n for n in self.graph.nodes if n.name == call.node)
             self.output_of(node, form(self.site, node, self.emitter(node)).x)
 
@@ -161,10 +165,13 @@ class Lowering:
         self, equation: Equation, node: fx.Node, x: fx.Node, y: fx.Node, dtype: torch.dtype, emit: Callable
     ) -> fx.Node | None:
         adapter, tensor = equation.operands[node]
-        if not adapter:
-            return x if tensor == "x" else y
         if not node.users:
             return None
+        if tensor == "x" and not adapter and not x.meta["val"].is_floating_point():
+            names = ", ".join(a.name for a, _ in self.target.chain)
+            raise MethodError(f"{names} at {self.site.name} reads the input, which is no activation but indices here.")
+        if not adapter:
+            return x if tensor == "x" else y
         if len(equation.shape(node)) == 2:
             self.lowered.per_token += 2 * equation.numel(node)
         held = self.reader(self.target.path(adapter, tensor))
@@ -184,8 +191,8 @@ class Lowering:
     def virtual(
         self, like: fx.Node, names: tuple[str, ...], width: tuple[int, ...]
     ) -> tuple[dict[str, int], list[fx.Node]]:
-        """(adapter -> n, the named results [n, *width] of its equation, joined along n with a later adapter's in front),
-        in the dtype of `like`, at the top of the graph."""
+        """(adapter -> n, the named results [n, *width] of its equation, joined along n with a later adapter's in
+        front), in the dtype of `like`, at the top of the graph."""
         emit = self.emitter(next(node for node in self.graph.nodes if node.op == "call_function"), like)
         lengths: dict[str, int] = {}
         parts: list[list[fx.Node]] = []
@@ -198,23 +205,23 @@ class Lowering:
                     f"{self.target.part} of {adapter.name} gives {' and '.join(map(str, map(list, shapes)))} at "
                     f"{site.name}, not {' and '.join([f'[n, {str(list(width))[1:]}'] * len(names))}."
                 )
-            terms = dict(zip(equation.results, names, strict=True))
             mapped: dict[fx.Node, fx.Node] = {}
             for node in equation.graph.nodes:
                 if node.op == "placeholder" and node.users:
                     mapped[node] = self.reader(adapter.path(site, equation.operands[node][1]))
                 elif node.op == "call_function":
                     args, kwargs = (fx.node.map_arg(part, mapped.__getitem__) for part in (node.args, node.kwargs))
-                    term = terms.get(node) or equation.term(node)
-                    mapped[node] = emit(node.target, args, term, adapter.name, kwargs)
+                    mapped[node] = emit(node.target, args, equation.term(node), adapter.name, kwargs)
             parts.append([mapped[node] for node in equation.results])
         dtype, last = like.meta["val"].dtype, self.target.chain[-1][0].name
         joined = list(parts[0])
         if len(parts) > 1:
             joined = [emit(aten.cat.default, (list(several),), "joined", last) for several in zip(*parts, strict=True)]
-        if dtype != self.adapter_dtype:
-            joined = [emit(aten.to.dtype, (node, dtype), "cast", last) for node in joined]
-        return lengths, joined
+        stored = dtype == self.adapter_dtype
+        return lengths, [
+            node if stored and node.op == "get_attr" else emit(aten.to.dtype, (node, dtype), name, last)
+            for node, name in zip(joined, names, strict=True)
+        ]
 
     def emitter_of_chain(self, before: fx.Node, like: fx.Node | None = None) -> Callable[..., fx.Node]:
         """An emitter of nodes that belong to the chain as a whole."""

@@ -37,8 +37,20 @@ def module_sites(program: Program) -> Iterator[Site]:
         )
 
 
+def unfit(program: Program, wanted: Callable[[str], bool]) -> str | None:
+    """Why a module is no place, if one is among those whose path is wanted."""
+    for path, calls in regions(program.captured.module.graphs()[0]).items():
+        if path and wanted(path):
+            try:
+                for region in calls.values():
+                    ends(region, path)
+            except MethodError as error:
+                return str(error)
+    return None
+
+
 def regions(graph: fx.Graph) -> dict[str, dict[str, Region]]:
-    """Module path -> call (a key of the module stack, "…", "…@1", …) -> its nodes, inner modules' included, in order."""
+    """Module path -> call (a key of the module stack, "…", "…@1", …) -> its nodes in order, inner modules' included."""
     found: dict[str, dict[str, Region]] = {}
     for node in graph.nodes:
         if node.op == "call_function":
@@ -95,5 +107,6 @@ def again(graph: fx.Graph, x: fx.Node, y: fx.Node, value: fx.Node, emit: Callabl
         copy = emit(node)
         copy.args = fx.node.map_arg(node.args, lambda n: copies.get(n, n))
         copy.kwargs = fx.node.map_arg(node.kwargs, lambda n: copies.get(n, n))
+        copy.meta |= {key: node.meta[key] for key in ("val",) if key in node.meta}
         copies[node] = copy
     return copies[y]

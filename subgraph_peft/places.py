@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 
 from .attention import attention_sites
+from .entry import sequence_sites
 from .method import Method
-from .modules import module_sites
+from .modules import module_sites, unfit
 from .program import Program
-from .sequence import sequence_sites
+from .selectors import Where, patterns
 from .sites import VECTORS, Site, find
 
 
@@ -29,6 +30,13 @@ def found(program: Program, method: Method) -> Iterator[Site]:
         yield from sequence_sites(program)
     if method.defines("keys_values"):
         yield from attention_sites(program)
+
+
+def unusable(program: Program, method: Method, where: Where) -> str | None:
+    """Why a module that a selector names is no place for `method`, if it names one."""
+    if not method.defines("output") or callable(where):
+        return None
+    return unfit(program, lambda path: any(pattern.match((path,)) == "named" for pattern in patterns(where)))
 
 
 def what(method: Method) -> str:

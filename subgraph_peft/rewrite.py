@@ -12,14 +12,14 @@ from torch.utils import _pytree as pytree
 from . import selectors
 from .adapter import PARTS, Adapter, Target, identifier, targets
 from .budget import choose
+from .entry import rows
 from .errors import MethodError, SelectorError, nearest
 from .generate import base_of, generate, rebuild
 from .method import Method, Tensor, initial, starting
 from .module import Home
-from .places import candidates, what
+from .places import candidates, unusable, what
 from .program import Program
 from .selectors import Where, describe, select
-from .sequence import rows
 from .sites import PLACES, VECTORS, Site
 from .variants import Patterns, variants
 
@@ -61,8 +61,14 @@ def rewrite(
     everything = candidates(captured, method)
     if not everything:
         raise MethodError(f"{method.name} rewrites {what(method)}; {captured.source} has none.")
-    selection = select(everything, where, exclude, kinds)
-    sites = tuple(site for site in selection.sites if site.name not in trained)
+    try:
+        selection = select(everything, where, exclude, kinds)
+    except SelectorError as error:
+        if why := unusable(captured, method, where):
+            raise SelectorError(f"{error} {why}") from None
+        raise
+    whole = {site.name for site in selection.sites if site.name in trained and site.kind != "sequence"}
+    sites = tuple(site for site in selection.sites if site.name not in whole)
     if not sites:
         raise SelectorError(
             f"Every site that {describe(where)} selects is trained in full: {selection.sites[0].name} …"
@@ -70,7 +76,7 @@ def rewrite(
     taken = {adapter.name for adapter in program.adapters}
     left_out = (
         *((site.name, reason) for site, reason in selection.left_out),
-        *((site.name, "trained in full") for site in selection.sites if site.name in trained),
+        *((site.name, "trained in full") for site in selection.sites if site.name in whole),
     )
 
     def make(method: Method, sites: Sequence[Site]) -> Adapter:
@@ -88,7 +94,7 @@ def rewrite(
     captured = resolve_ties(captured, adapter.sites, tied)
     dtype = adapter_dtype(program, dtype)
     tensors = dict(program.module.tensors())
-    if clash := trained & {site.name for a in program.adapters for site in a.sites}:
+    if clash := trained & {site.name for a in program.adapters for site in a.sites if site.kind != "sequence"}:
         raise MethodError(
             f"{sorted(clash)[0]} has an adapter already and cannot be trained in full beside it; "
             "leave it out of `trainable`."

@@ -67,7 +67,8 @@ class Site:
     @property
     def transposed(self) -> bool:
         """Stored as [in, out]: the matrix W [out, in] is its transpose."""
-        return self.kind in ("addmm", "embedding", "sequence") or any(call.form == "matmul_in_out" for call in self.calls)
+        tables = ("embedding", "sequence")
+        return self.kind in ("addmm", *tables) or any(call.form == "matmul_in_out" for call in self.calls)
 
     @property
     def out_features(self) -> int:

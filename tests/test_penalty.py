@@ -247,7 +247,9 @@ def test_adalora_within_a_constraint_keeps_its_own(base):
                          ids=["mpc_o", "adalora"])  # fmt: skip
 def test_blocks_pay_the_penalty_of_the_method_within(inner):
     torch.manual_seed(0)
-    program = sp.capture(nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 2)).double(), torch.randn(4, 5).double())
+    program = sp.capture(
+        nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 2)).double(), torch.randn(4, 5).double()
+    )
     program = shake(sp.rewrite(program, Blocks(of=inner), where="0"))
     terms = []
     for block in ("q", "v"):
@@ -262,9 +264,10 @@ def test_the_penalty_keeps_its_precision_under_autocast():
     torch.manual_seed(0)
     program = sp.capture(Three(), torch.randn(4, 7))
     program = shake(sp.rewrite(program, MPCo(of=LoRA(r=3), coefficient=1.0), where=SITES))
-    expected = program.penalty()
+    expected = sum(sum(slow(A.detach().double(), B.detach().double(), False)) for A, B in factors(program))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(program.penalty(), expected) and expected.dtype == torch.float32
+        penalty = program.penalty()
+    assert penalty.dtype == torch.float32 and penalty.item() == pytest.approx(expected, rel=1e-6)
 
 
 # MPC_n
@@ -353,12 +356,14 @@ def test_a_nonlinearity_survives_a_checkpoint(base, tmp_path):
 
 @pytest.mark.parametrize("inner", [PiSSA(r=2), MiLoRA(r=2)], ids=["pissa", "milora"])
 def test_a_nonlinearity_over_factors_of_the_weight_is_refused(base, inner):
-    with pytest.raises(sp.MethodError, match="would change the model before any training. Take a method whose B starts"):
+    with pytest.raises(
+        sp.MethodError, match="would change the model before any training. Take a method whose B starts"
+    ):
         sp.rewrite(base, MPCn(of=inner), where="wide")
 
 
 def test_a_method_that_reads_the_whole_weight_cannot_stand_above_a_nonlinearity(base):
-    message = "a nonlinearity follows A, but (matmul|mul|div) needs A in a matrix of its own here.*no method over it that reads φ"
+    message = "a nonlinearity follows A, but (matmul|mul|div) needs A in a matrix of its own.*no method over it that"
     with pytest.raises(sp.MethodError, match=message):
         sp.rewrite(sp.rewrite(base, MPCn(of=LoRA(r=2)), where="wide"), DoRA(of=LoRA(r=2)), where="wide")
     with pytest.raises(sp.MethodError, match=message):

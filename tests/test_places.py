@@ -1,4 +1,4 @@
-"""Where a method rewrites: around modules, at blocks of packed weights, by patterns, within a budget, in shared tensors.
+"""Where a method rewrites: around modules, at blocks of packed weights, by patterns, in a budget, in shared tensors.
 
 The oracle for adapters around modules is the eager model with forward hooks.
 """
@@ -8,6 +8,7 @@ from functools import cache
 from itertools import combinations, product
 
 import numpy as np
+import onnx
 import peft
 import pytest
 import torch
@@ -42,6 +43,12 @@ from tests.models import MODELS
 @cache
 def captured(name: str, dropout: float = 0.0) -> sp.Program:
     return sp.capture(eager(name, dropout)[0], eager(name, dropout)[1])
+
+
+@cache
+def single() -> sp.Program:
+    """BERT in float32."""
+    return sp.capture(*MODELS["bert"]())
 
 
 def eager(name: str, dropout: float = 0.0) -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -129,7 +136,6 @@ PLACED = {
     "albert_layer_called_twice": ("albert", [(SERIAL, "*.albert_layers.0", 1)]),
     "albert_parts_called_twice": ("albert", [(AROUND, "*.full_layer_layer_norm", 1), (BESIDE, "*.attention", 1),
                                              (SERIAL, "*.{ffn_output,output_dropout}", 2)]),
-    "deberta_called_twice": ("deberta", [(SERIAL, "*.query_proj", 2), (BESIDE, "*.attention.self", 2)]),
     "mlp_called_twice": ("mlp", [(SERIAL, "shared", 1), (BESIDE, "shared", 1)]),
 }  # fmt: skip
 
@@ -196,7 +202,7 @@ def test_a_weight_inside_a_wrapped_module_is_rewritten_in_every_copy():
         shake(program)
         with torch.no_grad():
             for adapter in program.adapters:
-                for _, n, path in adapter.all_paths():
+                for _, _, path in adapter.all_paths():
                     generator = torch.Generator().manual_seed(sum(map(ord, path)))
                     p = program.module.get_parameter(path)
                     p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
@@ -253,7 +259,7 @@ def odd() -> sp.Program:
 @pytest.mark.parametrize(("where", "message"), [
     ("pair", "pair has no single result to rewrite .found: sin, cos"),
     ("pool", "pool reads no activation of its result's leading dimensions"),
-    ("pol", "'pol' matches none of .* sites. Nearest: pool?"),
+    ("hea", "'hea' matches none of 3 sites. Nearest: head, embed, conv.$"),
 ])  # fmt: skip
 def test_a_module_that_is_no_place_says_why(odd, where, message):
     with pytest.raises(sp.SelectorError, match=message):
@@ -282,16 +288,16 @@ def test_modules_have_to_be_named():
 
 
 def test_every_kind_of_adapter_reaches_onnx_and_folds_leave_nothing(tmp_path):
-    model, inputs = MODELS["bert"]()
-    program = sp.capture(model, inputs)
-    program = sp.rewrite(program, SERIAL, where="*.output.dropout", name="serial")
+    inputs = MODELS["bert"]()[1]
+    program = sp.rewrite(single(), SERIAL, where="*.output.dropout", name="serial")
     program = sp.rewrite(program, AROUND, where="*.layer.*.output.LayerNorm", exclude="*.attention.*", name="around")
     program = sp.rewrite(program, BESIDE, where="*.attention.self", name="beside")
     program = shake(sp.rewrite(program, LoRA(r=2), where="*.query", name="low"), 0.1)
     folded = sp.fold(program)
     assert folded.folded.remaining == ("serial", "around", "beside")
     report = export.to_onnx(folded, tmp_path / "model.onnx")
-    names = [node.name for node in report.proto.graph.node] + [t.name for t in report.proto.graph.initializer]
+    graph = onnx.load(report.path).graph
+    names = [node.name for node in graph.node] + [tensor.name for tensor in graph.initializer]
     for adapter, found in (("serial", True), ("around", True), ("beside", True), ("low", False)):
         assert any(f"_{adapter}" in name for name in names) == found, adapter
     fed = {n: torch.cat([t, t])[:, :5] for n, t in inputs.items() if n != "labels"}
@@ -479,7 +485,9 @@ def test_patterns_survive_a_checkpoint_and_a_pipeline(bert, tmp_path):
         sp.rewrite(bert, DoRA(of=LoRA(r=4)), where=EVERY).load(tmp_path)
     pipeline = Pipeline.read([{"lora": {"r": 4, "where": EVERY, "patterns": PATTERNS_ON_QUERY}}])
     assert Pipeline.read(str(pipeline)) == pipeline
-    assert pipeline.apply(bert).counts() == sp.rewrite(bert, LoRA(r=4), where=EVERY, patterns=PATTERNS_ON_QUERY).counts()
+    assert (
+        pipeline.apply(bert).counts() == sp.rewrite(bert, LoRA(r=4), where=EVERY, patterns=PATTERNS_ON_QUERY).counts()
+    )
 
 
 @pytest.mark.parametrize(("patterns", "error", "message"), [
@@ -498,7 +506,9 @@ def test_a_pattern_cannot_change_what_all_sites_share(bert):
     with pytest.raises(sp.MethodError, match="changes tensors that all sites of vera share"):
         sp.rewrite(bert, VeRA(r=4), where="*.query", patterns={"*.0.*": {"r": 2}})
     own = sp.rewrite(bert, VeRA(r=4), where="*.query", patterns={"*.0.*": {"d_initial": 0.3}})
-    assert [own.module.get_parameter(f"{s.name}_vera.d")[0].item() for s in own.adapters[0].sites] == pytest.approx([0.3, 0.1])
+    assert [own.module.get_parameter(f"{s.name}_vera.d")[0].item() for s in own.adapters[0].sites] == pytest.approx(
+        [0.3, 0.1]
+    )
 
 
 # budgets
@@ -539,7 +549,14 @@ def test_the_rank_is_the_largest_that_fits(bert, method, budget):
 
 def test_without_a_rank_the_kinds_of_sites_that_come_closest(bert):
     """Every choice of kinds, worked out here: SSL costs `in` a site, and both layers go together."""
-    kinds = {"query": 24, "key": 24, "value": 24, "attention.output.dense": 24, "intermediate.dense": 24, "output.dense": 40}
+    kinds = {
+        "query": 24,
+        "key": 24,
+        "value": 24,
+        "attention.output.dense": 24,
+        "intermediate.dense": 24,
+        "output.dense": 40,
+    }
     for limit in (48, 50, 100, 128, 150, 250, 319, 320, 10_000):
         costs = [
             2 * sum(kinds[k] for k in chosen)
@@ -549,7 +566,10 @@ def test_without_a_rank_the_kinds_of_sites_that_come_closest(bert):
         ]
         program = sp.rewrite(bert, SSL(), where="*.layer.*", budget=limit)
         assert program.counts()[0] == max(costs)
-        layers = [{s.owner.replace("layer.0", "layer.1") for s in program.adapters[0].sites if f"layer.{i}." in s.name} for i in (0, 1)]
+        layers = [
+            {s.owner.replace("layer.0", "layer.1") for s in program.adapters[0].sites if f"layer.{i}." in s.name}
+            for i in (0, 1)
+        ]
         assert layers[0] == layers[1]
         over = [name for name, why in program.adapters[0].left_out if why == "over the budget"]
         assert len(over) + len(program.adapters[0].sites) == 12
@@ -563,7 +583,9 @@ def test_a_rank_of_one_at_fewer_sites_where_it_is_too_much_at_all(bert):
 
 @pytest.mark.parametrize(("method", "smallest"), [(SSL(), 48), (LoRA(), 96)])
 def test_too_small_a_budget_names_the_least(bert, method, smallest):
-    with pytest.raises(sp.MethodError, match=f"needs at least {smallest} numbers at the selected sites. Raise the budget to"):
+    with pytest.raises(
+        sp.MethodError, match=f"needs at least {smallest} numbers at the selected sites. Raise the budget to"
+    ):
         sp.rewrite(bert, method, where="*.layer.*", budget=smallest - 1)
     assert sp.rewrite(bert, method, where="*.layer.*", budget=smallest).counts()[0] == smallest
 
@@ -586,20 +608,17 @@ def test_a_pipeline_says_what_a_budget_chose(bert):
     limit = int(bert.counts()[1] * 0.01)
     assert result.summary.startswith(f"budget 1% of {bert.counts()[1]:,} = {limit:,}: r = {limit // 96} at 2 sites, ")
     (result,) = Pipeline.read([{"ssl": {"where": "*.layer.*", "budget": 100}}]).run(State(program=bert))
-    assert "2 of 12 sites (bert.encoder.layer.*.output.dense), 80;" in result.summary
+    assert "budget 100 of 11,963 = 100: 4 of 12 sites (bert.encoder.layer.*.attention.self.query, " in result.summary
 
 
 def test_a_budget_can_be_set_from_the_command_line(bert, tmp_path):
     path = tmp_path / "pipeline.yaml"
-    path.write_text("model: {hub: nothing}\npasses:\n- lora: {r: 8, where: '*.query'}\n".replace("hub: nothing", MODEL))
+    path.write_text("model: {factory: 'tests.models:bert'}\npasses:\n- lora: {r: 8, where: '*.query'}\n")
     config = load_config(path, ["lora.budget=0.5%", "lora.patterns={'*.0.*': {r: 1}}"])
     (rewrite,) = config.pipeline().passes
     assert rewrite.budget == "0.5%" and rewrite.patterns == {"*.0.*": {"r": 1}}
     with pytest.raises(sp.ConfigError, match="unknown option 'bugdet'. Did you mean 'budget'"):
         load_config(path, ["lora.bugdet=0.5%"])
-
-
-MODEL = "name: nothing"
 
 
 # tensors that all sites share
@@ -666,9 +685,11 @@ def test_a_wider_site_changes_what_all_share(bert):
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_projections_are_drawn_as_peft_draws_them(seed):
-    model, inputs = MODELS["bert"]()
-    program = sp.rewrite(sp.capture(model, inputs), VeRA(r=6, projection_seed=seed), where="*.encoder.*.{query,dense}")
-    config = peft.VeraConfig(r=6, target_modules=r".*encoder.*\.(query|dense)", projection_prng_key=seed, vera_dropout=0.0)
+    inputs = MODELS["bert"]()[1]
+    program = sp.rewrite(single(), VeRA(r=6, projection_seed=seed), where="*.encoder.*.{query,dense}")
+    config = peft.VeraConfig(
+        r=6, target_modules=r".*encoder.*\.(query|dense)", projection_prng_key=seed, vera_dropout=0.0
+    )
     theirs = peft.get_peft_model(MODELS["bert"]()[0], config).base_model
     assert torch.equal(program.module.get_parameter("shared_vera.A"), theirs.vera_A["default"])
     assert torch.equal(program.module.get_parameter("shared_vera.B"), theirs.vera_B["default"])

@@ -267,7 +267,9 @@ def test_adalora_trains_as_peft_does(options):
             e = program.module.get_parameter(program.adapters[0].path(site, "e"))
             their_e = own[f"base_model.model.{site.owner}.lora_E.default"].flatten()
             assert torch.equal(e != 0, their_e != 0), (t, site.name)
-    found = [int((program.module.get_parameter(p) != 0).sum()) for _, n, p in program.adapters[0].all_paths() if n == "e"]
+    found = [
+        int((program.module.get_parameter(p) != 0).sum()) for _, n, p in program.adapters[0].all_paths() if n == "e"
+    ]
     assert sum(found) == target * len(found) and len(set(found)) > 1
 
 
@@ -396,6 +398,26 @@ def test_a_schedule_goes_on_from_its_state(base, method, tmp_path):
     assert {n for n, _ in rebuilt.parameters(trainable=True)} == {n for n, _ in whole.parameters(trainable=True)}
 
 
+def test_two_schedules_share_the_count_of_steps(base):
+    """And a third adapter has none."""
+    program = sp.rewrite(base, AdaLoRA(r=3, target_r=1, final=1), where="tall")
+    program = sp.rewrite(program, LoRADash(r=2, directions=2, switch=3), where=["wide", "tall"])
+    program = sp.rewrite(program, SSL(), where="last")
+    optimizer = torch.optim.AdamW(trained(program), lr=0.05)
+    schedule = program.schedule(optimizer, 6)
+    for number in range(6):
+        optimizer.zero_grad()
+        backward(program, number)
+        optimizer.step()
+        found = [program.module.get_parameter(f"{site}.weight_lora_dash.U").any() for site in ("wide", "tall")]
+        assert all(found) if number >= 2 else not any(found)
+    assert int((program.module.get_parameter("tall.weight_adalora.e") != 0).sum()) == 1 and schedule.number == 6
+    schedule.remove()
+    optimizer.step()
+    assert schedule.number == 6
+    assert sp.fold(program).folded.output_error < 1e-12
+
+
 def test_a_state_of_another_program_is_refused(base):
     def schedule(where: list[str]) -> sp.schedule.Schedule:
         program = sp.rewrite(base, AdaLoRA(r=2, target_r=1), where=where)
@@ -417,6 +439,7 @@ IN_TRAINER = {
     "adalora": AdaLoRA(r=4, target_r=2, warmup=1, final=2, dropout=0.1),
     "lora_dash": LoRADash(r=2, directions=2, switch=4),
     "diff_pruning": DiffPruning(target=0.1, fix_at=0.8, gate_lr=1.0),
+    "diff_pruning_fixed": DiffPruning(target=0.1, fix_at=0.4, gate_lr=1.0),
 }
 
 
@@ -579,7 +602,9 @@ def test_lora_dash_survives_a_weight_without_full_rank():
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)).double()
     with torch.no_grad():
         model[0].weight.copy_(torch.randn(5, 2) @ torch.randn(2, 6))
-    program = sp.rewrite(sp.capture(model, torch.randn(4, 6).double()), LoRADash(r=1, directions=3, switch=1), where="0")
+    program = sp.rewrite(
+        sp.capture(model, torch.randn(4, 6).double()), LoRADash(r=1, directions=3, switch=1), where="0"
+    )
     optimizer = torch.optim.SGD(trained(program), lr=0.1)
     program.schedule(optimizer, 3)
     for _ in range(3):
@@ -636,7 +661,7 @@ def test_diff_pruning_without_differences_or_without_gates_is_the_base(base, noi
 
 
 def test_diff_pruning_gate_is_the_hard_concrete_one(base):
-    """z = clamp(σ(u + a)(ζ − γ) + γ, 0, 1) with γ = −1.5, ζ = 1.5, for elements and for the whole; gradients between."""
+    """z = clamp(σ(u + a)(ζ − γ) + γ, 0, 1), γ = −1.5, ζ = 1.5, for elements and for the whole; gradients between."""
     program = everything(base, DiffPruning())
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -742,7 +767,10 @@ def test_diff_pruning_keeps_the_largest_expected_differences(base):
         for a in gates(program, "a_g"):
             a.copy_(0.2 + torch.rand(1))
     sizes = [
-        ((3 * torch.sigmoid(a) - 1.5).clamp(0, 1) * (3 * torch.sigmoid(g) - 1.5).clamp(0, 1) * w).detach().abs().flatten()
+        ((3 * torch.sigmoid(a) - 1.5).clamp(0, 1) * (3 * torch.sigmoid(g) - 1.5).clamp(0, 1) * w)
+        .detach()
+        .abs()
+        .flatten()
         for w, a, g in zip(gates(program, "w"), gates(program, "a"), gates(program, "a_g"), strict=True)
     ]
     every = torch.cat(sizes).numpy()
@@ -841,5 +869,3 @@ def test_blocks_follow_the_schedule_of_the_method_within(inner):
         for a, b in pairs:
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(program.run(), apart.run(), rtol=1e-9, atol=1e-11)
-
-

@@ -46,6 +46,11 @@ def read(captured: Program, form: Form, options: Options, adapted: Collection[st
     saved = chosen(captured, options)
     names = [name for name in state if inside(name, saved)]
     slots = {name: Slot(f"{form.prefix}{name}", tuple(state[name].shape)) for name in names}
+    if tied := next((name for name in names for group in captured.ties if name in group), None):
+        raise CheckpointError(
+            f"modules_to_save mean {owner(tied)}, whose weight is tied to another; a tied weight is not trained here. "
+            "Load the model with tie_word_embeddings=False, which gives each its own, and capture that."
+        )
     which = getattr(options, "bias", "none")
     biases = [name for name in state if name.rpartition(".")[2] == "bias" and name not in slots]
     if which == form.only:
@@ -127,52 +132,57 @@ class Saved:
 
 
 def write(program: Program, form: Form, values: Mapping[str, torch.Tensor], adapted: Collection[str]) -> Saved:
-    """`values` as modules_to_save and, under modules that have an adapter, as `bias`. A task type that brings heads is
-    given where they are saved. Raises MethodError."""
+    """`values` as modules_to_save and, under the modules `adapted`, as `bias`. Raises MethodError."""
     base = program.captured.module.state_dict()
     biases = {name for name in base if name.rpartition(".")[2] == "bias"}
-    under = {name for name in values if owner(name) in adapted}
-    if lost := sorted(under if form.only is None else under - biases):
-        raise MethodError(
-            f"{lost[0]} is trained in full beside an adapter at its module, which a peft folder ({form.peft_type}) "
-            "cannot hold. Use program.save(folder)."
-        )
     saved = {owner(name) for name in values if name not in biases}
-    loose = {name for name in biases if owner(name) not in saved}
-    rest = {name for name in values if name in loose}
-    which, kept = "none", set()
-    if form.only and rest and rest == loose:
-        which, kept = "all", loose
-    elif under:
-        which, kept = form.only, {name for name in loose if owner(name) in adapted}
-    saved |= {owner(name) for name in rest - kept}
-    task, heads = task_of(program)
-    if form.needs_task:
-        saved |= set(heads)
-        if task is None:
-            raise MethodError(f"peft puts no virtual tokens before a {program.source}. Use program.save(folder).")
-    elif not all(any(within(module, [head]) == head for module in saved) for head in heads):
-        task, heads = None, []
-    saved = {within(module, heads) for module in saved}
-    kept = {name for name in kept if not inside(name, saved)}
+    which, kept = bias_option(form, set(values), {name for name in biases if owner(name) not in saved}, adapted)
+    saved |= {owner(name) for name in values if name in biases - kept}
+    task, heads = task_of(program, form, saved, adapted)
+    saved |= set(heads)
+    saved = {module for module in modules(program.captured) if saved and module.endswith(tuple(saved))}
+    if clash := next((module for module in sorted(adapted) if inside(f"{module}.", saved)), None):
+        raise MethodError(
+            f"{clash} has an adapter, and peft ({form.peft_type}) would save it whole among modules_to_save "
+            f"{sorted(outermost(sorted(saved)))}. Use program.save(folder)."
+        )
     names = [name for name in base if inside(name, saved)]
+    kept -= set(names)
     tensors = {f"{form.prefix}{name}": values.get(name, base[name]) for name in names}
     tensors |= {key_of(name, adapted): values.get(name, base[name]) for name in kept}
-    config = {"task_type": task, "modules_to_save": sorted(saved) or None, **({"bias": which} if form.only else {})}
-    return Saved(config, tensors, sorted({*names, *kept} - set(values)))
+    config = {"task_type": task, "modules_to_save": outermost(sorted(saved)) or None}
+    more = sorted({*names, *kept} - set(values))
+    return Saved(config | ({"bias": which} if form.only else {}), tensors, more)
+
+
+def bias_option(
+    form: Form, trained: Collection[str], biases: Collection[str], adapted: Collection[str]
+) -> tuple[str, set[str]]:
+    """(the value of `bias`, the biases that it saves)"""
+    under = {name for name in biases if owner(name) in adapted}
+    if form.only and biases and biases <= trained:
+        return "all", set(biases)
+    return (form.only, under) if form.only and under & trained else ("none", set())
 
 
 def inside(name: str, found: Collection[str]) -> bool:
     return any(name.startswith(f"{module}.") for module in found)
 
 
-def within(module: str, heads: Collection[str]) -> str:
-    """The head that a module is part of, or the module."""
-    return next((head for head in heads if f"{module}.".startswith(f"{head}.")), module)
-
-
-def task_of(program: Program) -> tuple[str | None, list[str]]:
-    """(peft's task type, the heads that it always saves, whole)"""
+def task_of(
+    program: Program, form: Form, saved: Collection[str], adapted: Collection[str]
+) -> tuple[str | None, list[str]]:
+    """(peft's task type, the heads that it always saves, whole). A type that brings heads is given where they are saved
+    anyway, or where the adapter acts by its type. Raises MethodError."""
     task = next((task for ending, task in TASKS.items() if program.source.endswith(ending)), None)
+    config = getattr(program.module, "config", None)
+    if task == "SEQ_2_SEQ_LM" and not getattr(config, "is_encoder_decoder", False):
+        task = "CAUSAL_LM"
+    if form.needs_task and task in (None, "SEQ_2_SEQ_LM"):
+        raise MethodError(f"peft puts no virtual tokens before a {program.source}. Use program.save(folder).")
     named = HEADS.get(task, ())
-    return task, outermost([module for module in modules(program.captured) if named and module.endswith(named)])
+    heads = outermost([module for module in modules(program.captured) if named and module.endswith(named)])
+    whole = all(any(inside(f"{module}.", [head]) for module in saved) for head in heads)
+    if form.needs_task or (whole and not any(inside(f"{module}.", heads) for module in adapted)):
+        return task, heads
+    return None, []

@@ -4,16 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from subgraph_peft.passes.reconstruction.p_tuning import PTuning
-from subgraph_peft.passes.reconstruction.prefix_tuning import PrefixTuning
-from subgraph_peft.passes.reconstruction.prompt_tuning import PromptTuning
+from subgraph_peft.passes import PrefixTuning, PromptTuning, PTuning
 
 from subgraph_peft.adapter import Adapter
+from subgraph_peft.entry import entry
 from subgraph_peft.errors import CheckpointError, MethodError
 from subgraph_peft.method import Method
+from subgraph_peft.picks import carriers, picks
 from subgraph_peft.places import candidates
 from subgraph_peft.program import Program
-from subgraph_peft.sequence import carriers, entry, picks
 from subgraph_peft.sites import Site
 
 from .folder import WRAPPER, Layout, Slot
@@ -160,9 +159,9 @@ def check_picks(captured: Program, error: type[Exception]) -> None:
     held = carriers(graph, found, {})
     if picked := next((node for node in graph.nodes if node in held and picks(node, found)), None):
         raise error(
-            f"{captured.source} reads a token by its position ({picked.name}): behind a prompt that is a virtual token in "
-            "peft, and the real one in this package. Use program.save(folder) in place of a peft folder; or capture the "
-            "model without its pooled output."
+            f"{captured.source} reads a token by its position ({picked.name}): behind a prompt that is a virtual token "
+            "in peft, and the real one in this package. Use program.save(folder) in place of a peft folder; or capture "
+            "the model without its pooled output."
         )
 
 

@@ -33,7 +33,8 @@ class Blocks(Wrapper):
         for name in self.only:
             if name not in self.names:
                 raise MethodError(
-                    f"blocks: there is no block {name!r}.{suggestion(name, self.names)} Blocks: {', '.join(self.names)}."
+                    f"blocks: there is no block {name!r}.{suggestion(name, self.names)} "
+                    f"Blocks: {', '.join(self.names)}."
                 )
         if not self.only or len(set(self.names)) < len(self.names) or self.sizes and len(self.sizes) != len(self.names):
             raise MethodError(
@@ -81,5 +82,7 @@ class Blocks(Wrapper):
         parts = []
         for name, rows in self.rows(W.shape[0]):
             own = {t.removesuffix(f"_{name}"): v for t, v in tensors.items() if t.endswith(f"_{name}")}
-            parts.append(self.of.evaluate("weight", W[rows], tensors={**shared, **own}) if name in self.only else W[rows])
+            parts.append(
+                self.of.evaluate("weight", W[rows], tensors={**shared, **own}) if name in self.only else W[rows]
+            )
         return torch.cat(parts)

@@ -36,7 +36,7 @@ class MPCn(FactorWrapper):
         values = self.of.prepare(site, W)
         if {"A", "B"} & set(values):
             raise MethodError(
-                f"mpc_n over {self.of.name}: its factors start from W, so that a nonlinearity between them would change "
-                "the model before any training. Take a method whose B starts at zero."
+                f"mpc_n over {self.of.name}: its factors start from W, so that a nonlinearity between them would "
+                "change the model before any training. Take a method whose B starts at zero."
             )
         return values

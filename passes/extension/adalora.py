@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 class AdaLoRA(Method):
     """φ(W) = W + s B diag(e) A,  s = α/(r + 10⁻⁵);  loss + λ mean(‖A Aᵀ − I‖, ‖Bᵀ B − I‖)
 
-    A [r, in] and B [out, r] normal, e [r] zero. After every step the triplets (e_i, A_i, B_i) of all sites are ranked by
-    smoothed importance |p·∂p| times its uncertainty, and the e_i of the least important are set to zero, so that
-    b(t) stay: `r` a site until step `warmup`, then falling as a cube to `target_r` a site, masked every `interval` steps
-    and at the start of the last `final` steps, for which the mask is fixed. s uses the first r throughout; no tensor changes its shape.
+    A [r, in] and B [out, r] normal, e [r] zero. Every `interval` steps the triplets (e_i, A_i, B_i) of all sites are
+    ranked by smoothed importance |p·∂p| times its uncertainty, and the e_i of the least important are set to zero, so
+    that b(t) stay: `r` a site until step `warmup`, then falling as a cube to `target_r` a site, `final` steps before
+    the end; from there on the mask is fixed. s uses the first r throughout; no tensor changes its shape.
     Source: Zhang et al. 2023, "AdaLoRA", Eq. 3, 7 to 12 and Algorithm 1; masks and constants as in its code.
     """
 
@@ -59,7 +59,8 @@ class AdaLoRA(Method):
             raise MethodError(f"adalora: target_r = {self.target_r} exceeds the first rank r = {self.r}.")
         if self.warmup + self.final >= total:
             raise MethodError(
-                f"adalora: warmup ({self.warmup}) and final ({self.final}) leave no step of the run's {total} to prune in."
+                f"adalora: warmup ({self.warmup}) and final ({self.final}) leave no step of the run's {total} to prune "
+                "in."
             )
 
     def budget(self, step: int, total: int, first: int, last: int) -> int:

@@ -18,8 +18,9 @@ class LoRADash(LoRA):
 
     Plain LoRA for `switch` optimiser steps. Then the `directions` singular directions (uᵢ, vᵢ) of W that the update
     changed most for their size, |uᵢᵀ ΔW vᵢ| / (σᵢ + ε), become U [out, k] and V [k, in], frozen, and g [k], which was
-    zero, begins to train; the output does not jump. ε = `epsilon` · σ₁. Source: Si et al. 2024, "Unleashing the Power of
-    Task-Specific Directions in Parameter Efficient Fine-tuning" (LoRA-Dash), Sec. 4; ε is this package's.
+    zero, begins to train; the output does not jump. ε = `epsilon` · σ₁, this package's.
+    Source: Si et al. 2024, "Unleashing the Power of Task-Specific Directions in Parameter Efficient Fine-tuning"
+    (LoRA-Dash), Sec. 4.
     """
 
     name: ClassVar[str] = "lora_dash"

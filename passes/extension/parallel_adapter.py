@@ -3,17 +3,17 @@ from typing import ClassVar, Literal
 import torch
 from subgraph_peft.passes.extension.bottleneck import Bottleneck
 
-from subgraph_peft.method import Tensor, kaiming_uniform, trainable, zeros
+from subgraph_peft.method import Tensor, kaiming_uniform, trainable
 from subgraph_peft.sites import Site
 
 
 class ParallelAdapter(Bottleneck):
     """y ← y + s U h(D x + b_d) + s b_u
 
-    Beside the op or module that the selector names, with its input x: a whole feed-forward block as published (s = 4), or
-    single linear layers without biases as in the subspace-tuning code, where it is MPC_n over LoRA. D [r, in] uniform in
-    ±1/√in, U [out, r] zero. Source: He et al. 2021, "Towards a Unified View of Parameter-Efficient Transfer Learning",
-    Table 1 and Sec. 4.6.
+    Beside the op or module that the selector names, with its input x: a whole feed-forward block as published (s = 4),
+    or single linear layers without biases as in the subspace-tuning code, where it is MPC_n over LoRA. D [r, in]
+    uniform in ±1/√in, U [out, r] zero. Source: He et al. 2021, "Towards a Unified View of Parameter-Efficient Transfer
+    Learning", Table 1 and Sec. 4.6.
     """
 
     name: ClassVar[str] = "parallel_adapter"

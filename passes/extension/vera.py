@@ -1,11 +1,12 @@
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
 
-from subgraph_peft.method import Init, Method, Tensor, frozen, trainable, zeros
+from subgraph_peft.method import Method, Tensor, frozen, trainable, zeros
 from subgraph_peft.sites import Site
 
 
@@ -13,9 +14,9 @@ class VeRA(Method):
     """φ(W) = W + diag(b) B diag(d) A
 
     A [r, max in] and B [max out, r] are frozen, random and shared by all sites, which read A[:, :in] and B[:out]; only
-    b [out] = 0 and d [r] = `d_initial` train. The projections come from `projection_seed` (Kaiming-uniform, drawn on the
-    CPU); checkpoints hold them unless `save_projections` is off. Source: Kopiczko et al. 2023, "VeRA", Eq. 2; drawn as
-    in huggingface/peft.
+    b [out] = 0 and d [r] = `d_initial` train. The projections come from `projection_seed` (Kaiming-uniform, drawn on
+    the CPU); checkpoints hold them unless `save_projections` is off. Source: Kopiczko et al. 2023, "VeRA", Eq. 2; drawn
+    as in huggingface/peft.
     """
 
     name: ClassVar[str] = "vera"
@@ -42,20 +43,29 @@ class VeRA(Method):
         A = (self.r, max(site.in_features for site in sites))
         B = (max(site.out_features for site in sites), self.r)
         return {
-            "A": frozen(*A, init=self.drawn(A, B, 0), saved=self.save_projections),
-            "B": frozen(*B, init=self.drawn(A, B, 1), saved=self.save_projections),
+            "A": frozen(*A, init=Projection(self.projection_seed), saved=self.save_projections),
+            "B": frozen(*B, init=Projection(self.projection_seed, after=A), saved=self.save_projections),
         }
-
-    def drawn(self, A: tuple[int, int], B: tuple[int, int], which: int) -> Init:
-        def init(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-            """U(±√(6/fan in)), from the projection seed"""
-            own = torch.Generator().manual_seed(self.projection_seed)
-            bounds = [math.sqrt(2.0) * math.sqrt(3.0) / math.sqrt(size[1]) for size in (A, B)]
-            return [torch.empty(s).uniform_(-b, b, generator=own) for s, b in zip((A, B), bounds, strict=True)][which]
-
-        return init
 
     def weight(
         self, W: torch.Tensor, b: torch.Tensor, d: torch.Tensor, A: torch.Tensor, B: torch.Tensor
     ) -> torch.Tensor:
         return W + b[:, None] * (B[: W.shape[0]] @ (d[:, None] * A[:, : W.shape[1]]))
+
+
+@dataclass(frozen=True)
+class Projection:
+    """U(±√(6/fan in)), from the projection seed
+
+    after: the shape that is drawn before this one
+    """
+
+    seed: int
+    after: tuple[int, ...] | None = None
+
+    def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        own = torch.Generator().manual_seed(self.seed)
+        for size in (self.after, shape) if self.after else (shape,):
+            bound = math.sqrt(2.0) * math.sqrt(3.0) / math.sqrt(size[1])
+            drawn = torch.empty(size).uniform_(-bound, bound, generator=own)
+        return drawn

@@ -17,9 +17,9 @@ FIXED = 1e4  # a gate's noise once it is decided: σ(±1e4) is 1 or 0
 class DiffPruning(Method):
     """φ(P) = P + z ⊙ z_g · w,  z = clamp(3 σ(u + a) − 1.5, 0, 1);  loss + λ Σ σ(a)
 
-    For every parameter P: a difference w = 0 like P, hard-concrete gates with locations a = 5 like P and a_g = 5 for the
-    whole of P, and their noise u = logit(U(0, 1)), drawn anew after every optimiser step. At the share `fix_at` of the
-    run, the `target` share of the differences of largest size |z z_g w| stays, over all parameters, and the mask is
+    For every parameter P: a difference w = 0 like P, hard-concrete gates with locations a = 5 like P and a_g = 5 for
+    the whole of P, and their noise u = logit(U(0, 1)), drawn anew after every optimiser step. At `fix_at` of the run,
+    the `target` share of the differences of largest size |z z_g w| stays, over all parameters, and the mask is
     fixed: u is then ±∞ in effect, and the rest of the run trains w under it. σ(a) is the chance that a gate is not zero
     (γ = −1.5, ζ = 1.5). Source: Guo et al. 2020, "Parameter-Efficient Transfer Learning with Diff Pruning", Sec. 3.
     """

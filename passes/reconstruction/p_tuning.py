@@ -11,13 +11,13 @@ from subgraph_peft.sites import Site
 LAYERS = 2
 
 
-def uniform(width: int) -> Init:
-    """U(±1/√width)"""
+def uniform(width: int, name: str = "in") -> Init:
+    """U(±1/√width), where `name` is what the width is called"""
 
     def init(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
         return torch.empty(shape).uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width), generator=generator)
 
-    init.__doc__ = f"U(±1/√{width})"
+    init.__doc__ = f"U(±1/√{name})"
     return init
 
 
@@ -60,7 +60,7 @@ class PTuning(Method):
             for side in ("", "_reverse"):
                 for name, shape in shapes.items():
                     shape = (4 * h, 2 * h) if name == "weight_ih" and layer else shape
-                    found[f"{name}_l{layer}{side}"] = trainable(*shape, init=uniform(h))
+                    found[f"{name}_l{layer}{side}"] = trainable(*shape, init=uniform(h, "hidden"))
         return found
 
     def embeddings(self, P: torch.Tensor, **layers: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ class PrefixTuning(Method):
         if not self.projection:
             draw = zeros if self.init == "zeros" else normal(1.0)
             return {name: trainable(self.n, *site.shape, init=draw) for name in ("keys", "values")}
-        draw = zeros if self.init == "zeros" else uniform(self.hidden)
+        draw = zeros if self.init == "zeros" else uniform(self.hidden, "hidden")
         shapes = {"W_k": (*site.shape, self.hidden), "b_k": site.shape}
         shapes |= {"W_v": shapes["W_k"], "b_v": site.shape}
         return {name: trainable(*shape, init=draw) for name, shape in shapes.items()}
