@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 
@@ -11,7 +12,7 @@ from . import registry
 from .formula import count_formula, equations, generic_site, shapes
 from .method import Method
 
-LEFT = {"weight": "φ(W)", "bias": "φ(b)", "output": "y"}
+LEFT = {"weight": "φ(W)", "bias": "φ(b)", "output": "y", "embeddings": "X", "keys_values": "K, V"}
 COLUMNS = ("method", "family", "equation", "trained per site", "folds", "paper")
 
 
@@ -64,10 +65,13 @@ def markdown() -> str:
 
 def options(cls: type[Method]) -> list[tuple[str, str, str]]:
     """(option, type, default)"""
-    return [
-        (name, str(getattr(field.annotation, "__name__", field.annotation)).replace("typing.", ""), repr(field.default))
-        for name, field in cls.model_fields.items()
-    ]
+    return [(name, type_text(field.annotation), repr(field.default)) for name, field in cls.model_fields.items()]
+
+
+def type_text(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    return str(annotation).replace("typing.", "") if get_origin(annotation) else getattr(annotation, "__name__", "any")
 
 
 def tensors(cls: type[Method]) -> list[tuple[str, str, str, str]]:

@@ -1,6 +1,7 @@
 """A method's equation as text, by running it on symbols instead of tensors; the catalogue is printed from this."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
@@ -12,9 +13,10 @@ from .sites import Site
 
 SUM, PRODUCT, ATOM = 1, 2, 3
 NAMES = {
-    "rho": "ρ", "delta": "δ", "sigma": "σ", "alpha": "α", "lam": "λ", "scale": "s", "A0": "A₀", "B0": "B₀", "bd": "b_d",
-    "bu": "b_u",
+    "rho": "ρ", "delta": "δ", "sigma": "σ", "alpha": "α", "lam": "λ", "scale": "s", "bd": "b_d",
+    "bu": "b_u", "keys": "P_k", "values": "P_v",
 }  # fmt: skip
+SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 FUNCTIONS = {
     "linalg_vector_norm": "‖{0}‖", "relu": "ReLU({0})", "gelu": "GELU({0})", "silu": "SiLU({0})",
     "dropout": "drop({0})", "expm1": "(exp({0}) − 1)", "cayley": "Q({0})", "again.default": "f({0})",
@@ -150,18 +152,22 @@ def symbols(method: Method) -> dict[str, Symbol]:
     """The tensors of a method as symbols."""
     found = {}
     for name, tensor in declared(method, generic_site(method)).items():
-        text = NAMES.get(name, name)
+        text = NAMES.get(name, re.sub(r"\d+$", lambda found: found[0].translate(SUBSCRIPTS), name))
         if h := method.nonlinear.get(name):
             text = FUNCTIONS.get(h, f"{h}({{0}})").format(f"{text}·")
         found[name] = Symbol(text, 0 if math.prod(tensor.shape) == 1 else len(tensor.shape))
     return found
 
 
+OPERANDS = {"weight": ("W",), "bias": ("b",), "output": ("x", "y"), "embeddings": (), "keys_values": ()}
+SIZES = {"embeddings": {"out": "d"}, "keys_values": {"out": "heads", "in": "width"}}
+
+
 def equations(method: Method) -> dict[str, str]:
-    """Part ("weight", "bias", "output") -> the right-hand side of its equation."""
+    """Part ("weight", "bias", "output", …) -> the right-hand side of its equation."""
     found = {}
     tensors, subject = symbols(method), symbolic(method)
-    for part, operands in {"weight": ("W",), "bias": ("b",), "output": ("x", "y")}.items():
+    for part, operands in OPERANDS.items():
         if not method.defines(part):
             continue
         given = [Symbol(n, 2, shape=(OUT, IN)) if n == "W" else Symbol(n, 1, shape=(OUT,)) for n in operands]
@@ -169,7 +175,11 @@ def equations(method: Method) -> dict[str, str]:
             result = subject.evaluate(part, *given, tensors=tensors)
         except (TypeError, AttributeError) as error:
             raise MethodError(f"The equation {part} of {method.name} has no printed form: {error}.") from error
-        if result.text != operands[-1]:
+        if part == "embeddings":
+            found[part] = f"[{result.text}; X]"
+        elif part == "keys_values":
+            found[part] = ", ".join(f"[{side.text}; {name}]" for side, name in zip(result, "KV", strict=True))
+        elif result.text != operands[-1]:
             found[part] = result.text
     return found
 
@@ -194,8 +204,11 @@ def shapes(method: Method) -> dict[str, tuple[str, ...]]:
 
     probe = replaced(method, distinct)
     wide, tall = (declared(probe, generic_site(method, *sizes)) for sizes in ((OUT, IN), (IN, OUT)))
+    words = next((words for part, words in SIZES.items() if method.defines(part)), {})
     found = {
-        name: tuple(size_name(a, b, options) for a, b in zip(tensor.shape, tall[name].shape, strict=True))
+        name: tuple(
+            words.get(n := size_name(a, b, options), n) for a, b in zip(tensor.shape, tall[name].shape, strict=True)
+        )
         for name, tensor in wide.items()
     }
     printed = {name: sizes for layer in method.layers() for name, sizes in layer.printed_shapes.items()}

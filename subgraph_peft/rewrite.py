@@ -48,8 +48,8 @@ def rewrite(
     trainable:  parameters of the model to train beside it, such as a new head ("classifier"), by name or module
     tied:       a weight that is tied to another: "refuse" it, or "untie" it (it gets memory of its own)
     patterns:   other options at some sites: {"*.query": {"r": 16, "alpha": 32}}
-    budget:     of trained numbers, as "0.02%" of the model's, a share below 1 or a count: chooses the rank `r` or, for a
-                method without one, the sites
+    budget:     of trained numbers, as "0.02%" of the model's, a share below 1 or a count: chooses the rank `r` or, for
+                a method without one, the sites
     dtype:      of the adapter's tensors; float32 by default, float64 in a float64 model
     seed:       of the starting values; every site draws from a generator of its own
 

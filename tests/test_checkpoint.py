@@ -121,7 +121,12 @@ def test_another_base_another_method_another_format_are_refused(adapted, folder)
     edit(
         folder,
         adapters=[
-            {"name": "x", "method": {"lora": {"r": 2}}, "sites": ["bert.encoder.layer.7.attention.self.query.weight"]}
+            {
+                "name": "x",
+                "method": {"lora": {"r": 2}},
+                "sites": ["bert.encoder.layer.7.attention.self.query.weight"],
+                "variants": {},
+            }
         ],
     )
     with pytest.raises(sp.CheckpointError, match="no site bert.encoder.layer.7"):

@@ -49,11 +49,17 @@ def test_the_api_on_one_screen_runs(tmp_path, monkeypatch):
     assert (tmp_path / "model.onnx").exists() and (tmp_path / "adapter/adapter.json").exists()
     torch.testing.assert_close(model.eval()(**example_inputs).logits, namespace["folded"].run().logits)
 
+    placing = next(body for kind, body in BLOCKS if kind == "python" and "Houlsby" in body)
+    namespace |= {"torch": torch, "batches": [example_inputs] * 2}
+    exec(placing, namespace)
+    assert namespace["schedule"].number == 2 and namespace["adapted"].penalty() > 0
 
-def test_the_pipeline_file_is_valid(tmp_path):
-    body = next(body for kind, body in BLOCKS if kind == "yaml")
+
+@pytest.mark.parametrize(("index", "start"), [(0, "capture,lora{"), (1, "capture,method{name=my_lora,")])
+def test_the_pipeline_files_are_valid(tmp_path, index, start):
+    body = [body for kind, body in BLOCKS if kind == "yaml"][index]
     (tmp_path / "pipeline.yaml").write_text(body)
-    assert str(load_config(tmp_path / "pipeline.yaml").pipeline()).startswith("capture,lora{")
+    assert str(load_config(tmp_path / "pipeline.yaml").pipeline()).startswith(start)
 
 
 @pytest.mark.parametrize("purpose", ["set up and run the quickstart", "set up and run the tests"])

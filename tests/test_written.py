@@ -531,7 +531,7 @@ def test_a_pipeline_that_defines_methods_runs_from_end_to_end(pipeline, tmp_path
 
 def test_inspect_says_the_equation(pipeline):
     output = call("inspect", pipeline)
-    assert "my_lora: φ(W) = W + (α/r) B A" in output and "scaled: φ(W) = W diag(c)" in output
+    assert "    φ(W) = W + (α/r) B A\n" in output and "    φ(W) = W diag(c)\n" in output
 
 
 def test_onnx_metadata_holds_the_definition(base, tmp_path):

@@ -3,10 +3,10 @@
     python -m tests.benchmarks.tasks --data ../shared/data                    all methods, TREC, 3 seeds
     python -m tests.benchmarks.tasks --data ../shared/data --method lora --method pissa --steps 20 --seeds 1
 
-all-MiniLM-L6-v2 with a new classifier learns TREC's six question types, or SST-2's two polarities, for a few hundred steps
-of 32 sentences. All runs of a seed see the same batches and start from the same head. A method's gain is its mean accuracy
-less that of the head alone; noise is √(s² + s₀²), s and s₀ the deviations over seeds of the method and of the head alone.
-PiSSA and LoRA share rank, scale and learning rate: their losses early in training are compared seed by seed.
+all-MiniLM-L6-v2 with a new classifier learns TREC's six question types, or SST-2's two polarities, for a few hundred
+steps of 32 sentences. All runs of a seed see the same batches and start from the same head. A method's gain is its mean
+accuracy less that of the head alone; noise is √(s² + s₀²), s and s₀ the deviations over seeds of the method and of the
+head alone. PiSSA and LoRA share rank, scale and learning rate: their losses early in training are compared by seed.
 """
 
 import time

@@ -46,7 +46,7 @@ def test_the_merged_file_is_node_for_node_the_base(exported, tmp_path, name):
 
 @pytest.fixture(scope="module")
 def parallel(tmp_path_factory):
-    program = shake(sp.rewrite(captured("bert"), ParallelAdapter(r=2, scale=0.5), where="*.self.query"))
+    program = shake(sp.rewrite(captured("bert"), ParallelAdapter(r=2, scale=0.5, biases=False), where="*.self.query"))
     path = tmp_path_factory.mktemp("parallel") / "model.onnx"
     return program, Exported(path, export.to_onnx(program, path))
 
@@ -59,10 +59,10 @@ def test_an_adapter_that_does_not_fold_stays_as_nodes_that_say_so(exported, para
     assert {made_by(node)["adapter"] for node in own} == {"parallel_adapter"}
     sites = [site.name for site in program.adapters[0].sites]
     assert Counter(made_by(node)["site"] for node in own) == dict.fromkeys(sites, len(own) // 2)
-    assert {made_by(node)["term"] for node in own} == {"A", "relu", "B", "mul", "add"}
+    assert {made_by(node)["term"] for node in own} == {"D", "relu", "U", "mul", "add"}
     readable = [n.name for n in own if n.name.startswith("bert_encoder_layer_0") and n.op_type != "Transpose"]
     prefix = "bert_encoder_layer_0_attention_self_query_parallel_adapter_"
-    assert readable == [prefix + term for term in ("A", "relu", "B", "mul", "add")]
+    assert readable == [prefix + term for term in ("D", "relu", "U", "mul", "add")]
     weights = {t.name for t in done.proto.graph.initializer if "parallel_adapter." in t.name}
     assert weights == {path for _, _, path in program.adapters[0].all_paths()}
 
