@@ -519,7 +519,7 @@ def test_a_pipeline_that_defines_methods_runs_from_end_to_end(pipeline, tmp_path
     assert "4 steps" in output and "delta retained" in output
     page = (tmp_path / "out/report.md").read_text()
     assert "| my_lora | φ(W) = W + (α/r) B A |" in page
-    assert "| scaled | φ(W) = W diag(c) |" in page
+    assert "| φ(W) = diag(m/‖W diag(c)‖) W diag(c) |" in page
     assert (tmp_path / "out/merged").exists() is False and "bert_encoder_layer_0_attention_self_query_my_lora_A" in page
     stored = json.loads((tmp_path / "out/adapter/adapter.json").read_text())["adapters"]
     assert stored[0]["method"]["method"]["options"] == {"r": 3, "alpha": 4.0}
@@ -531,7 +531,7 @@ def test_a_pipeline_that_defines_methods_runs_from_end_to_end(pipeline, tmp_path
 
 def test_inspect_says_the_equation(pipeline):
     output = call("inspect", pipeline)
-    assert "    φ(W) = W + (α/r) B A\n" in output and "    φ(W) = W diag(c)\n" in output
+    assert "    φ(W) = W + (α/r) B A\n" in output and "φ(W) = diag(m/‖W diag(c)‖) W diag(c)" in output
 
 
 def test_onnx_metadata_holds_the_definition(base, tmp_path):

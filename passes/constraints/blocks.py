@@ -36,9 +36,12 @@ class Blocks(Wrapper):
                     f"blocks: there is no block {name!r}.{suggestion(name, self.names)} "
                     f"Blocks: {', '.join(self.names)}."
                 )
-        if not self.only or len(set(self.names)) < len(self.names) or self.sizes and len(self.sizes) != len(self.names):
+        hidden = any(a.endswith(f"_{b}") for a in self.names for b in self.names)
+        counted = self.sizes is None or len(self.sizes) == len(self.names)
+        if not self.only or hidden or not counted or len(set(self.names)) < len(self.names):
             raise MethodError(
-                "blocks: `only` names at least one block, `names` are distinct, `sizes` gives one number a name."
+                "blocks: `only` names at least one block, `names` are distinct and none ends in _ and another, `sizes` "
+                "gives one number a name."
             )
 
     def rows(self, out_features: int) -> Iterator[tuple[str, slice]]:

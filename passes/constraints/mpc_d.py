@@ -6,7 +6,7 @@ from subgraph_peft.passes.constraints.mpc_o import MPCo
 
 
 class MPCd(MPCo):
-    """loss + λ (‖A Aᵀ − I‖² + ‖Bᵀ B − diag(Bᵀ B)‖²)
+    """φ(W) = φ_of(W);  loss + λ (‖A Aᵀ − I‖² + ‖Bᵀ B − diag(Bᵀ B)‖²)
 
     Matrix Pattern Constraint "diagonal": as MPC_o, but B's columns may have any length.
     Source: Si et al. 2024, "See Further for Parameter Efficient Fine-tuning", Eq. 26.

@@ -10,7 +10,7 @@ from subgraph_peft.sites import Site
 
 
 class MPCn(FactorWrapper):
-    """h(x Aᵀ) in place of x Aᵀ
+    """x φ(W)ᵀ = x φ_of(W)ᵀ with h(x Aᵀ) in place of x Aᵀ
 
     Matrix Pattern Constraint "nonlinear": a nonlinearity between the factors of any method that starts from A and B of
     its own (over LoRA it is the parallel adapter at single layers). It does not fold.

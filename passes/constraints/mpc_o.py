@@ -10,7 +10,7 @@ from subgraph_peft.method import Method
 
 
 class MPCo(FactorWrapper):
-    """loss + λ (‖A Aᵀ − I‖² + ‖Bᵀ B − I‖²)
+    """φ(W) = φ_of(W);  loss + λ (‖A Aᵀ − I‖² + ‖Bᵀ B − I‖²)
 
     Matrix Pattern Constraint "orthogonal" on any method with trained factors A [r, in] and B [out, r].
     `form`: "squared_sum" over sites, as in the paper, or "unsquared_mean" of the norms over all matrices, as in its
