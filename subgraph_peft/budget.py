@@ -55,7 +55,7 @@ def choose(budget: str | float, total: int, method: Method, sites: Sequence[Site
         smallest = min(trained(make(method, kind)) for kind in by_kind(sites))
         raise MethodError(
             f"{text}: {method.name} needs at least {smallest:,} numbers at the selected sites. Raise the budget to "
-            f"{smallest / total:.2g} of the model, or select fewer sites."
+            f"{smallest}, or select fewer sites."
         )
     chosen = ", ".join(dict.fromkeys(layered(site.name) for site in adapter.sites))
     return adapter, f"{text}: {len(adapter.sites)} of {len(sites)} sites ({chosen}), {trained(adapter):,}"

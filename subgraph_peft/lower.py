@@ -120,7 +120,7 @@ class Lowering:
             user.replace_input_with(bias, result)
 
     def output(self, weight: fx.Node) -> None:
-        for call, _ in calls_of(weight):
+        for call, _ in list(calls_of(weight)):  # `f` adds calls of the weight
             form = form_class(self.site, call.form)
             if form is None or form.features != -1:
                 raise MethodError(

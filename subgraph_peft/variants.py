@@ -8,6 +8,7 @@ from .method import Method, Wrapper
 from .selectors import Pattern
 from .sites import Site
 
+FREE = {"r", "alpha", "dropout"}  # options that a schedule takes site by site
 Patterns = Mapping[str, Mapping[str, Any]]
 
 
@@ -37,6 +38,12 @@ def variants(method: Method, patterns: Patterns, sites: Sequence[Site]) -> tuple
         if not isinstance(options, Mapping) or not options:
             raise MethodError(f"The pattern {text!r} needs options, such as {{r: 4}}, not {options!r}.")
         changed = with_options(method, options)
+        fixed = ", ".join(sorted(set(options) - FREE))
+        if fixed and any(layer.defines("schedule") for layer in method.layers()):
+            raise MethodError(
+                f"The pattern {text!r} changes {fixed}, but the schedule of {method.name} is one for all its sites; a "
+                f"pattern may change {', '.join(sorted(FREE))}. Rewrite those sites by an adapter of their own."
+            )
         if changed.shared(sites) != method.shared(sites):
             raise MethodError(f"The pattern {text!r} changes tensors that all sites of {method.name} share.")
         found |= {site.name: changed for site in matched}

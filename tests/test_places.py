@@ -24,6 +24,7 @@ from subgraph_peft.passes import (
     DoRA,
     Houlsby,
     LoRA,
+    LoRADash,
     MPCo,
     ParallelAdapter,
     Pfeiffer,
@@ -714,3 +715,30 @@ def test_projections_do_not_disturb_the_global_generator(bert):
     assert torch.equal(torch.rand(4), expected)
     drawn = _kaiming_init((6, 40), torch.Generator().manual_seed(0)).double()
     assert torch.equal(vera(bert, projection_seed=0).module.get_parameter("shared_vera.A"), drawn)
+
+
+def test_f_is_the_layer_itself_at_a_layer_selected_by_its_weight(bert):
+    class Scaled(sp.Method):
+        """y = f(x ⊙ c)"""
+
+        name = "scaled_input"
+
+        def tensors(self, site):
+            return {"c": sp.trainable(site.in_features, init=sp.ones)}
+
+        def output(self, x, y, c, f):
+            return f(x * c)
+
+    where = "*.self.{query,value}"
+    ours, known = sp.rewrite(bert, Scaled(), where), sp.rewrite(bert, SSL(), where)
+    with torch.no_grad():
+        for site in known.adapters[0].sites:
+            c = torch.rand(site.in_features, dtype=torch.float64)
+            for program in (ours, known):
+                program.module.get_parameter(program.adapters[0].path(site, "c")).copy_(c)
+    assert torch.equal(ours.run().logits, known.run().logits)
+
+
+def test_a_pattern_may_not_change_what_one_schedule_decides_for_all(bert):
+    with pytest.raises(sp.MethodError, match="changes switch, but the schedule of lora_dash is one for all its sites"):
+        sp.rewrite(bert, LoRADash(r=2, directions=2), "*.{query,value}", patterns={"*.query": {"switch": 6}})

@@ -1,5 +1,7 @@
 """Any weight update as a plain LoRA: ΔW = φ(W) − W = s B A, exactly or truncated."""
 
+import math
+
 import torch
 from subgraph_peft.passes import LoRA
 
@@ -40,7 +42,7 @@ def lora_pieces(program: Program, rank: int | None, tolerance: float) -> tuple[l
     if worst is not None and errors[worst] > tolerance:
         raise MethodError(
             f"At rank {rank} the LoRA loses {errors[worst]:.1%} of the update of {worst}, more than {tolerance:.1%}. "
-            f"Give a larger rank, or accept it with tolerance={errors[worst] * 1.01:.2g}."
+            f"Give a larger rank, or accept it with tolerance={math.ceil(errors[worst] * 1000) / 1000:g}."
         )
     return found, errors
 
