@@ -1,13 +1,12 @@
 """Values that rewrites compute from the model's tensors alone, computed once: constants in place of their nodes."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import fx
 
 from subgraph_peft.equation import VIEWS
-from subgraph_peft.graphs import aten
+from subgraph_peft.graphs import aten, cone, evaluate
 from subgraph_peft.lower import META
 
 KEPT = VIEWS | {aten.to.dtype, aten.unflatten.int, aten.flatten.using_ints, aten.reshape.default}
@@ -29,11 +28,11 @@ def bake(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> dict[str, torc
     baked: dict[str, torch.Tensor] = {}
     while ends:
         node = ends.pop()
-        cone = operands(node)
-        if all(inner.op == "get_attr" or inner.target in KEPT for inner in cone):
+        sources = cone(node)
+        if all(inner.op == "get_attr" or inner.target in KEPT for inner in sources):
             continue
         value = evaluate(node, lambda leaf: tensors[str(leaf.target)])
-        size = sum(tensors[str(leaf.target)].numel() for leaf in cone if leaf.op == "get_attr")
+        size = sum(tensors[str(leaf.target)].numel() for leaf in sources if leaf.op == "get_attr")
         if not isinstance(value, torch.Tensor) or value.numel() > size:
             ends.extend(source for source in node.all_input_nodes if source.op != "get_attr")
             continue
@@ -44,32 +43,6 @@ def bake(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> dict[str, torc
         held.meta = dict(node.meta)
         node.replace_all_uses_with(held)
     return baked
-
-
-def operands(node: fx.Node) -> set[fx.Node]:
-    """Everything that a node is computed from, itself included."""
-    found, stack = set(), [node]
-    while stack:
-        current = stack.pop()
-        if current not in found:
-            found.add(current)
-            stack.extend(current.all_input_nodes)
-    return found
-
-
-def evaluate(node: fx.Node, read: Callable[[fx.Node], torch.Tensor]) -> Any:
-    memo: dict[fx.Node, Any] = {}
-
-    def of(current: fx.Node) -> Any:
-        if current not in memo:
-            if current.op == "get_attr":
-                memo[current] = read(current)
-            else:
-                args, kwargs = (fx.node.map_arg(part, of) for part in (current.args, current.kwargs))
-                memo[current] = current.target(*args, **kwargs)
-        return memo[current]
-
-    return of(node)
 
 
 def unique(node: fx.Node, taken: set[str]) -> str:

@@ -8,6 +8,7 @@ from torch import fx
 
 from .adapter import Target
 from .equation import Equation
+from .graphs import evaluate
 from .module import GraphModel, attach
 
 
@@ -33,18 +34,12 @@ def evaluate_constant(constant: Constant, tensors: Mapping[str, torch.Tensor]) -
     target, equation = constant.target, constant.equation
     stored = tensors[target.name].detach()
     wide = torch.promote_types(torch.float32, stored.dtype)
-    memo: dict[fx.Node, torch.Tensor] = {}
 
-    def of(node: fx.Node) -> torch.Tensor:
-        if node not in memo:
-            if node.op == "placeholder":
-                adapter, tensor = equation.operands[node]
-                held = tensors[target.path(adapter, tensor)].detach() if adapter else stored
-                memo[node] = target.site.matrix(held.to(wide)) if tensor == "W" and not adapter else held.to(wide)
-            else:
-                memo[node] = node.target(*fx.node.map_arg(node.args, of), **fx.node.map_arg(node.kwargs, of))
-        return memo[node]
+    def read(operand: fx.Node) -> torch.Tensor:
+        adapter, tensor = equation.operands[operand]
+        held = (tensors[target.path(adapter, tensor)].detach() if adapter else stored).to(wide)
+        return target.site.matrix(held) if tensor == "W" and not adapter else held
 
-    result = of(constant.node)
+    result = evaluate(constant.node, read)
     full = target.part == "weight" and result.numel() >= target.site.out_features * target.site.in_features
     return result.to(stored.dtype if full else wide).contiguous()

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from .errors import MethodError
-from .graphs import aten, fixed_size, operator_name
+from .graphs import aten, cone, evaluate, fixed_size, operator_name
 from .sites import Call, Site, calls_of
 
 if TYPE_CHECKING:
@@ -136,33 +136,16 @@ def innermost(node: fx.Node) -> str:
 
 def leaves(node: fx.Node) -> set[fx.Node]:
     """Inputs and tensors whose values (not sizes) a node depends on."""
-    found, seen, stack = set(), set(), [node]
-    while stack:
-        current = stack.pop()
-        if current in seen or current.target is aten.sym_size.int:
-            continue
-        seen.add(current)
-        if current.op in ("placeholder", "get_attr"):
-            found.add(current)
-        stack.extend(current.all_input_nodes)
-    return found
+    sources = cone(node, lambda current: current.target is not aten.sym_size.int)
+    return {source for source in sources if source.op in ("placeholder", "get_attr")}
 
 
 def rows(program: "Program", site: Site, W: torch.Tensor) -> torch.Tensor:
     """What the module that holds the table W [vocabulary, d] gives for every id: its rows, scaled where it scales."""
     found = entry(program.captured.module.graphs()[0])
     tensors = dict(program.module.tensors())
-    memo: dict[fx.Node, Any] = {found.lookup: W}
-
-    def of(node: fx.Node) -> Any:
-        if node not in memo:
-            if node.op == "get_attr":
-                memo[node] = tensors[str(node.target)].detach()
-            else:
-                memo[node] = node.target(*fx.node.map_arg(node.args, of), **fx.node.map_arg(node.kwargs, of))
-        return memo[node]
-
-    return of(found.embedded).to(W.dtype)
+    given = evaluate(found.embedded, lambda leaf: tensors[str(leaf.target)].detach(), {found.lookup: W})
+    return given.to(W.dtype)
 
 
 def sizes(node: fx.Node) -> tuple[Any, ...]:

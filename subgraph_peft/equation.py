@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 from .errors import MethodError
-from .graphs import TRAINING_FLAG, aten, operator_name, sweep
+from .graphs import TRAINING_FLAG, aten, cone, operator_name, sweep
 from .method import Method
 
 VIEWS = {
@@ -78,13 +78,7 @@ class Equation:
 
     def leaves(self, node: fx.Node) -> set[fx.Node]:
         """Placeholders that a node depends on."""
-        found, stack = set(), [node]
-        while stack:
-            current = stack.pop()
-            if current.op == "placeholder":
-                found.add(current)
-            stack.extend(current.all_input_nodes)
-        return found
+        return {source for source in cone(node) if source.op == "placeholder"}
 
     def is_constant(self, node: fx.Node) -> bool:
         """A computed value without trainable tensors, worth keeping: not a view, and no larger than its operands."""

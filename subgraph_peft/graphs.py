@@ -2,7 +2,8 @@
 
 import copy
 import linecache
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import fx
@@ -86,6 +87,33 @@ def without_inputs(graph: fx.Graph, missing: set[str]) -> list[bool]:
 def flat_outputs(graph: fx.Graph) -> tuple:
     result = graph.output_node().args[0]
     return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
+def cone(node: fx.Node, through: Callable[[fx.Node], bool] = lambda node: True) -> set[fx.Node]:
+    """Everything that a node is computed from, itself included; nodes that are not gone `through` are left out."""
+    found, stack = set(), [node]
+    while stack:
+        current = stack.pop()
+        if current not in found and through(current):
+            found.add(current)
+            stack.extend(current.all_input_nodes)
+    return found
+
+
+def evaluate(node: fx.Node, read: Callable[[fx.Node], Any], known: Mapping[fx.Node, Any] | None = None) -> Any:
+    """The value of a node; `read` gives those of placeholders and tensors, `known` those of other nodes."""
+    memo = dict(known or {})
+
+    def of(current: fx.Node) -> Any:
+        if current not in memo:
+            if current.op == "call_function":
+                args, kwargs = (fx.node.map_arg(part, of) for part in (current.args, current.kwargs))
+                memo[current] = current.target(*args, **kwargs)
+            else:
+                memo[current] = read(current)
+        return memo[current]
+
+    return of(node)
 
 
 def sweep(graph: fx.Graph) -> int:

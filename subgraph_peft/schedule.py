@@ -63,6 +63,8 @@ class Schedule:
         for name, parameter in program.parameters(trainable=True):
             if id(parameter) not in held:
                 raise MethodError(f"{name} trains, but this optimiser does not hold it: pass program.parameters' own.")
+        written = [tensor for _, _, sites in self.adapters for entry in sites for tensor in entry.tensors.values()]
+        self.feeding = [t for t in written if not t.requires_grad] if program.constants else []
         self.hook = optimizer.register_step_post_hook(self.stepped)
 
     def stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -74,34 +76,29 @@ class Schedule:
     def advance(self) -> None:
         """One optimiser step has been taken."""
         self.number += 1
-        frozen = [parameter for parameter in self.program.module.parameters() if not parameter.requires_grad]
-        before = [parameter._version for parameter in frozen]
+        before = [tensor._version for tensor in self.feeding]
         for _, layer, sites in self.adapters:
             layer.schedule(Step(self.number, self.total, sites))
-        if self.program.constants and before != [parameter._version for parameter in frozen]:
+        if before != [tensor._version for tensor in self.feeding]:
             refresh(self.program.module, self.program.constants)
 
     def remove(self) -> None:
         """Stop following the optimiser."""
         self.hook.remove()
 
+    def places(self) -> dict[str, SiteStep]:
+        """Sites by the name under which their state is saved."""
+        found = ((f"{a.name}.{layer.name}", sites) for a, layer, sites in self.adapters)
+        return {f"{name}.{entry.site.name}": entry for name, sites in found for entry in sites}
+
     def state_dict(self) -> dict[str, Any]:
         """{"number": steps taken, "tensors": {name: tensor}}"""
-        tensors = {
-            f"{adapter.name}.{layer.name}.{entry.site.name}.{name}": value
-            for adapter, layer, sites in self.adapters
-            for entry in sites
-            for name, value in entry.state.items()
-        }
+        tensors = {f"{p}.{name}": value for p, entry in self.places().items() for name, value in entry.state.items()}
         return {"number": self.number, "tensors": tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state of the same program. Raises CheckpointError for one that does not fit."""
-        places = {
-            f"{adapter.name}.{layer.name}.{entry.site.name}": entry
-            for adapter, layer, sites in self.adapters
-            for entry in sites
-        }
+        places = self.places()
         found: dict[str, dict[str, torch.Tensor]] = {place: {} for place in places}
         for path, value in state["tensors"].items():
             place, _, name = path.rpartition(".")
