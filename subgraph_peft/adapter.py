@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from .method import Method, Tensor
 from .sites import VECTORS, Site
+from .stacks import over_stack
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,26 @@ class Adapter:
         """The method with the options of this site."""
         return self._variants.get(site.name, self.method)
 
+    def entry_tensors(self, site: Site) -> dict[str, Tensor]:
+        """Declarations by name of what the equations at a site read, the site's own first; at a stack of matrices those
+        of one."""
+        return {**self.at(site).tensors(site.entry), **self.shared}
+
     def tensors(self, site: Site) -> dict[str, Tensor]:
-        """Declarations by name of what the equations at a site read, the site's own first."""
-        return {**self.at(site).tensors(site), **self.shared}
+        """Declarations by name of the tensors at a site: at a stack each holds one entry a matrix, [stack, …]."""
+        declared = self.entry_tensors(site)
+        if not site.stack:
+            return declared
+        return {n: t if n in self.shared else replace(t, shape=(site.stack, *t.shape)) for n, t in declared.items()}
+
+    def evaluate(
+        self, site: Site, part: str, value: torch.Tensor, tensors: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:  # fmt: skip
+        """The equation `part` on tensors."""
+        method = self.at(site)
+        if part != "weight" or not site.stack:
+            return method.evaluate(part, value, tensors=tensors)
+        return over_stack(lambda W, own: method.evaluate(part, W, tensors=own), value, tensors, set(self.shared))
 
     def path(self, site: Site, tensor: str) -> str:
         return f"shared_{self.name}.{tensor}" if tensor in self.shared else f"{site.name}_{self.name}.{tensor}"
@@ -83,14 +101,20 @@ class Target:
     def path(self, adapter: str, tensor: str) -> str:
         return next(a.path(site, tensor) for a, site in self.chain if a.name == adapter)
 
+    @property
+    def shared(self) -> frozenset[tuple[str, str]]:
+        """(adapter, tensor) of those that all sites share."""
+        return frozenset((adapter.name, tensor) for adapter, _ in self.chain for tensor in adapter.shared)
+
     def evaluate(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The matrix [out, in] or the bias under the chain, computed in `dtype`, or in the parameter's where wider."""
+        """The matrix [out, in] (or [stack, out, in]) or the bias under the chain, computed in `dtype`, or in the
+        parameter's where wider."""
         stored = tensors[self.name].detach()
         value = stored.to(torch.promote_types(dtype, stored.dtype))
         value = self.site.matrix(value) if self.part == "weight" else value
         for adapter, site in self.chain:
             given = {name: tensors[path].detach().to(value.dtype) for name, path in adapter.paths(site).items()}
-            value = adapter.at(site).evaluate(self.part, value, tensors=given)
+            value = adapter.evaluate(site, self.part, value, given)
         return value
 
 
@@ -105,6 +129,7 @@ def targets(adapters: Sequence[Adapter]) -> list[Target]:
             for part, name in rewritten(adapter.method, site).items():
                 known = found.get((part, name), Target(part, name, site, ()))
                 found[part, name] = Target(part, name, known.site, (*known.chain, (adapter, site)))
+
     def place(target: Target) -> tuple[int, int]:
         return PARTS.index(target.part), -target.name.count(".") if target.part == "output" else 0
 

@@ -10,6 +10,7 @@ from .adapter import Target
 from .equation import Equation
 from .graphs import evaluate
 from .module import GraphModel, attach
+from .stacks import stacked
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,14 @@ def evaluate_constant(constant: Constant, tensors: Mapping[str, torch.Tensor]) -
         held = (tensors[target.path(adapter, tensor)].detach() if adapter else stored).to(wide)
         return target.site.matrix(held) if tensor == "W" and not adapter else held
 
-    result = evaluate(constant.node, read)
-    full = target.part == "weight" and result.numel() >= target.site.out_features * target.site.in_features
+    if target.part == "weight" and target.site.stack:
+        varying = stacked(equation, target.shared)
+        given = {leaf: read(leaf) for leaf in equation.leaves(constant.node)}
+        dims = {leaf: 0 if leaf in varying else None for leaf in given}
+        over = torch.func.vmap(lambda own: evaluate(constant.node, own.__getitem__), in_dims=(dims,))
+        result = over(given) if constant.node in varying else evaluate(constant.node, given.__getitem__)
+    else:
+        result = evaluate(constant.node, read)
+    size = target.site.out_features * target.site.in_features
+    full = target.part == "weight" and equation.numel(constant.node) >= size
     return result.to(stored.dtype if full else wide).contiguous()

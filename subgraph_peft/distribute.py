@@ -7,7 +7,7 @@
 Where no law applies the factor is evaluated as it stands, each step; one of full size is reported as dense.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ from torch import fx
 
 from .equation import is_transpose
 from .errors import MethodError
-from .forms import Form
+from .forms import At, Form
 from .graphs import aten, operator_name
 from .values import MATMULS, Values
 
@@ -45,18 +45,6 @@ class Scale:
 ONE = Scale()
 
 
-@dataclass(frozen=True)
-class At:
-    """Where in the equation an operand stands.
-
-    later:   it is no longer the call's own input but the result of a factor or a scaling
-    dropped: the dropout of the adapter whose term this is has been applied
-    """
-
-    later: bool = False
-    dropped: bool = False
-
-
 INPUT = At()
 
 
@@ -68,19 +56,19 @@ class Distribution:
         values: Values,
         form: Form,
         emit: Callable,
-        weight: fx.Node,
+        views: tuple[tuple, ...],
         dtype: torch.dtype,
         dropout: dict[str, float],
     ):
-        self.values, self.form, self.raw_emit, self.weight = values, form, emit, weight
+        self.values, self.form, self.raw_emit, self.views = values, form, emit, views
         self.equation = values.equation
         self.dtype, self.dropout = dtype, dropout
         self.dropped: dict[tuple[str, fx.Node], fx.Node] = {}
         self.current = self.equation.result
-        form.emit = lambda target, args, term: self.emit(target, args, term)
+        form.emit = self.emit
 
-    def emit(self, target: object, args: tuple, term: str) -> fx.Node:
-        return self.raw_emit(target, args, term, self.equation.adapter(self.current))
+    def emit(self, target: object, args: tuple, term: str, kwargs: Mapping | None = None) -> fx.Node:
+        return self.raw_emit(target, args, term, self.equation.adapter(self.current), kwargs)
 
     def run(self) -> fx.Node:
         return self.apply(self.equation.result, self.form.x, ONE, self.form.bias, INPUT)
@@ -106,24 +94,31 @@ class Distribution:
             return self.followed(h, node, x, scale, bias, at)
         on_input = bool(scale) and in_features <= out_features and (at.later or self.form.scales_input)
         if on_input:
-            x, scale = self.scaled(node, x, scale, in_features), ONE
+            x, scale = self.scaled(node, x, scale, in_features, at), ONE
         self.current = node
-        is_weight = self.equation.operands.get(node) == ("", "W") and (not at.later or self.form.scales_input)
+        is_weight = self.is_weight(node) and not at.inner and (not at.later or self.form.scales_input)
         own_bias = None if scale else bias
         term = "base" if is_weight else self.equation.term(node)
         if is_weight:
-            y = self.form.stored(x, self.weight, own_bias, term)
+            y = self.form.stored(x, own_bias, term)
         else:
-            matrix = self.activation(node)
-            y = (self.form.then if at.later else self.form.first)(x, matrix, own_bias, term)
+            y = self.form.apply(x, self.activation(node), own_bias, term, at)
             if not self.is_part_of_weight(node):
                 self.values.lowered.per_token += 2 * out_features * in_features
         if scale:
-            y = self.plus(self.scaled(node, y, scale, out_features), bias)
+            y = self.plus(self.scaled(node, y, scale, out_features, at, result=True), bias)
         return y
 
+    def is_weight(self, node: fx.Node) -> bool:
+        """Whether a matrix is the stored weight as the call sees it."""
+        seen = []
+        while node.target is aten.slice.Tensor or is_transpose(node):
+            seen.append(("t",) if is_transpose(node) else ("slice", *node.args[1:4]))
+            node = node.args[0]
+        return self.equation.operands.get(node) == ("", "W") and tuple(reversed(seen)) == self.views
+
     def is_part_of_weight(self, node: fx.Node) -> bool:
-        while node.target is aten.slice.Tensor:
+        while node.target is aten.slice.Tensor or is_transpose(node):
             node = node.args[0]
         return self.equation.operands.get(node) == ("", "W")
 
@@ -136,10 +131,10 @@ class Distribution:
         out_features, in_features = self.equation.shape(node)
         term = self.equation.term(node)
         self.current = node
-        y = (self.form.then if at.later else self.form.first)(x, self.activation(node), None, term)
+        y = self.form.apply(x, self.activation(node), None, term, at)
         self.values.lowered.per_token += 2 * out_features * in_features + out_features
         y = self.emit(NONLINEARITIES[h], (y,), h)
-        return self.plus(self.scaled(node, y, scale, out_features), bias)
+        return self.plus(self.scaled(node, y, scale, out_features, at, result=True), bias)
 
     def input(self, node: fx.Node, x: fx.Node, at: At) -> tuple[fx.Node, At]:
         """The operand of a trainable term, with the dropout of the adapter that the term belongs to."""
@@ -161,20 +156,32 @@ class Distribution:
         """A value in the dtype of the activations."""
         return self.values.held_in(node, self.dtype)
 
-    def scaled(self, node: fx.Node, x: fx.Node, scale: Scale, width: int) -> fx.Node:
-        """x of `width` features, times the scale."""
+    def scaled(
+        self, node: fx.Node, x: fx.Node, scale: Scale, width: int, at: At, result: bool = False
+    ) -> fx.Node:  # fmt: skip
+        """x of `width` features, an operand or a result, times the scale."""
         self.values.lowered.per_token += width * (len(scale.nodes) + (scale.number != 1.0))
         for factor, inverse in scale.nodes:
             value = self.activation(factor)
             self.current = factor
+            if factor in self.values.stacked:
+                value = self.shaped(value, (-1,), ())
+                value = self.form.spread(value, at, result)
             x = self.emit(aten.div.Tensor if inverse else aten.mul.Tensor, (x, value), "scale")
         if scale.number != 1.0:
             self.current = node
             x = self.emit(aten.mul.Tensor, (x, scale.number), "scale")
         return x
 
+    def shaped(self, value: fx.Node, sizes: tuple[int, ...], shape: tuple[int, ...]) -> fx.Node:
+        """A value reshaped to `sizes`, which stand for `shape` in each entry of a stack."""
+        if value.meta["shape"] != shape:
+            value = self.emit(aten.reshape.default, (value, list(sizes)), "vector")
+        value.meta["shape"] = shape
+        return value
+
     def plus(self, y: fx.Node, bias: fx.Node | None) -> fx.Node:
-        return y if bias is None else self.emit(aten.add.Tensor, (y, self.form.spread(bias)), "bias")
+        return y if bias is None else self.emit(aten.add.Tensor, (y, self.form.spread(bias, INPUT, True)), "bias")
 
     # laws: (node, x, scale, bias, at) -> emitted node, or None where the law does not hold
 
@@ -208,10 +215,11 @@ class Distribution:
         x, at = self.input(node, x, at)
         width = self.equation.shape(right)[0]
         out_features, in_features = self.equation.shape(node)
-        z = self.apply(right, x, ONE, None, at)
+        z = self.apply(right, x, ONE, None, replace(at, inner=True))
+        at = replace(at, later=True)
         if scale and width <= min(out_features, in_features):
-            z, scale = self.scaled(node, z, scale, width), ONE
-        return self.apply(left, z, scale, bias, replace(at, later=True))
+            z, scale = self.scaled(node, z, scale, width, at), ONE
+        return self.apply(left, z, scale, bias, at)
 
     def multiple(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node | None:
         """scalars, row scalings and column scalings"""
@@ -241,7 +249,7 @@ class Distribution:
     ) -> fx.Node:  # fmt: skip
         """x(diag(v) P)ᵀ = (xPᵀ) ⊙ v"""
         y = self.apply(matrix, x, scale, None, at)
-        y = self.emit(aten.div.Tensor if inverse else aten.mul.Tensor, (y, self.vector(node, vector)), "rows")
+        y = self.emit(aten.div.Tensor if inverse else aten.mul.Tensor, (y, self.vector(node, vector, at, True)), "rows")
         self.current = node
         return self.plus(y, bias)
 
@@ -253,19 +261,18 @@ class Distribution:
         if not at.later and not self.form.scales_input:
             return None
         x, at = self.input(node, x, at)
-        x = self.emit(aten.div.Tensor if inverse else aten.mul.Tensor, (x, self.vector(node, vector)), "columns")
+        x = self.emit(aten.div.Tensor if inverse else aten.mul.Tensor, (x, self.vector(node, vector, at)), "columns")
         return self.apply(matrix, x, scale, bias, replace(at, later=True))
 
-    def vector(self, node: fx.Node, vector: fx.Node) -> fx.Node:
-        """A row or column vector of the equation as [features], to multiply an activation."""
+    def vector(self, node: fx.Node, vector: fx.Node, at: At, result: bool = False) -> fx.Node:
+        """A row or column vector of the equation as [features], to multiply an operand or a result."""
         while vector.target is aten.unsqueeze.default:
             vector = vector.args[0]
-        value = self.activation(vector)
-        self.values.lowered.per_token += self.equation.numel(vector)
+        value, size = self.activation(vector), self.equation.numel(vector)
+        self.values.lowered.per_token += size
         self.current = vector
-        if len(self.equation.shape(vector)) > 1:
-            value = self.emit(aten.reshape.default, (value, [-1]), f"{self.equation.term(vector)}_vector")
-        spread = self.form.spread(value)
+        value = self.shaped(value, (-1, size) if vector in self.values.stacked else (-1,), (size,))
+        spread = self.form.spread(value, at, result)
         self.current = node
         return spread
 
@@ -274,15 +281,17 @@ class Distribution:
         vector = node.args[0]
         if len(self.equation.shape(vector)) != 1 or len(node.args) > 1 or not (at.later or self.form.scales_input):
             return None
+        if not self.form.keeps_dimensions and not (at.later and at.inner):
+            return None
         x, at = self.input(node, x, at)
-        x = self.scaled(node, x, scale, self.equation.numel(vector))
-        y = self.emit(aten.mul.Tensor, (x, self.vector(node, vector)), "diagonal")
+        x = self.scaled(node, x, scale, self.equation.numel(vector), at)
+        y = self.emit(aten.mul.Tensor, (x, self.vector(node, vector, at)), "diagonal")
         return self.plus(y, bias)
 
     def stack(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node | None:
         """x[P; Q]ᵀ = [xPᵀ, xQᵀ]"""
         parts, dimension = node.args[0], node.args[1] if len(node.args) > 1 else 0
-        if dimension != 0 or len(self.equation.shape(node)) != 2:
+        if dimension != 0 or len(self.equation.shape(node)) != 2 or self.form.features is None:
             return None
         results = [self.apply(part, x, scale, None, at) for part in parts]
         self.current = node

@@ -9,7 +9,8 @@ from torch import fx
 
 from .errors import MethodError
 from .graphs import aten, cone, evaluate, fixed_size, operator_name
-from .sites import Call, Site, calls_of
+from .layout import TRANSPOSED
+from .sites import Call, Site
 
 if TYPE_CHECKING:
     from .program import Program
@@ -59,8 +60,8 @@ def sequence_sites(program: "Program") -> Iterator[Site]:
         kind="sequence",
         shape=tuple(table.meta["val"].shape),
         dtype=table.meta["val"].dtype,
-        calls=tuple(call for call, _ in calls_of(table) if call.node == found.lookup.name)
-        or (Call(found.lookup.name, "embedding", operator_name(found.lookup)),),
+        calls=(Call(found.lookup.name, "embedding", operator_name(found.lookup)),),
+        layout=TRANSPOSED,
     )
 
 

@@ -1,13 +1,14 @@
 """An equation: φ(W), traced once for a shape, as a graph of aten operators with values and dependences."""
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import fx, nn
 
 from .errors import MethodError
-from .graphs import TRAINING_FLAG, aten, cone, operator_name, sweep
+from .graphs import aten, cone, mode_argument, operator_name, sweep
 from .method import Method
 
 VIEWS = {
@@ -15,6 +16,7 @@ VIEWS = {
     aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten.slice.Tensor,
     aten.select.int, aten.detach.default, aten.alias.default, aten.mT.default,
 }  # fmt: skip
+ELEMENTWISE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
 TRANSPOSE_2D = {aten.t.default, aten.numpy_T.default, aten.mT.default}
 
 # (adapter, tensor); ("", "W") or ("", "b") is the weight or bias itself, ("", "x") and ("", "y") are activations
@@ -34,12 +36,12 @@ class Step(nn.Module):
 
 
 class Chain(nn.Module):
-    """φₙ(…φ₂(φ₁(W))); of a method that reads its own tensors alone, that one"""
+    """φₙ(…φ₂(φ₁(W))), seen through views; of a method that reads its own tensors alone, that one"""
 
-    def __init__(self, chain: tuple[tuple[str, Method], ...], part: str):
+    def __init__(self, chain: tuple[tuple[str, Method], ...], part: str, views: tuple[tuple, ...] = ()):
         super().__init__()
         self.steps = nn.ModuleDict({name: Step(method, part) for name, method in chain})
-        self.part = part
+        self.part, self.views = part, views
 
     def forward(self, operands: tuple[torch.Tensor, ...], tensors: dict[str, dict[str, torch.Tensor]]) -> torch.Tensor:
         if not operands:
@@ -48,6 +50,8 @@ class Chain(nn.Module):
         *inputs, value = operands
         for name, step in self.steps.items():
             value = step((*inputs, value), tensors[name])
+        for kind, *arguments in self.views:
+            value = value.t() if kind == "t" else aten.slice(value, *arguments)
         return value
 
 
@@ -59,10 +63,12 @@ class Equation:
     trainable: nodes that depend on a trainable tensor or on an activation
     """
 
-    def __init__(self, graph: fx.Graph, operands: dict[fx.Node, Operand], varying: set[Operand]):
+    def __init__(
+        self, graph: fx.Graph, operands: dict[fx.Node, Operand], varying: set[Operand], viewed: bool = False
+    ):  # fmt: skip
         self.graph = graph
         self.operands = operands
-        push_transposes(graph)
+        push_views(graph, through_sums=viewed)
         self.results: tuple[fx.Node, ...] = tuple(graph.output_node().args[0])
         self.result: fx.Node = self.results[0]
         self.trainable: set[fx.Node] = set()
@@ -91,40 +97,89 @@ class Equation:
         if node in self.operands:
             return self.operands[node][0]
         stack = list(node.meta.get("nn_module_stack", {}).values())
-        return stack[-1][0].rpartition(".")[2] if stack else ""
+        name = stack[-1][0].rpartition(".")[2] if stack else ""
+        return self.adapter(node.args[0]) if not name and node.target in VIEWS else name
 
     def term(self, node: fx.Node) -> str:
         return self.operands[node][1] if node in self.operands else operator_name(node)
 
 
-def push_transposes(graph: fx.Graph) -> None:
-    """(PQ)ᵀ = QᵀPᵀ, (Pᵀ)ᵀ = P, so that a transpose stands only at a factor. In place."""
+def push_views(graph: fx.Graph, through_sums: bool) -> None:
+    """(PQ)ᵀ = QᵀPᵀ, (Pᵀ)ᵀ = P, and (P + Q)ᵀ = Pᵀ + Qᵀ where φ itself is viewed, and so for slices of rows and columns:
+    a transpose or a slice stands only at a factor. In place."""
     changed = True
     while changed:
         changed = False
         for node in list(graph.nodes):
-            if not is_transpose(node):
+            if not (is_transpose(node) or is_slice(node)):
                 continue
-            inner = node.args[0]
             with graph.inserting_before(node):
-                if is_transpose(inner):
-                    replacement = inner.args[0]
-                elif inner.target in (aten.matmul.default, aten.mm.default) and inner.args[0].meta["val"].ndim == 2:
-                    left, right = (transpose_of(graph, side, node) for side in reversed(inner.args))
-                    replacement = graph.call_function(aten.matmul.default, (left, right))
-                    replacement.meta = dict(node.meta)
-                else:
-                    continue
-            node.replace_all_uses_with(replacement)
-            graph.erase_node(node)
-            changed = True
+                replacement = pushed(graph, node, through_sums)
+            if replacement is not None:
+                node.replace_all_uses_with(replacement)
+                graph.erase_node(node)
+                changed = True
     sweep(graph)
 
 
-def transpose_of(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
-    result = graph.call_function(aten.t.default, (node,))
-    result.meta = {**like.meta, "val": node.meta["val"].t()}
-    return result
+def pushed(graph: fx.Graph, node: fx.Node, through_sums: bool) -> fx.Node | None:
+    """A view of a sum, a product or a transpose as one of views, or None where it stands at a factor."""
+    inner = node.args[0]
+    turning = is_transpose(node)
+    if is_transpose(inner):
+        if turning:
+            return inner.args[0]
+        sliced = view_of(graph, inner.args[0], node, dimension=1 - node.args[1])
+        return view_of(graph, sliced, inner)
+    if inner.target in (aten.matmul.default, aten.mm.default) and inner.meta["val"].ndim == 2:
+        left, right = inner.args
+        if left.meta["val"].ndim != 2 or right.meta["val"].ndim != 2:
+            return None
+        if turning:
+            left, right = view_of(graph, right, node), view_of(graph, left, node)
+        elif node.args[1] == 0:
+            left = view_of(graph, left, node)
+        else:
+            right = view_of(graph, right, node)
+        return made(graph, aten.matmul.default, (left, right), inner)
+    if through_sums and inner.target in ELEMENTWISE and not inner.kwargs:
+        sides = [seen(graph, side, node) if isinstance(side, fx.Node) else side for side in inner.args]
+        return made(graph, inner.target, tuple(sides), inner)
+    return None
+
+
+def seen(graph: fx.Graph, side: fx.Node, view: fx.Node) -> fx.Node:
+    """An operand of an elementwise operator, which may broadcast to the matrix, under a view of the matrix."""
+    shape = side.meta["val"].shape
+    if len(shape) < 2:
+        if not shape or shape[0] == 1 or (not is_transpose(view) and view.args[1] == 0):
+            return side
+        if is_transpose(view):
+            return made(graph, aten.unsqueeze.default, (side, 1), view)
+        return view_of(graph, side, view, dimension=0)
+    if is_transpose(view) or shape[view.args[1]] > 1:
+        return view_of(graph, side, view)
+    return side
+
+
+def view_of(graph: fx.Graph, node: fx.Node, like: fx.Node, dimension: int | None = None) -> fx.Node:
+    """`node` under the view that `like` is, on another dimension if given."""
+    args = like.args[1:]
+    if dimension is not None:
+        args = (dimension, *args[1:])
+    return made(graph, like.target, (node, *args), like)
+
+
+def made(graph: fx.Graph, target: Callable, args: tuple, like: fx.Node) -> fx.Node:
+    node = graph.call_function(target, args)
+    values = fx.node.map_arg(args, lambda n: n.meta["val"])
+    node.meta = {**like.meta, "val": target(*values)}
+    return node
+
+
+def is_slice(node: fx.Node) -> bool:
+    """A slice of a matrix's rows or columns by whole steps."""
+    return node.target is aten.slice.Tensor and node.meta["val"].ndim == 2 and len(node.args) == 4
 
 
 def is_transpose(node: fx.Node) -> bool:
@@ -139,12 +194,14 @@ def trace(
     part: str,
     operands: tuple[tuple[str, tuple[int, ...]], ...],
     tensors: tuple[tuple[str, tuple[tuple[str, tuple[int, ...], bool], ...]], ...],
+    views: tuple[tuple, ...] = (),
 ) -> Equation:
     """Trace `part` of a chain of methods.
 
     operands: (name, shape) of W, b or (x, y); activations' leading dimensions are dynamic. None for what is computed
               from the method's own tensors, where the chain is one method
     tensors:  per adapter its (name, shape, trainable)
+    views:    of the result: ("slice", dimension, start, stop), ("t",)
 
     Raises MethodError where the equation cannot be traced or gives another shape than it was given.
     """
@@ -159,7 +216,7 @@ def trace(
     names = " over ".join(method.name for _, method in reversed(chain))
     try:
         exported = torch.export.export(
-            Chain(chain, part), (operand_values, values), dynamic_shapes=dynamic, strict=False
+            Chain(chain, part, views), (operand_values, values), dynamic_shapes=dynamic, strict=False
         )
     except MethodError:
         raise
@@ -174,9 +231,9 @@ def trace(
     flat: list[Operand] = [("", name) for name, _ in operands]
     flat += [(adapter, name) for adapter, specs in tensors for name, _, _ in specs]
     placeholders = dict(zip(graph.find_nodes(op="placeholder"), flat, strict=True))
-    equation = Equation(graph, placeholders, varying)
+    equation = Equation(graph, placeholders, varying, bool(views))
     keeps_shape = part in ("weight", "bias")
-    if keeps_shape and tuple(operand_values[-1].shape) != equation.shape(equation.result):
+    if keeps_shape and not views and tuple(operand_values[-1].shape) != equation.shape(equation.result):
         raise MethodError(
             f"The equation {part} of {names} maps shape {list(operand_values[-1].shape)} to "
             f"{list(equation.shape(equation.result))}; it has to keep it."
@@ -188,6 +245,6 @@ def trace(
                 f"The equation of {method.name} keeps nothing of the weight it is given, so that {adapter} beneath it "
                 "would have no effect: fold that one first."
             )
-    if keeps_shape and any(node.target in TRAINING_FLAG for node in graph.nodes):
+    if keeps_shape and any(mode_argument(node) == "train" for node in graph.nodes):
         raise MethodError(f"The equation {part} of {names} draws random numbers: declare a `dropout` option instead.")
     return equation

@@ -13,24 +13,28 @@ from .distribute import Distribution
 from .entry import entry
 from .equation import Equation, Operand, trace
 from .errors import MethodError
-from .forms import Form, form_class
+from .forms import Form, form_class, views_of
 from .graphs import aten
 from .method import AGAIN
 from .modules import again, ends, regions
 from .sequence import Extension
-from .sites import PLACES, calls_of
+from .sites import PLACES
+from .uses import Use, uses
 from .values import Lowered, Values
 
 META = "subgraph_peft"
 
 
-def equation_of(target: Target, operands: Mapping[str, tuple[int, ...]]) -> Equation:
+def equation_of(
+    target: Target, operands: Mapping[str, tuple[int, ...]], views: tuple[tuple, ...] = ()
+) -> Equation:  # fmt: skip
+    """The traced chain of a target; of one matrix, where the weight is a stack."""
     chain = tuple((adapter.name, adapter.at(site)) for adapter, site in target.chain)
     tensors = tuple(
-        (adapter.name, tuple((name, t.shape, t.trainable) for name, t in adapter.tensors(site).items()))
+        (adapter.name, tuple((name, t.shape, t.trainable) for name, t in adapter.entry_tensors(site).items()))
         for adapter, site in target.chain
     )
-    return trace(chain, target.part, tuple(operands.items()), tensors)
+    return trace(chain, target.part, tuple(operands.items()), tensors, views)
 
 
 class Lowering:
@@ -71,32 +75,38 @@ class Lowering:
             {"bias": self.bias, "output": self.output, "weight": self.weight}[self.target.part](parameter)
 
     def weight(self, weight: fx.Node) -> None:
-        found = [call for call, _ in calls_of(weight)]
-        by_name = {node.name: node for node in self.graph.nodes}
-        calls = [(by_name[call.node], form_class(self.site, call.form)) for call in found]
-        shape = (self.site.out_features, self.site.in_features)
-        equation = equation_of(self.target, {"W": shape})
-        if all(form for _, form in calls):
-            self.weight_at_calls(weight, calls, equation)
+        found = [(use, form_class(self.site, use)) for use in uses(weight)]
+        if all(form for _, form in found):
+            self.weight_at_uses(weight, found)
         else:
-            self.weight_as_a_whole(weight, equation)
+            self.weight_as_a_whole(weight)
 
-    def weight_at_calls(self, weight: fx.Node, calls: list[tuple[fx.Node, type[Form]]], equation: Equation) -> None:
-        values = self.values(equation, weight, calls[0][0])
-        for call, form in calls:
-            emit = self.emitter(call)
-            dtype = call.meta["val"].dtype
-            result = Distribution(values, form(self.site, call, emit), emit, weight, dtype, self.dropout).run()
-            call.replace_all_uses_with(result)
-            self.graph.erase_node(call)
+    def weight_equation(self, views: tuple[tuple, ...] = ()) -> Equation:
+        return equation_of(self.target, {"W": (self.site.out_features, self.site.in_features)}, views)
 
-    def weight_as_a_whole(self, weight: fx.Node, equation: Equation) -> None:
+    def weight_at_uses(self, weight: fx.Node, found: list[tuple[Use, type[Form]]]) -> None:
+        known: dict[tuple, Values] = {}
+        first = found[0][0].node
+        for use, form in found:
+            views = views_of(self.site, use)
+            if views not in known:
+                known[views] = self.values(self.weight_equation(views), weight, first)
+            emit = self.emitter(use.node)
+            dtype = use.node.meta["val"].dtype
+            made = form(self.site, use, emit)
+            result = Distribution(known[views], made, emit, views, dtype, self.dropout).run()
+            use.node.replace_all_uses_with(result)
+            result.meta.setdefault("val", use.node.meta["val"])
+            self.graph.erase_node(use.node)
+
+    def weight_as_a_whole(self, weight: fx.Node) -> None:
         if dropping := [adapter for adapter, rate in self.dropout.items() if rate]:
             raise MethodError(
                 f"{dropping[0]} at {self.site.name}: the op takes the weight as a whole, so that there is no "
                 "operand to drop. Rewrite this site by itself, with dropout=0."
             )
         users, before = self.users(weight)
+        equation = self.weight_equation()
         values = self.values(equation, weight, before)
         kind = (
             "grouped convolution" if self.site.groups > 1 else ", ".join(sorted({c.operator for c in self.site.calls}))
@@ -104,12 +114,12 @@ class Lowering:
         values.note(f"the op form ({kind}) takes the weight as a whole")
         matrix = values.held_in(equation.result, self.base_dtype)
         emit, adapter = self.emitter(before), equation.adapter(equation.result)
-        if self.site.transposed:
-            matrix = emit(aten.t.default, (matrix,), "weight", adapter)
-        elif len(self.site.shape) > 2:
-            matrix = emit(aten.reshape.default, (matrix, list(self.site.shape)), "weight", adapter)
+        whole = self.site.layout.emit_stored(
+            matrix, self.site.shape, lambda target, args, term: emit(target, args, term, adapter), "weight"
+        )
+        whole.meta["val"] = weight.meta["val"]
         for user in users:
-            user.replace_input_with(weight, matrix)
+            user.replace_input_with(weight, whole)
 
     def bias(self, bias: fx.Node) -> None:
         shape = tuple(bias.meta["val"].shape)
@@ -120,15 +130,14 @@ class Lowering:
             user.replace_input_with(bias, result)
 
     def output(self, weight: fx.Node) -> None:
-        for call, _ in list(calls_of(weight)):  # `f` adds calls of the weight
-            form = form_class(self.site, call.form)
-            if form is None or form.features != -1:
+        for use in list(uses(weight)):  # `f` adds uses of the weight
+            form = form_class(self.site, use)
+            if form is None or form.features != -1 or self.site.stack:
                 raise MethodError(
                     f"{self.site.name} ({self.site.kind}) has no result to rewrite: it would need a single input and "
                     "output with the features in the last dimension."
                 )
-            node = next(n for n in self.graph.nodes if n.name == call.node)
-            self.output_of(node, form(self.site, node, self.emitter(node)).x)
+            self.output_of(use.node, use.x)
 
     def module_output(self) -> None:
         for region in regions(self.graph).get(self.site.name, {}).values():
@@ -260,7 +269,7 @@ class Lowering:
     def values(self, equation: Equation, parameter: fx.Node, before: fx.Node) -> Values:
         """Values of the equation, emitted before `before`; W or b is read from `parameter`."""
         emit = self.emitter(before)
-        full_size = self.site.out_features * self.site.in_features if self.target.part == "weight" else 0
+        full_size = equation.numel(equation.result) if self.target.part == "weight" else 0
 
         def operand(which: Operand) -> fx.Node:
             adapter, tensor = which
@@ -269,10 +278,10 @@ class Lowering:
                 node.meta["dtype"] = self.adapter_dtype
                 return node
             node = parameter
-            if tensor == "W" and self.site.transposed:
-                node = emit(aten.t.default, (parameter,), "W", "")
-            elif tensor == "W" and len(self.site.shape) > 2:
-                node = emit(aten.reshape.default, (parameter, [self.site.shape[0], -1]), "W", "")
+            if tensor == "W":
+                node = self.site.layout.emit_matrix(
+                    parameter, self.site.shape, lambda target, args, term: emit(target, args, term, ""), "W"
+                )
             node.meta["dtype"] = self.base_dtype
             return node
 
@@ -282,4 +291,8 @@ class Lowering:
             held.meta["dtype"] = self.base_dtype if full else self.adapter_dtype
             return held
 
-        return Values(equation, emit, operand, hoisted, self.adapter_dtype, full_size, self.lowered, self.nonlinear)
+        stack = self.site.stack if self.target.part == "weight" else 0
+        return Values(
+            equation, emit, operand, hoisted, self.adapter_dtype, full_size, self.lowered, self.nonlinear, stack,
+            self.target.shared,
+        )  # fmt: skip

@@ -267,7 +267,14 @@ def option_error(cls: type[Method], error: ValidationError) -> MethodError:
 def initial(
     method: Method, site: Site, W: torch.Tensor, generator: torch.Generator
 ) -> dict[str, tuple[Tensor, torch.Tensor]]:
-    """(declaration, starting value) of every tensor of a method on one site; W is the matrix in float32 or wider."""
+    """(declaration, starting value) of every tensor of a method on one site; W is the matrix in float32 or wider. At a
+    stack of matrices, W [stack, out, in], every entry starts by itself and the values are stacked."""
+    if site.stack:
+        if W.is_meta:
+            each = [initial(method, site.entry, W[0], generator)] * site.stack
+        else:
+            each = [initial(method, site.entry, entry, generator) for entry in W]
+        return {name: (tensor, torch.stack([own[name][1] for own in each])) for name, (tensor, _) in each[0].items()}
     declared = method.tensors(site)
     prepared = {} if W.is_meta else method.prepare(site, W)
     if unknown := set(prepared) - set(declared):

@@ -3,18 +3,20 @@
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
+from .blocks import blocks_of
 from .graphs import aten, flat_outputs, operator_name
+from .layout import MATRIX, Layout, whole
+from .uses import WHOLE, Use, uses
 
 if TYPE_CHECKING:
     from .program import Program
 
-TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default}
 # operators through which a projection's result is still that projection's result
 RESHAPES = {
     aten.view.default, aten.reshape.default, aten.to.dtype, aten.slice.Tensor, aten.contiguous.default,
@@ -41,12 +43,15 @@ class Site:
     """One weight parameter.
 
     name:    qualified name of the parameter         owner:  path of the module that holds it
-    kind:    op form: linear, addmm ([in,out], as transformers' Conv1D), matmul, conv1d, conv2d, embedding, packed
-             (attention in_proj), sequence (the table that embeds the main input, as the place where the sequence
-             begins), bias, scale (another vector), other. Not a parameter but a place: module, attention
-    shape:   as stored                               bias:   name of the bias added at every call, if one
-    calls:   every use in the graph                  ties:   other names of the same tensor
-    head:    its result is an output of the model
+    kind:    op form: linear, addmm ([in,out], as transformers' Conv1D), matmul, einsum (any contraction, bmm too),
+             grouped_mm (stacked experts), conv1d … conv3d, conv_transpose1d … 3d, embedding, packed (attention
+             in_proj); lstm, gru, …, which take the weight as a whole; sequence (the table that embeds the main input,
+             as the place where the sequence begins), bias, scale (another vector), other. Not a parameter but a place:
+             module, attention
+    shape:   as stored                               layout: which of its dimensions are rows and columns of W
+    calls:   every use in the graph                  bias:   name of the bias added at every call, if one
+    ties:    other names of the same tensor          head:   its result is an output of the model
+    groups:  of a convolution                        blocks: (name, start, stop) of the row blocks of a fused weight
     """
 
     name: str
@@ -58,6 +63,8 @@ class Site:
     ties: tuple[str, ...] = ()
     head: bool = False
     groups: int = 1
+    layout: Layout = MATRIX
+    blocks: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def owner(self) -> str:
@@ -65,32 +72,50 @@ class Site:
         return self.name if self.kind in PLACES else self.name.rpartition(".")[0]
 
     @property
-    def transposed(self) -> bool:
-        """Stored as [in, out]: the matrix W [out, in] is its transpose."""
-        tables = ("embedding", "sequence")
-        return self.kind in ("addmm", *tables) or any(call.form == "matmul_in_out" for call in self.calls)
-
-    @property
     def out_features(self) -> int:
-        return self.shape[-1] if self.transposed else self.shape[0]
+        return self.layout.rows(self.shape) if len(self.shape) > 1 else self.shape[0]
 
     @property
     def in_features(self) -> int:
         """Columns of the matrix W [out, in]; for a convolution in_channels/groups · kernel size."""
-        return self.shape[0] if self.transposed else math.prod(self.shape[1:])
+        return self.layout.columns(self.shape) if len(self.shape) > 1 else 1
 
     @property
-    def layout(self) -> str:
-        named = {
-            "embedding": "[vocabulary, out]",
-            "sequence": "[vocabulary, out]",
-            "attention": "[heads, width]",
-            "conv2d": "[out, in, kh, kw]",
-            "conv1d": "[out, in, k]",
-            "bias": "[out]",
-            "scale": "[features]",
-        }
-        return named.get(self.kind, "[in, out]" if self.transposed else "[out, in]")
+    def stack(self) -> int:
+        """How many matrices the parameter holds (experts); 0 where it is one."""
+        return 0 if self.layout.stack is None else self.shape[self.layout.stack]
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Sizes of a convolution's kernel."""
+        return self.shape[2:] if self.kind.startswith("conv") else ()
+
+    def part(self, name: str, rows: int) -> "Site":
+        """Some rows of the matrix, as a site of their own."""
+        inner = self.kernel and (self.in_features // math.prod(self.kernel), *self.kernel)
+        shape = (rows, *(inner or (self.in_features,)))
+        layout = Layout((0,), tuple(range(1, len(shape))))
+        return replace(self, name=f"{self.name}[{name}]", shape=shape, layout=layout, blocks=())
+
+    @property
+    def entry(self) -> "Site":
+        """One matrix of a stack; the site itself where there is none."""
+        if not self.stack:
+            return self
+        return replace(self, shape=(self.out_features, self.in_features), layout=MATRIX)
+
+    @property
+    def layout_text(self) -> str:
+        """`[out, in]`, `[in, out]`, `[out, in, kh, kw]`, …"""
+        if len(self.shape) == 1:
+            return "[out]" if self.kind == "bias" else "[features]"
+        if self.kind == "attention":
+            return "[heads, width]"
+        named = self.layout.text(("out", "vocabulary") if self.kind in ("embedding", "sequence") else ("out", "in"))
+        if self.kernel:
+            sizes = {1: "k", 2: "kh, kw", 3: "kt, kh, kw"}[len(self.kernel)]
+            return f"[{', '.join(named.strip('[]').split(', ')[:2])}, {sizes}]"
+        return named
 
     @property
     def reserved(self) -> str | None:
@@ -102,37 +127,47 @@ class Site:
         return None
 
     def matrix(self, stored: torch.Tensor) -> torch.Tensor:
-        """The stored tensor as the matrix W [out, in] (a view)."""
-        return stored.T if self.transposed else stored.reshape(self.out_features, -1) if stored.ndim > 1 else stored
+        """The stored tensor as the matrix W [out, in], or [stack, out, in] (a view where strides allow)."""
+        return self.layout.matrix(stored) if stored.ndim > 1 else stored
 
     def stored(self, matrix: torch.Tensor) -> torch.Tensor:
-        """The matrix W [out, in] in the layout of the parameter."""
-        return matrix.T.contiguous() if self.transposed else matrix.reshape(self.shape)
+        """The matrix W in the layout of the parameter."""
+        return self.layout.stored(matrix, self.shape)
 
 
 class SiteTable(tuple[Site, ...]):
-    """Sites that print as a table."""
+    """Sites that print as a table.
+
+    unread: parameters of two or more dimensions that are no sites, since nothing in the graph reads them
+    """
+
+    unread: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         from .tables import render, site_table
 
-        return render(site_table(self))
+        text = render(site_table(self))
+        return "\n".join([text, *(f"no site: {name} (no output depends on it)" for name in self.unread)])
 
 
 def sites(program: "Program") -> SiteTable:
     """Every weight of two or more dimensions in the captured graph."""
-    return SiteTable(s for s in find(program) if s.kind not in VECTORS)
+    table = SiteTable(s for s in find(program) if s.kind not in VECTORS)
+    listed = {name for site in table for name in (site.name, *site.ties)}
+    parameters = program.captured.module.named_parameters()
+    table.unread = tuple(name for name, p in parameters if p.ndim > 1 and name not in listed)
+    return table
 
 
 def find(program: "Program") -> Iterator[Site]:
     """Every parameter of the captured graph: weights first, then vectors (biases, norm scales)."""
     captured = program.captured
     tensors = dict(captured.module.tensors())
-    graphs = captured.module.graphs()
+    graph = captured.module.graphs()[0]
     vectors: list[Site] = []
-    for node in graphs[0].find_nodes(op="get_attr"):
+    for node in graph.find_nodes(op="get_attr"):
         name, tensor = str(node.target), tensors.get(str(node.target))
-        if not isinstance(tensor, torch.nn.Parameter):
+        if not isinstance(tensor, torch.nn.Parameter) or not node.users:
             continue
         ties = tuple(sorted(other for group in captured.ties if name in group for other in group - {name}))
         common = {"name": name, "shape": tuple(tensor.shape), "dtype": tensor.dtype, "ties": ties}
@@ -141,67 +176,45 @@ def find(program: "Program") -> Iterator[Site]:
             calls = tuple(Call(user.name, kind, operator_name(user)) for user in node.users)
             vectors.append(Site(kind=kind, calls=calls, **common))
         elif tensor.ndim >= 2:
-            found = list(calls_of(node))
-            forms = {call.form for call, _ in found}
-            bias_names = {bias for _, bias in found}
-            form = forms.pop() if len(forms) == 1 else "other"
-            kind = {"matmul_in_out": "matmul"}.get(form, form)
-            if kind == "linear" and name.endswith("in_proj_weight"):
-                kind = "packed"
-            yield Site(
-                kind=kind,
-                calls=tuple(call for call, _ in found),
-                bias=bias_names.pop() if len(bias_names) == 1 else None,
-                head=is_head(graphs[0], [call.node for call, _ in found]),
-                groups=max((groups_of(graphs[0], call) for call, _ in found), default=1),
-                **common,
-            )
+            yield weight_site(graph, list(uses(node)), common)
     yield from vectors
 
 
-def calls_of(weight: fx.Node) -> Iterator[tuple[Call, str | None]]:
-    """(call, name of its bias) for every use of a weight's get_attr node, through a transpose where there is one."""
-    for user in weight.users:
-        form, bias = form_of(weight, user)
-        if user.target in TRANSPOSES and weight.meta["val"].ndim == 2 and user.users:
-            for inner in user.users:
-                is_product = inner.target in (aten.matmul.default, aten.mm.default) and inner.args[1] is user
-                if not is_product:
-                    yield Call(inner.name, "other", operator_name(inner)), None
-                else:
-                    yield Call(inner.name, "matmul", operator_name(inner)), None
-            continue
-        yield Call(user.name, form, operator_name(user)), bias
+def weight_site(graph: fx.Graph, found: Sequence[Use], common: dict) -> Site:
+    """The site of a weight, from all its uses."""
+    name, shape = common["name"], common["shape"]
+    layout = layout_of(found)
+    forms = list(dict.fromkeys(use.form for use in found))
+    kind = forms[0] if len(forms) == 1 and (layout or forms[0] in WHOLE) else "matmul" if layout else "other"
+    if kind == "linear" and name.endswith("in_proj_weight"):
+        kind = "packed"
+    biases = {bias_name(use.bias) for use in found}
+    site = Site(
+        kind=kind,
+        calls=tuple(Call(use.node.name, use.form, operator_name(use.node)) for use in found),
+        bias=biases.pop() if len(biases) == 1 else None,
+        head=is_head(graph, [use.node.name for use in found]),
+        groups=max((use.groups for use in found), default=1),
+        layout=layout or (whole(shape) if len(shape) > 2 else MATRIX),
+        **common,
+    )
+    return replace(site, blocks=blocks_of(site, found))
 
 
-def form_of(weight: fx.Node, user: fx.Node) -> tuple[str, str | None]:
-    arguments, target = user.args, user.target
-
-    def bias(index: int) -> str | None:
-        node = arguments[index] if len(arguments) > index else None
-        return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
-
-    two_dimensional = weight.meta["val"].ndim == 2
-    if target is aten.linear.default and arguments[1] is weight and arguments[0] is not weight:
-        return "linear", bias(2)
-    if target is aten.addmm.default and arguments[2] is weight and not user.kwargs:
-        return "addmm", bias(0)
-    if target in (aten.matmul.default, aten.mm.default) and arguments[1] is weight and two_dimensional:
-        return "matmul_in_out", None
-    if target in (aten.conv2d.default, aten.conv2d.padding) and arguments[1] is weight:
-        return "conv2d", bias(2)
-    if target in (aten.conv1d.default, aten.conv1d.padding) and arguments[1] is weight:
-        return "conv1d", bias(2)
-    if target is aten.embedding.default and arguments[0] is weight:
-        return "embedding", None
-    return "other", None
+def layout_of(found: Sequence[Use]) -> Layout | None:
+    """The one layout of all uses, up to a transpose, or None where they disagree or one takes the weight whole."""
+    first = found[0].layout if found else None
+    if first is None or any(use.layout not in (first, turned(first)) for use in found):
+        return None
+    return first
 
 
-def groups_of(graph: fx.Graph, call: Call) -> int:
-    if call.form not in ("conv1d", "conv2d"):
-        return 1
-    node = next(n for n in graph.nodes if n.name == call.node)
-    return node.args[6] if len(node.args) > 6 else 1
+def turned(layout: Layout) -> Layout:
+    return replace(layout, out=layout.in_, in_=layout.out)
+
+
+def bias_name(node: fx.Node | None) -> str | None:
+    return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
 
 def is_bias(node: fx.Node) -> bool:

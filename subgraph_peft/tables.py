@@ -73,8 +73,10 @@ def site_table(sites: Iterable[Site]) -> Table:
         notes += ["output head"] if site.head else []
         notes += [", ".join(sorted({call.operator for call in site.calls}))] if site.kind == "other" else []
         notes += [f"{site.groups} groups"] if site.groups > 1 else []
+        notes += [f"{site.stack} experts"] if site.stack else []
+        notes += [f"blocks {', '.join(name for name, _, _ in site.blocks)}"] if site.blocks else []
         return (
-            site.name, site.kind, site.layout, "×".join(map(str, site.shape)), str(site.out_features),
+            site.name, site.kind, site.layout_text, "×".join(map(str, site.shape)), str(site.out_features),
             str(site.in_features), str(len(site.calls)), "yes" if site.bias else "", "; ".join(notes),
         )  # fmt: skip
 

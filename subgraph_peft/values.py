@@ -8,7 +8,8 @@ from torch import fx
 
 from .equation import VIEWS, Equation, Operand
 from .errors import MethodError
-from .graphs import aten, operator_name
+from .graphs import aten, flat_outputs, operator_name
+from .stacks import lift, stacked
 
 MATMULS = {aten.matmul.default, aten.mm.default}
 
@@ -39,6 +40,8 @@ class Values:
     operand: placeholder of the equation -> node of the target graph
     hoisted: constant of the equation -> node that reads its buffer
     dtype:   in which values are computed
+    stack:   how many matrices the weight holds; 0 for one. `stacked` are the nodes whose values then have that many
+             entries, [stack, *shape]
     nonlinear: operand -> nonlinearity that follows its product with an activation
 
     A value's node says in meta["dtype"] which dtype it is held in, and in meta["shape"] its shape.
@@ -54,8 +57,12 @@ class Values:
         full_size: int,
         lowered: Lowered,
         nonlinear: Mapping[Operand, str],
+        stack: int = 0,
+        shared: frozenset[Operand] = frozenset(),
     ):
         self.nonlinear = nonlinear
+        self.stacked = stacked(equation, shared) if stack else set()
+        self.stack = stack
         self.equation, self.emit, self.operand, self.hoisted = equation, emit, operand, hoisted
         self.dtype, self.full_size, self.lowered = dtype, full_size, lowered
         self.made: dict[fx.Node, fx.Node] = {}
@@ -78,13 +85,28 @@ class Values:
         for source in node.all_input_nodes:
             if self.is_dense(source) and not self.is_dense(node):
                 self.note(f"{operator_name(node)} reads a full-size matrix")
-        args = fx.node.map_arg(node.args, lambda n: self.held_in(n, self.dtype))
-        kwargs = fx.node.map_arg(node.kwargs, lambda n: self.held_in(n, self.dtype))
         if node in equation.trainable:
-            self.lowered.per_step += flops(equation, node)
-        made = self.emit(node.target, args, equation.term(node), equation.adapter(node), kwargs)
+            self.lowered.per_step += flops(equation, node) * (self.stack if node in self.stacked else 1)
+        if node in self.stacked:
+            made = self.lifted(node)
+        else:
+            args = fx.node.map_arg(node.args, lambda n: self.held_in(n, self.dtype))
+            kwargs = fx.node.map_arg(node.kwargs, lambda n: self.held_in(n, self.dtype))
+            made = self.emit(node.target, args, equation.term(node), equation.adapter(node), kwargs)
         made.meta["dtype"] = self.dtype
         return made
+
+    def lifted(self, node: fx.Node) -> fx.Node:
+        """The operator for every entry of the stack."""
+        sources = list(dict.fromkeys(node.all_input_nodes))
+        values = {source: self.held_in(source, self.dtype) for source in sources}
+        inner = lift(node, tuple(source in self.stacked for source in sources), self.stack)
+        mapped = dict(zip(inner.find_nodes(op="placeholder"), values.values(), strict=True))
+        term, adapter = self.equation.term(node), self.equation.adapter(node)
+        for each in (n for n in inner.nodes if n.op == "call_function"):
+            args, kwargs = (fx.node.map_arg(part, mapped.__getitem__) for part in (each.args, each.kwargs))
+            mapped[each] = self.emit(each.target, args, term, adapter, kwargs)
+        return mapped[flat_outputs(inner)[0]]
 
     def check_linear(self, node: fx.Node) -> None:
         """A tensor that a nonlinearity follows has to meet the activation alone."""

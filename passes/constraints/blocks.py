@@ -58,9 +58,7 @@ class Blocks(Wrapper):
         """(block, its rows, the block as a site)"""
         for name, rows in self.rows(site.out_features):
             if name in self.only:
-                size = rows.stop - rows.start
-                shape = (site.shape[0], size) if site.transposed else (size, *site.shape[1:])
-                yield name, rows, replace(site, name=f"{site.name}[{name}]", shape=shape)
+                yield name, rows, site.part(name, rows.stop - rows.start)
 
     def layers_at(self, site: Site) -> list[Layer]:
         found = Method.layers_at(self, site)

@@ -1,3 +1,4 @@
+import math
 from typing import ClassVar
 
 import torch
@@ -22,7 +23,8 @@ class FLoRA(LoRA):
     kernel_r: PositiveInt | None = None
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
-        inputs, kernel = (site.shape[1], site.shape[2:]) if len(site.shape) > 2 else (site.in_features, ())
+        kernel = site.kernel
+        inputs = site.in_features // math.prod(kernel)
         ranks = [self.kernel_r or min(self.r, size) for size in kernel]
         return {
             "A": trainable(self.r, inputs, init=kaiming_uniform),

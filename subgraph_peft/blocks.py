@@ -1,0 +1,143 @@
+"""Row blocks of fused weights: the q, k and v of a qkv, read off what the graph does with the result."""
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from .graphs import aten, fixed_size
+from .uses import SAME, SPLITS, Use
+
+if TYPE_CHECKING:
+    from .sites import Site
+
+Rows = tuple[tuple[int, int], ...]
+# what the blocks of a weight are called, by the end of its name and their number
+NAMES = (
+    (r"(qkv|c_attn|query_key_value|in_proj)\w*", ("q", "k", "v")),
+    (r"kv\w*", ("k", "v")),
+    (r"gate_up\w*", ("gate", "up")),
+    (r"weight_[ih]h_l\d+\w*", ("i", "f", "g", "o")),
+    (r"weight_[ih]h_l\d+\w*", ("r", "z", "n")),
+)  # fmt: skip
+GATES = {"lstm": 4, "gru": 3}
+
+
+def blocks_of(site: "Site", found: Sequence[Use]) -> tuple[tuple[str, int, int], ...]:
+    """(name, start, stop) of the row blocks into which every use takes the result apart."""
+    if site.layout.stack is not None and site.kind != "grouped_mm" or len(site.layout.out) > 1:
+        return ()
+    cut = {rows_of(site, use) for use in found}
+    rows = cut.pop() if len(cut) == 1 else None
+    if not rows or len(rows) < 2:
+        return ()
+    return tuple((name, start, stop) for name, (start, stop) in zip(names(site.name, len(rows)), rows, strict=True))
+
+
+def names(weight: str, count: int) -> Sequence[str]:
+    last = weight.removesuffix(".weight").rpartition(".")[2]
+    known = (each for pattern, each in NAMES if len(each) == count and re.search(pattern + "$", last, re.IGNORECASE))
+    return next(known, [str(i) for i in range(count)])
+
+
+def rows_of(site: "Site", use: Use) -> Rows | None:
+    """(start, stop) of the blocks at one use."""
+    out = site.out_features
+    if use.form in GATES:
+        size = out // GATES[use.form]
+        return tuple((i * size, (i + 1) * size) for i in range(GATES[use.form]))
+    if use.form not in ("linear", "addmm", "matmul", "grouped_mm", "conv1d", "conv2d") or use.view.cuts:
+        return None
+    rank = use.node.meta["val"].ndim
+    return taken_apart(use.node, 1 if use.form.startswith("conv") else rank - 1, out)
+
+
+def taken_apart(node: fx.Node, at: int, size: int) -> Rows | None:
+    """The blocks into which dimension `at` of a value is split, through views that leave it whole or split it."""
+    users = list(node.users)
+    splits = [user for user in users if user.target in SPLITS]
+    if len(users) == 1 and splits and dimension(splits[0], 2) % node.meta["val"].ndim == at:
+        return running(value.shape[at] for value in splits[0].meta["val"])
+    if len(users) > 1 and all(user.target is aten.slice.Tensor for user in users):
+        return slices(node, users, at, size)
+    if len(users) != 1:
+        return None
+    (user,) = users
+    value = user.meta.get("val")
+    if user.target in SAME:
+        return taken_apart(user, at, size)
+    if user.target in (aten.view.default, aten.reshape.default, aten.unflatten.int):
+        return reshaped(node, user, at, size)
+    if user.target is aten.transpose.int:
+        a, b = (d % value.ndim for d in user.args[1:3])
+        return taken_apart(user, {a: b, b: a}.get(at, at), size)
+    return None
+
+
+def reshaped(node: fx.Node, user: fx.Node, at: int, size: int) -> Rows | None:
+    """A view that leaves the features last, or splits them into [n, rest…] and takes the n apart."""
+    before, after = node.meta["val"].shape, user.meta["val"].shape
+    if at == len(before) - 1 and fixed_size(after[-1]) == size:
+        return taken_apart(user, len(after) - 1, size)
+    if at != len(before) - 1:
+        return None
+    total, first = 1, len(after)
+    while first and total < size and (length := fixed_size(after[first - 1])) is not None:
+        first, total = first - 1, total * length
+    if total != size or first == len(after) - 1 or not takes(user, first):
+        return None
+    return running([size // after[first]] * after[first])
+
+
+def takes(node: fx.Node, at: int) -> bool:
+    """Whether all readers take single entries of dimension `at`, through permutations."""
+    for user in node.users:
+        rank = node.meta["val"].ndim
+        if user.target is aten.select.int or user.target is aten.unbind.int:
+            if dimension(user, 1) % rank != at:
+                return False
+        elif user.target is aten.permute.default:
+            if not takes(user, [d % rank for d in user.args[1]].index(at)):
+                return False
+        elif user.target is aten.transpose.int:
+            a, b = (d % rank for d in user.args[1:3])
+            if not takes(user, {a: b, b: a}.get(at, at)):
+                return False
+        elif user.target is aten.unsqueeze.default and user.args[1] == 0:
+            if not takes(user, at + 1):
+                return False
+        elif user.target in SAME:
+            if not takes(user, at):
+                return False
+        elif user.target is aten.squeeze.dim and user.args[1] % rank != at:
+            if not takes(user, at - (user.args[1] % rank < at)):
+                return False
+        else:
+            return False
+    return bool(node.users)
+
+
+def slices(node: fx.Node, users: Sequence[fx.Node], at: int, size: int) -> Rows | None:
+    found = set()
+    for user in users:
+        dim, start, stop = (*user.args[1:4], *(0, 0, size)[len(user.args) - 1 :])[:3]
+        if dim % node.meta["val"].ndim != at or len(user.args) > 4:
+            return None
+        start, stop = (start or 0) % size, size if stop is None else min(stop, size)
+        found.add((start, stop + size if stop < 0 else stop))
+    rows = tuple(sorted(found))
+    joined = all(a[1] == b[0] for a, b in zip(rows, rows[1:], strict=False))
+    return rows if joined and rows[0][0] == 0 and rows[-1][1] == size else None
+
+
+def running(sizes) -> Rows:
+    rows, start = [], 0
+    for size in sizes:
+        rows.append((start, start + size))
+        start += size
+    return tuple(rows)
+
+
+def dimension(node: fx.Node, position: int) -> int:
+    return node.kwargs.get("dim", node.args[position] if len(node.args) > position else 0)

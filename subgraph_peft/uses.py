@@ -1,0 +1,259 @@
+"""Uses of a weight: every operator that reads it, through the views in between, and how that operator applies it."""
+
+import string
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from .graphs import aten, cone, fixed_size, operator_name
+from .layout import MATRIX, TRANSPOSED, Layout, convolution, transposed_convolution
+
+ATTRIBUTE_TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.mT.default}
+SAME = {
+    aten.to.dtype, aten._to_copy.default, aten.contiguous.default, aten.clone.default, aten.alias.default,
+    aten.view_as.default,
+}  # fmt: skip
+SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unsafe_chunk.default,
+          aten.split.sizes, aten.tensor_split.sections}  # fmt: skip
+MATMULS = {aten.matmul.default, aten.mm.default, aten.bmm.default}
+CONVOLUTIONS = {
+    **dict.fromkeys((aten.conv1d.default, aten.conv1d.padding), "conv1d"),
+    **dict.fromkeys((aten.conv2d.default, aten.conv2d.padding), "conv2d"),
+    **dict.fromkeys((aten.conv3d.default, aten.conv3d.padding), "conv3d"),
+}
+TRANSPOSED_CONVOLUTIONS = {
+    aten.conv_transpose1d.default: "conv_transpose1d",
+    aten.conv_transpose2d.input: "conv_transpose2d",
+    aten.conv_transpose3d.input: "conv_transpose3d",
+}
+GROUPED = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
+# operators that read a weight whole, and are what it is for
+WHOLE = {"lstm", "gru", "rnn_tanh", "rnn_relu", "bilinear", "embedding_bag"}
+
+
+@dataclass(frozen=True)
+class View:
+    """What an operator sees of a stored weight.
+
+    dims:   for every dimension the stored one that it shows, None for one that repeats
+    cuts:   (stored dimension, start, stop) of every slice
+    picked: the node of the indices along the first dimension, where an index picks entries of a stack
+    """
+
+    dims: tuple[int | None, ...]
+    cuts: tuple[tuple[int, int, int], ...] = ()
+    picked: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Use:
+    """One operator that reads a weight.
+
+    node:    the operator           source: its argument that shows the weight         view: what it shows
+    form:    how it applies it: linear, addmm, matmul, einsum, grouped_mm, conv…, embedding; or that it takes it as a
+             whole: lstm, …, other
+    layout:  which stored dimensions are rows and columns for this operator
+    spec:    (x, y, weight) labels of a contraction, as in einsum
+    """
+
+    node: fx.Node
+    source: fx.Node
+    view: View
+    form: str
+    x: fx.Node | None = None
+    bias: fx.Node | None = None
+    layout: Layout | None = None
+    spec: tuple[str, str, str] | None = None
+    groups: int = 1
+
+
+def uses(weight: fx.Node) -> Iterator[Use]:
+    """Every use of a parameter's get_attr node."""
+    yield from follow(weight, View(tuple(range(weight.meta["val"].ndim))))
+
+
+def follow(source: fx.Node, view: View) -> Iterator[Use]:
+    for user in source.users:
+        if user.target in SPLITS and user.args[0] is source:
+            yield from through_split(user, source, view)
+        elif user.op == "call_function" and user.args and user.args[0] is source and (seen := step(user, view)):
+            yield from follow(user, seen)
+        else:
+            yield use(user, source, view)
+
+
+def step(node: fx.Node, view: View) -> View | None:
+    """What is seen after a view operator, or None where the node is no such."""
+    target, args, dims = node.target, node.args, view.dims
+    rank = len(dims)
+    if view.picked is not None:
+        return view if target in SAME else None
+    if target in SAME:
+        return view
+    if target in ATTRIBUTE_TRANSPOSES:
+        last = rank - 2 if target is aten.mT.default else 0
+        return replace(view, dims=(*dims[:last], *reversed(dims[last:])))
+    if target is aten.transpose.int:
+        moved, (a, b) = list(dims), args[1:3]
+        moved[a], moved[b] = moved[b], moved[a]
+        return replace(view, dims=tuple(moved))
+    if target is aten.permute.default:
+        return replace(view, dims=tuple(dims[d] for d in args[1]))
+    if target is aten.unsqueeze.default:
+        at = args[1] % (rank + 1)
+        return replace(view, dims=(*dims[:at], None, *dims[at:]))
+    if target is aten.squeeze.dim and dims[args[1]] is None:
+        return replace(view, dims=tuple(d for i, d in enumerate(dims) if i != args[1] % rank))
+    if target is aten.expand.default:
+        return replace(view, dims=(*[None] * (len(args[1]) - rank), *dims))
+    if target is aten.slice.Tensor:
+        at = (args[1] if len(args) > 1 else 0) % rank
+        start, stop = (args[2] if len(args) > 2 else 0) or 0, args[3] if len(args) > 3 else None
+        return cut(view, at, start, stop, node.args[0]) if len(args) < 5 or args[4] == 1 else None
+    if target is aten.index.Tensor and rank == 3 and not view.cuts and len(args[1]) == 1 and dims == (0, 1, 2):
+        return replace(view, picked=args[1][0]) if args[1][0].meta["val"].ndim == 1 else None
+    return None
+
+
+def cut(view: View, at: int, start: int, stop: int | None, source: fx.Node) -> View | None:
+    size = source.meta["val"].shape[at]
+    if view.dims[at] is None or not isinstance(start, int) or not isinstance(stop, int | None):
+        return None
+    stop = size if stop is None else min(stop if stop >= 0 else stop + size, size)
+    start = start if start >= 0 else start + size
+    if (start, stop) == (0, size):
+        return view
+    if any(d == view.dims[at] for d, _, _ in view.cuts):
+        return None
+    return replace(view, cuts=(*view.cuts, (view.dims[at], start, stop)))
+
+
+def through_split(node: fx.Node, source: fx.Node, view: View) -> Iterator[Use]:
+    """The parts of a split, each a slice."""
+    at = (node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)) % len(view.dims)
+    parts = {part.args[1]: part for part in node.users}
+    start = 0
+    for index, value in enumerate(node.meta["val"]):
+        stop = start + value.shape[at]
+        if index in parts:
+            seen = cut(view, at, start, stop, source)
+            if seen is None:
+                yield use(parts[index], node, view)
+            else:
+                yield from follow(parts[index], seen)
+        start = stop
+
+
+def use(node: fx.Node, source: fx.Node, view: View) -> Use:
+    """How an operator applies what it sees of a weight."""
+    known = Use(node, source, view, "other")
+    if node.op != "call_function" or sum(argument is source for argument in node.all_input_nodes) != 1:
+        return known
+    found = applied(known, node.args) if view.picked is None or node.target in MATMULS else None
+    if found and not from_weights(found.x):
+        return found
+    name = operator_name(node)
+    return replace(known, form=name) if name in WHOLE else known
+
+
+def from_weights(x: fx.Node) -> bool:
+    """Whether an operand is computed from no input: then the operator multiplies weights with each other."""
+    if any(fixed_size(size) is None for size in x.meta["val"].shape):
+        return False
+    return all(node.op != "placeholder" for node in cone(x))
+
+
+def applied(known: Use, args: tuple) -> Use | None:
+    node, source, view, target = known.node, known.source, known.view, known.node.target
+    dims, plain = view.dims, view.dims == tuple(range(len(view.dims))) and not view.cuts
+
+    def argument(index: int) -> fx.Node | None:
+        return args[index] if len(args) > index else None
+
+    if target is aten.linear.default and args[1] is source:
+        layout = matrix(dims)
+        return layout and replace(known, form="linear", x=args[0], bias=argument(2), layout=layout)
+    if target is aten.addmm.default and args[2] is source and not node.kwargs:
+        layout = matrix(reversed(dims))
+        form = "linear" if layout == MATRIX else "addmm"
+        return layout and replace(known, form=form, x=args[1], bias=args[0], layout=layout)
+    if target in MATMULS:
+        return product(known, *args[:2])
+    if target is aten.einsum.default and len(args[1]) == 2:
+        return einsum(known, args[0], args[1])
+    if (name := CONVOLUTIONS.get(target)) and args[1] is source and plain:
+        groups = argument(6) or 1
+        layout = convolution(len(dims) - 2)
+        return replace(known, form=name, x=args[0], bias=argument(2), layout=layout, groups=groups)
+    if (name := TRANSPOSED_CONVOLUTIONS.get(target)) and args[1] is source and plain:
+        groups = argument(6) or 1
+        layout = transposed_convolution(len(dims) - 2, groups)
+        return replace(known, form=name, x=args[0], bias=argument(2), layout=layout, groups=groups)
+    if target is aten.embedding.default and args[0] is source and plain:
+        return replace(known, form="embedding", x=args[1], layout=TRANSPOSED)
+    if operator_name(node) in GROUPED and args[1] is source and len(dims) == 3 and None not in dims and not view.cuts:
+        layout = Layout((dims[2],), (dims[1],), dims[0])
+        return replace(known, form="grouped_mm", x=args[0], layout=layout)
+    return None
+
+
+def matrix(dims: Iterable[int | None]) -> Layout | None:
+    """The layout of a weight that an operator takes as [out, in]."""
+    dims = tuple(dims)
+    return Layout(dims[:1], dims[1:]) if len(dims) == 2 and None not in dims else None
+
+
+def product(known: Use, left: fx.Node, right: fx.Node) -> Use | None:
+    """x @ W, W @ x, and products of stacks of matrices."""
+    dims, on_right = known.view.dims, right is known.source
+    x = left if on_right else right
+    repeated, shown = [d for d in dims if d is None], tuple(d for d in dims if d is not None)
+    if dims[: len(repeated)] != tuple(repeated) or len(shown) not in (2, 3):
+        return None
+    rank, value = x.meta["val"].ndim, known.node.meta["val"]
+    if value.ndim != rank or (len(shown) == 3 and (rank < 3 or repeated)):
+        return None
+    batch = slice(0, rank - 2) if len(shown) == 2 else slice(0, rank - 3)
+    if [str(s) for s in value.shape[batch]] != [str(s) for s in x.meta["val"].shape[batch]]:
+        return None
+    rows, columns = (shown[-1], shown[-2]) if on_right else (shown[-2], shown[-1])
+    layout = Layout((rows,), (columns,), shown[0] if len(shown) == 3 else None)
+    lead = "".join(letter for letter, _ in zip("uvwxyz", range(rank - 2 - (len(shown) == 3)), strict=False))
+    stack = "e" if len(shown) == 3 else ""
+    if on_right:
+        spec = (f"{lead}{stack}ti", f"{lead}{stack}to", f"{stack}oi")
+    else:
+        spec = (f"{lead}{stack}it", f"{lead}{stack}ot", f"{stack}oi")
+    if not stack and (on_right or rank == 1):
+        return replace(known, form="matmul", x=x, layout=layout)
+    return replace(known, form="einsum", x=x, layout=layout, spec=spec)
+
+
+def einsum(known: Use, equation: str, operands: list[fx.Node]) -> Use | None:
+    equation = equation.replace(" ", "")
+    if "->" not in equation or "." in equation:
+        return None
+    inputs, y = equation.split("->")
+    at = operands.index(known.source)
+    w, x, dims = inputs.split(",")[at], inputs.split(",")[1 - at], known.view.dims
+    if any(len(set(labels)) < len(labels) for labels in (w, x, y)) or None in dims:
+        return None
+    stack = [a for a in w if a in x and a in y]
+    columns, rows = [a for a in w if a in x and a not in y], [a for a in w if a in y and a not in x]
+    if len(stack) > 1 or not columns or not rows or len(stack) + len(rows) + len(columns) < len(w):
+        return None
+    stored = dict(zip(w, dims, strict=True))
+    rows, columns = (sorted(labels, key=stored.get) for labels in (rows, columns))
+    layout = Layout(
+        tuple(stored[a] for a in rows), tuple(stored[a] for a in columns), stored[stack[0]] if stack else None
+    )
+    if not stack and len(rows) == len(columns) == 1 and x[-1] == columns[0] and y == x[:-1] + rows[0]:
+        return replace(known, form="matmul", x=operands[1 - at], layout=layout)
+    spec = (x, y, "".join(stack + rows + columns))
+    return replace(known, form="einsum", x=operands[1 - at], layout=layout, spec=spec)
+
+
+def free_label(*taken: str) -> str:
+    """A label that an einsum does not use yet."""
+    return next(letter for letter in reversed(string.ascii_letters) if not any(letter in labels for labels in taken))
