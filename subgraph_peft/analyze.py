@@ -64,7 +64,12 @@ def weight_targets(program: Program) -> dict[str, Target]:
         raise AnalysisError(f"analyze takes a program with adapters, not {type(program).__name__}.")
     if program.module.home.device.type == "meta":
         raise AnalysisError("A program on the meta device has no weights to look at; capture the loaded model.")
-    found = {target.name: target for target in targets(program.adapters) if target.part == "weight"}
+    every = [target for target in targets(program.adapters) if target.part == "weight"]
+    found = {target.name: target for target in every if not target.site.stack}
+    if every and not found:
+        raise AnalysisError(
+            f"{every[0].name} holds {every[0].site.stack} matrices (experts): analyze looks at one a site."
+        )
     if not found:
         what = ", ".join(adapter.name for adapter in program.adapters)
         what = f"{what} changes no matrix" if what else "it has no adapters; once folded, W and φ(W) are not kept apart"
@@ -79,6 +84,8 @@ def left_out(program: Program) -> Iterator[tuple[str, str]]:
     for target in targets(program.adapters):
         if target.part == "bias":
             yield target.name, "a vector has no singular directions"
+        if target.part == "weight" and target.site.stack:
+            yield target.name, f"holds {target.site.stack} matrices (experts)"
     for adapter in program.adapters:
         if not (adapter.method.defines("weight") or adapter.method.defines("bias")):
             yield from ((site.name, f"{adapter.name} acts on activations: there is no ΔW") for site in adapter.sites)

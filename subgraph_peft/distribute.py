@@ -165,8 +165,7 @@ class Distribution:
             value = self.activation(factor)
             self.current = factor
             if factor in self.values.stacked:
-                value = self.shaped(value, (-1,), ())
-                value = self.form.spread(value, at, result)
+                value = self.form.spread(self.shaped(value, (-1,), ()), at, result)
             x = self.emit(aten.div.Tensor if inverse else aten.mul.Tensor, (x, value), "scale")
         if scale.number != 1.0:
             self.current = node
@@ -176,8 +175,9 @@ class Distribution:
     def shaped(self, value: fx.Node, sizes: tuple[int, ...], shape: tuple[int, ...]) -> fx.Node:
         """A value reshaped to `sizes`, which stand for `shape` in each entry of a stack."""
         if value.meta["shape"] != shape:
+            stacked = value.meta["stacked"]
             value = self.emit(aten.reshape.default, (value, list(sizes)), "vector")
-        value.meta["shape"] = shape
+            value.meta |= {"shape": shape, "stacked": stacked}
         return value
 
     def plus(self, y: fx.Node, bias: fx.Node | None) -> fx.Node:

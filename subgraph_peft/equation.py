@@ -142,9 +142,23 @@ def pushed(graph: fx.Graph, node: fx.Node, through_sums: bool) -> fx.Node | None
         else:
             right = view_of(graph, right, node)
         return made(graph, aten.matmul.default, (left, right), inner)
+    if inner.target is aten.cat.default and not turning:
+        return part_of(inner, *node.args[1:])
     if through_sums and inner.target in ELEMENTWISE and not inner.kwargs:
         sides = [seen(graph, side, node) if isinstance(side, fx.Node) else side for side in inner.args]
         return made(graph, inner.target, tuple(sides), inner)
+    return None
+
+
+def part_of(joined: fx.Node, dimension: int, start: int, stop: int) -> fx.Node | None:
+    """The one part of a concatenation that a slice is, if it is one."""
+    along = joined.args[1] if len(joined.args) > 1 else 0
+    at = 0
+    for part in joined.args[0]:
+        size = part.meta["val"].shape[along]
+        if along == dimension and (at, at + size) == (start, stop):
+            return part
+        at += size
     return None
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from .errors import MethodError
 from .graphs import aten
 from .layout import Layout
 from .sites import Site, turned
@@ -103,38 +104,39 @@ class Contraction(Form):
         columns = self.rank if at.later else self.columns
         rows = (free_label(*self.labels.values(), self.columns) if at.later else self.rank) if at.inner else self.rows
         before, after = self.labels["z" if at.later else "x"], self.labels["z" if at.inner else "y"]
+        stack = self.stack if matrix.meta["stacked"] else ""
         matrix = self.picked(matrix)
         if len(rows) > 1 or len(columns) > 1:
-            lead = [-1] if self.stack else []
+            lead = [-1] if stack else []
             rank = matrix.meta["shape"]
             row_sizes = self.sizes(rows) if rows == self.rows else [rank[0]]
             column_sizes = self.sizes(columns) if columns == self.columns else [rank[1]]
             matrix = self.emit(aten.reshape.default, (matrix, lead + row_sizes + column_sizes), f"{term}_dims")
         if at.later and at.inner:
             after = after.replace(self.rank, rows)
-        equation = f"{before},{self.stack}{rows}{columns}->{after}"
+        equation = f"{before},{stack}{rows}{columns}->{after}"
         y = self.emit(aten.einsum.default, (equation, [x, matrix]), term)
         return y if bias is None else self.emit(aten.add.Tensor, (y, bias), "bias")
 
     def picked(self, value: fx.Node) -> fx.Node:
         """The entries of a stack that an index picked."""
         ids = self.use.view.picked
-        if ids is None:
+        if ids is None or not value.meta["stacked"]:
             return value
         picked = self.emit(aten.index.Tensor, (value, [ids]), "picked")
-        picked.meta["shape"] = value.meta["shape"]
+        picked.meta |= {"shape": value.meta["shape"], "stacked": True}
         return picked
 
     def spread(self, vector: fx.Node, at: At, result: bool) -> fx.Node:
         inner = at.inner if result else at.later
         labels = self.labels["z" if inner else "y" if result else "x"]
         own = self.rank if inner else self.rows if result else self.columns
-        scalar = vector.meta["shape"] == ()
+        scalar, stack = vector.meta["shape"] == (), self.stack if vector.meta["stacked"] else ""
         vector = self.picked(vector)
-        named = self.stack + ("" if scalar else own)
+        named = stack + ("" if scalar else own)
         order = sorted(named, key=labels.index)
         if not scalar and len(own) > 1:
-            vector = self.emit(aten.reshape.default, (vector, [-1] * len(self.stack) + self.sizes(own)), "dims")
+            vector = self.emit(aten.reshape.default, (vector, [-1] * len(stack) + self.sizes(own)), "dims")
         if order != list(named):
             vector = self.emit(aten.permute.default, (vector, [named.index(label) for label in order]), "dims")
         for position, label in enumerate(labels[labels.index(order[0]) :] if order else ""):
@@ -147,11 +149,21 @@ class GroupedMM(Form):
     """y = x Wₑᵀ for each row of x, sorted by expert e: W stacked, the last row of each expert in `offsets`"""
 
     def apply(self, x: fx.Node, matrix: fx.Node, bias: fx.Node | None, term: str, at: At) -> fx.Node:
-        turned = self.emit(aten.transpose.int, (matrix, -2, -1), f"{term}_t")
+        if not matrix.meta["stacked"]:
+            return super().apply(x, matrix, bias, term, at)
         node = self.use.node
+        value, shape = node.meta["val"], matrix.meta["shape"]
+        if value.device.type == "cuda" and any(size * value.element_size() % 16 for size in shape):
+            raise MethodError(
+                f"{self.site.name}: grouped_mm on CUDA multiplies by matrices whose sizes are multiples of 16 bytes; "
+                f"{list(shape)} in {value.dtype} is none. Choose r as a multiple of {16 // value.element_size()}."
+            )
+        turned = self.emit(aten.transpose.int, (matrix, -2, -1), f"{term}_t")
         return self.emit(node.target, (x, turned, *node.args[2:]), term, dict(node.kwargs))
 
     def spread(self, vector: fx.Node, at: At, result: bool) -> fx.Node:
+        if not vector.meta["stacked"]:
+            return vector
         node = self.use.node
         offsets = node.args[2] if len(node.args) > 2 else node.kwargs["offs"]
         rows = self.emit(aten.sym_size.int, (node.args[0], 0), "rows")
@@ -202,7 +214,7 @@ class TransposedConvolution(Convolution):
 
 
 class Embedding(Form):
-    """y = Wᵀ[ids] with the table stored as [vocabulary, out]: a one-hot input times Wᵀ"""
+    """y = Wᵀ[ids] with the table stored as [vocabulary, out], by embedding or index: a one-hot input times Wᵀ"""
 
     scales_input = False
     drops_input = False
@@ -211,7 +223,9 @@ class Embedding(Form):
         if at.later:
             return super().apply(x, matrix, bias, term, at)
         table = self.emit(aten.t.default, (matrix,), f"{term}_table")
-        return self.emit(self.use.node.target, (table, x, *self.use.node.args[2:]), term)
+        node = self.use.node
+        picked = [x] if node.target is aten.index.Tensor else x
+        return self.emit(node.target, (table, picked, *node.args[2:]), term)
 
 
 POINTWISE: Mapping[int, object] = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}

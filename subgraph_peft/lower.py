@@ -86,7 +86,8 @@ class Lowering:
 
     def weight_at_uses(self, weight: fx.Node, found: list[tuple[Use, type[Form]]]) -> None:
         known: dict[tuple, Values] = {}
-        first = found[0][0].node
+        readers = {use.node for use, _ in found}
+        first = next(node for node in self.graph.nodes if node in readers)
         for use, form in found:
             views = views_of(self.site, use)
             if views not in known:

@@ -37,7 +37,8 @@ def alike(program: Program, adapter: Adapter) -> dict[tuple, list[Tensors]]:
         for layer in adapter.at(site).layers_at(site):
             if layer.method.defines("penalty"):
                 own = {name: read(adapter.path(site, outer)) for name, outer in layer.names.items()}
-                groups.setdefault((layer.method, tuple(t.shape for t in own.values())), []).append(own)
+                each = [{n: t[i] for n, t in own.items()} for i in range(site.stack)] if site.stack else [own]
+                groups.setdefault((layer.method, tuple(t.shape for t in each[0].values())), []).extend(each)
     return groups
 
 

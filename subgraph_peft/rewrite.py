@@ -19,6 +19,7 @@ from .method import Method, Tensor, initial, starting
 from .module import Home
 from .places import candidates, unusable, what
 from .program import Program
+from .row_blocks import RowBlocks
 from .selectors import Where, describe, select
 from .sites import PLACES, VECTORS, Site
 from .variants import Patterns, variants
@@ -80,9 +81,11 @@ def rewrite(
     )
 
     def make(method: Method, sites: Sequence[Site]) -> Adapter:
-        own = variants(method, patterns or {}, selection.sites)
+        own = dict(variants(method, patterns or {}, selection.sites))
+        own |= {s.name: at_blocks(own.get(s.name, method), s, selection.blocks[s.name]) for s in sites
+                if s.name in selection.blocks}  # fmt: skip
         names = {site.name for site in sites}
-        own = tuple((site, changed) for site, changed in own if site in names)
+        own = tuple((site, changed) for site, changed in own.items() if site in names)
         return Adapter(unique(name or method.name, taken), method, tuple(sites), left_out, own)
 
     if budget is None:
@@ -91,6 +94,7 @@ def rewrite(
         adapter, text = choose(budget, program.counts()[1], method, sites, make)
         over = [(site.name, "over the budget") for site in sites if not adapter.on(site.name)]
         adapter = replace(adapter, left_out=(*left_out, *over), chosen=text)
+    check_stacks(adapter)
     captured = resolve_ties(captured, adapter.sites, tied)
     dtype = adapter_dtype(program, dtype)
     tensors = dict(program.module.tensors())
@@ -114,6 +118,22 @@ def rewrite(
     if method.defines("embeddings") or method.defines("keys_values"):
         check_example(result, adapter)
     return replace(result, history=(*program.history, adapter.name))
+
+
+def check_stacks(adapter: Adapter) -> None:
+    """Raises MethodError where a schedule, which decides about one matrix a site, meets a stack of them."""
+    for site in adapter.sites:
+        if site.stack and any(layer.defines("schedule") for layer in adapter.at(site).layers()):
+            raise MethodError(
+                f"{adapter.name} at {site.name}: its schedule decides about one matrix a site, and this weight holds "
+                f"{site.stack} (experts). Exclude it, or rewrite it by a method without a schedule."
+            )
+
+
+def at_blocks(method: Method, site: Site, only: Sequence[str]) -> Method:
+    """The method at some row blocks of a fused weight."""
+    names, sizes = zip(*((name, stop - start) for name, start, stop in site.blocks), strict=True)
+    return RowBlocks(of=method, only=tuple(only), names=names, sizes=sizes)
 
 
 @torch.no_grad()

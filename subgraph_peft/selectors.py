@@ -1,9 +1,10 @@
-"""Selectors: `glob:` (default), `exact:` and `re:` patterns over module and weight paths, with brace lists."""
+"""Selectors: `glob:` (default), `exact:` and `re:` patterns over module and weight paths, with brace lists, and row
+blocks of fused weights: `*.qkv_proj[q,v]`."""
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from .errors import SelectorError, nearest
 from .sites import Site
@@ -34,6 +35,14 @@ class Pattern:
     @property
     def body(self) -> str:
         return self.text[len(self.kind) + 1 :] if self.text.startswith(f"{self.kind}:") else self.text
+
+    @property
+    def blocks(self) -> tuple["Pattern", tuple[str, ...]] | None:
+        """(pattern of the weights, names of their blocks) of `…[a,b]`, where it can be read so."""
+        head, bracket, names = self.text.rpartition("[")
+        if self.kind == "re" or not bracket or not names.endswith("]") or head.endswith((".", "*", ":")) or not head:
+            return None
+        return Pattern(head), tuple(name.strip() for name in names[:-1].split(","))
 
     def match(self, paths: Iterable[str]) -> str:
         for path in paths:
@@ -87,10 +96,14 @@ def patterns(where: str | Sequence[str]) -> list[Pattern]:
 
 @dataclass(frozen=True)
 class Selection:
-    """Sites that a selector chose, and those it met but left out, with the reason."""
+    """Sites that a selector chose, and those it met but left out, with the reason.
+
+    blocks: of the sites of which only some row blocks are chosen, by name
+    """
 
     sites: tuple[Site, ...]
     left_out: tuple[tuple[Site, str], ...]
+    blocks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def select(
@@ -101,7 +114,7 @@ def select(
 ) -> Selection:
     """The sites whose module or weight path matches `where` and not `exclude`.
 
-    where:  a pattern, a list of patterns, or a predicate on a Site
+    where:  a pattern, a list of patterns, or a predicate on a Site; `*.qkv[q,v]` takes row blocks of a fused weight
     kinds:  op forms to take; by default all, where output heads, embeddings and other forms have to be named
             (a pattern whose last part is more than wildcards)
 
@@ -109,9 +122,10 @@ def select(
     """
     chosen: list[Site] = []
     left_out: list[tuple[Site, str]] = []
-    includes = None if callable(where) else patterns(where)
+    includes, picked = (None, {}) if callable(where) else with_blocks(patterns(where), sites)
     excludes = patterns(exclude)
     met = dict.fromkeys(includes or (), False)
+    blocks: dict[str, tuple[str, ...]] = {}
     for site in sites:
         paths = (site.owner, site.name)
         if includes is None:
@@ -121,6 +135,9 @@ def select(
             for pattern, result in verdicts.items():
                 met[pattern] |= result != "no"
             verdict = max(verdicts.values(), key=("no", "wildcard", "named").index, default="no")
+            matched = [pattern for pattern, result in verdicts.items() if result != "no"]
+            if matched and all(pattern in picked for pattern in matched):
+                blocks[site.name] = chosen_blocks(site, [name for pattern in matched for name in picked[pattern]])
         if verdict == "no" or any(pattern.match(paths) != "no" for pattern in excludes):
             continue
         if kinds is not None and site.kind not in kinds:
@@ -138,7 +155,37 @@ def select(
             f"The selector {describe(where)} leaves no site" + (f" ({why})" if why else "") + ". "
             f"There are {len(sites)} sites: sp.sites(program) lists them."
         )
-    return Selection(tuple(chosen), tuple(left_out))
+    names = {site.name for site in chosen}
+    return Selection(tuple(chosen), tuple(left_out), {n: picks for n, picks in blocks.items() if n in names})
+
+
+def with_blocks(
+    includes: Sequence[Pattern], sites: Sequence[Site]
+) -> tuple[list[Pattern], dict[Pattern, tuple[str, ...]]]:
+    """(patterns of weights, block names of those that pick blocks). `…[a,b]` picks blocks where what stands before it
+    matches a weight, else it is a character class."""
+    found: list[Pattern] = []
+    picked: dict[Pattern, tuple[str, ...]] = {}
+    for pattern in includes:
+        head, names = pattern.blocks or (pattern, ())
+        if names and any(head.match((site.owner, site.name)) != "no" for site in sites):
+            found.append(head)
+            picked[head] = (*picked.get(head, ()), *names)
+        else:
+            found.append(pattern)
+    return found, picked
+
+
+def chosen_blocks(site: Site, names: Sequence[str]) -> tuple[str, ...]:
+    """The named blocks of a site in its own order, or a SelectorError."""
+    known = [name for name, _, _ in site.blocks]
+    for name in names:
+        if name not in known:
+            there = (
+                f"its blocks are {', '.join(known)}" if known else "the graph does not take its result apart by rows"
+            )
+            raise SelectorError(f"{site.name} has no block {name!r}: {there}.")
+    return tuple(name for name in known if name in names)
 
 
 def describe(where: Where) -> str:

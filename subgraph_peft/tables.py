@@ -8,8 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .adapter import Adapter
 from .fold import FoldReport
 from .program import Program
+from .row_blocks import RowBlocks
 from .sites import Site, layered
 
 REWRITE_COLUMNS = (
@@ -101,7 +103,7 @@ def rewrite_rows(program: Program) -> list[dict[str, object]]:
             {
                 "site": name,
                 "shape": list(site.shape),
-                "adapters": " over ".join(a.name for a in reversed(adapters)),
+                "adapters": " over ".join(a.name + blocks_text(a, site) for a in reversed(adapters)),
                 "form": lowered.form,
                 "dense": list(lowered.dense),
                 "trainable": training,
@@ -112,6 +114,12 @@ def rewrite_rows(program: Program) -> list[dict[str, object]]:
             }
         )
     return rows
+
+
+def blocks_text(adapter: Adapter, site: Site) -> str:
+    """`[q, v]` where an adapter takes only these row blocks."""
+    method = adapter.at(site)
+    return f"[{', '.join(method.only)}]" if isinstance(method, RowBlocks) else ""
 
 
 def rewrite_table(program: Program) -> Table:

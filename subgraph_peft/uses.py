@@ -192,6 +192,8 @@ def applied(known: Use, args: tuple) -> Use | None:
         return replace(known, form=name, x=args[0], bias=argument(2), layout=layout, groups=groups)
     if target is aten.embedding.default and args[0] is source and plain:
         return replace(known, form="embedding", x=args[1], layout=TRANSPOSED)
+    if target is aten.index.Tensor and args[0] is source and plain and len(dims) == 2 and len(args[1]) == 1:
+        return replace(known, form="embedding", x=args[1][0], layout=TRANSPOSED)
     if operator_name(node) in GROUPED and args[1] is source and len(dims) == 3 and None not in dims and not view.cuts:
         layout = Layout((dims[2],), (dims[1],), dims[0])
         return replace(known, form="grouped_mm", x=args[0], layout=layout)

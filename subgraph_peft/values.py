@@ -44,7 +44,8 @@ class Values:
              entries, [stack, *shape]
     nonlinear: operand -> nonlinearity that follows its product with an activation
 
-    A value's node says in meta["dtype"] which dtype it is held in, and in meta["shape"] its shape.
+    A value's node says in meta["dtype"] which dtype it is held in, in meta["shape"] its shape (of one entry, where
+    meta["stacked"]).
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Values:
         """The node's value as it stands."""
         if node not in self.made:
             self.made[node] = self._make(node)
-            self.made[node].meta["shape"] = self.equation.shape(node)
+            self.made[node].meta |= {"shape": self.equation.shape(node), "stacked": node in self.stacked}
         return self.made[node]
 
     def _make(self, node: fx.Node) -> fx.Node:
@@ -126,7 +127,7 @@ class Values:
         if (value, dtype) not in self.cast:
             term, adapter = f"{self.equation.term(node)}_cast", self.equation.adapter(node)
             cast = self.emit(aten.to.dtype, (value, dtype), term, adapter)
-            cast.meta |= {"shape": value.meta["shape"], "dtype": dtype}
+            cast.meta |= {"shape": value.meta["shape"], "stacked": value.meta["stacked"], "dtype": dtype}
             self.cast[value, dtype] = cast
         return self.cast[value, dtype]
 
