@@ -55,9 +55,12 @@ class Form:
         """The call's own operator on the stored weight."""
         node = self.use.node
         if bias is None and self.bias is not None:
-            return self.without_bias(x, term)
-        args = fx.node.map_arg(node.args, lambda n: x if n is self.x else n)
-        return self.emit(node.target, args, term, dict(node.kwargs))
+            stored = self.without_bias(x, term)
+        else:
+            args = fx.node.map_arg(node.args, lambda n: x if n is self.x else n)
+            stored = self.emit(node.target, args, term, dict(node.kwargs))
+        stored.meta["val"] = node.meta["val"]
+        return stored
 
     def without_bias(self, x: fx.Node, term: str) -> fx.Node:
         target = self.use.node.target

@@ -185,7 +185,10 @@ def weight_site(graph: fx.Graph, found: Sequence[Use], common: dict) -> Site:
     name, shape = common["name"], common["shape"]
     layout = layout_of(found)
     forms = list(dict.fromkeys(use.form for use in found))
-    kind = forms[0] if len(forms) == 1 and (layout or forms[0] in WHOLE) else "matmul" if layout else "other"
+    if len(forms) == 1 and (layout or forms[0] in WHOLE):
+        kind = forms[0]
+    else:
+        kind = "other" if layout is None else "embedding" if "embedding" in forms else "matmul"
     if kind == "linear" and name.endswith("in_proj_weight"):
         kind = "packed"
     biases = {bias_name(use.bias) for use in found}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from .graphs import aten, cone, fixed_size, operator_name
+from .graphs import aten, operator_name
 from .layout import MATRIX, TRANSPOSED, Layout, convolution, transposed_convolution
 
 ATTRIBUTE_TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.mT.default}
@@ -148,20 +148,13 @@ def through_split(node: fx.Node, source: fx.Node, view: View) -> Iterator[Use]:
 def use(node: fx.Node, source: fx.Node, view: View) -> Use:
     """How an operator applies what it sees of a weight."""
     known = Use(node, source, view, "other")
-    if node.op != "call_function" or sum(argument is source for argument in node.all_input_nodes) != 1:
+    if "val" not in node.meta or sum(argument is source for argument in node.all_input_nodes) != 1:
         return known
     found = applied(known, node.args) if view.picked is None or node.target in MATMULS else None
-    if found and not from_weights(found.x):
+    if found is not None:
         return found
     name = operator_name(node)
     return replace(known, form=name) if name in WHOLE else known
-
-
-def from_weights(x: fx.Node) -> bool:
-    """Whether an operand is computed from no input: then the operator multiplies weights with each other."""
-    if any(fixed_size(size) is None for size in x.meta["val"].shape):
-        return False
-    return all(node.op != "placeholder" for node in cone(x))
 
 
 def applied(known: Use, args: tuple) -> Use | None:
