@@ -47,8 +47,7 @@ def to_onnx(
     written; then, and on an interrupt, whatever was at `path` is still there.
     """
     target = Path(path)
-    if program.module.home.device.type == "meta":
-        raise ExportError("A program on the meta device has no weights to export; capture the loaded model.")
+    program.need_values("export", ExportError)
     with staged(target) as folder:
         reference = program_reference(program, example)
         cut = inference(program, outputs)

@@ -15,6 +15,7 @@ from subgraph_peft.program import Program
 
 from .axes import Axes, axis_names
 from .bake import bake
+from .legal import legalise
 
 STAMP = "fx_node"
 
@@ -68,6 +69,7 @@ def inference(program: Program, outputs: Sequence[str] | None = None) -> Inferen
     graph.output_node().args = (tuple(computed(graph, leaves[name]) for name in chosen),)
     baked = bake(graph, dict(source.tensors()))
     graph.eliminate_dead_code(is_impure_node=is_kept)
+    legalise(graph)
     inputs = {name: shape for name, shape in shapes.items() if placeholders[name].users}
     if clash := sorted(set(inputs).intersection(chosen)):
         raise ExportError(f"{clash[0]!r} is an input and an output of {program.source}; choose others: outputs=[…].")

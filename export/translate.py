@@ -23,9 +23,11 @@ from subgraph_peft.checkpoint import entry
 from subgraph_peft.errors import ExportError
 from subgraph_peft.lower import META
 from subgraph_peft.program import Program
+from subgraph_peft.recurrent import Whole
 
 from .axes import resize, sizes_of
 from .inference import STAMP, Inference
+from .operators import translations
 
 OLDEST_OPSET = 18  # what torch translates to; it converts to older ones without names and metadata
 NOISY = ("torch.onnx", "onnxscript", "onnx_ir")
@@ -44,8 +46,9 @@ def translate(program: Program, cut: Inference, example: Mapping[str, torch.Tens
             raise refused(program, "torch.export cannot trace the graph again", error) from error
         try:
             onnx_program = torch.onnx.export(
-                exported, dynamo=True, optimize=False, verbose=False, opset_version=opset, input_names=list(cut.inputs)
-            )
+                exported, dynamo=True, optimize=False, verbose=False, opset_version=opset,
+                input_names=list(cut.inputs), custom_translation_table=translations(),
+            )  # fmt: skip
         except Exception as error:
             raise refused(program, "the graph has no ONNX form", error) from error
         model = onnx_program.model
@@ -82,7 +85,7 @@ def trace(cut: Inference, example: Mapping[str, torch.Tensor]) -> ExportedProgra
     kernels give strides that the views of the captured graph do not fit."""
     inputs = resize({name: example[name] for name in cut.inputs}, cut.axes, sizes_of(cut.axes, example))
     shapes = tuple(dict.fromkeys(cut.axes.get(name, ()), Dim.DYNAMIC) or None for name in cut.inputs)
-    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), Whole():
         return torch.export.export(cut.module, tuple(inputs.values()), dynamic_shapes=(shapes,), strict=False)
 
 
@@ -166,6 +169,24 @@ def simplify(model: ir.Model) -> None:
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.OutputFixPass(),
     )(model)
+    own_outputs(model)
+
+
+def own_outputs(model: ir.Model) -> None:
+    """Bodies of If and Loop compute what they return: onnxruntime refuses one that returns a value from outside."""
+    held = [a.as_graph() for n in RecursiveGraphIterator(model.graph) for a in n.attributes.values() if is_body(a)]
+    for body in held:
+        for index, value in enumerate(body.outputs):
+            producer = value.producer()
+            if producer is None or producer.graph is not body:
+                copied = ir.node("Identity", [value])
+                copied.outputs[0].shape, copied.outputs[0].type = value.shape, value.type
+                body.append(copied)
+                body.outputs[index] = copied.outputs[0]
+
+
+def is_body(attribute: ir.Attr) -> bool:
+    return attribute.type is ir.AttributeType.GRAPH
 
 
 def name_axes(model: ir.Model, cut: Inference) -> None:

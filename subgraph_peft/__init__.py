@@ -19,12 +19,15 @@ from .errors import (
 )
 from .evaluate import evaluate
 from .fold import fold
+from .kernels import kernels
 from .method import Method, Tensor, Wrapper, frozen, kaiming_uniform, normal, ones, trainable, zeros
 from .pipeline import Pipeline
 from .program import Program
 from .rewrite import rewrite
+from .saved import read
 from .sites import Site, sites
 from .train import TrainOptions, TrainResult, parameter_groups, train
+from .unflatten import unflatten
 
 __version__ = "0.1.0"
 
@@ -32,6 +35,6 @@ __all__ = [
     "Analysis", "AnalysisError", "CaptureError", "CaptureWarning", "CheckpointError", "ConfigError", "ExportError",
     "FoldError", "Method", "MethodError", "Pipeline", "Program", "SelectorError", "Site", "SubgraphPeftError",
     "Tensor", "TrainError", "TrainOptions", "TrainResult", "Wrapper", "analyze", "capture", "evaluate", "fold",
-    "frozen", "kaiming_uniform", "load", "normal", "ones", "parameter_groups", "rewrite", "sites", "train",
-    "trainable", "zeros",
+    "frozen", "kaiming_uniform", "kernels", "load", "normal", "ones", "parameter_groups", "read", "rewrite", "sites",
+    "train", "trainable", "unflatten", "zeros",
 ]  # fmt: skip

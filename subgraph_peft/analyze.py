@@ -62,8 +62,7 @@ def weight_targets(program: Program) -> dict[str, Target]:
     """The rewritten weights by name, or an error where there is none or none to see."""
     if not isinstance(program, Program):
         raise AnalysisError(f"analyze takes a program with adapters, not {type(program).__name__}.")
-    if program.module.home.device.type == "meta":
-        raise AnalysisError("A program on the meta device has no weights to look at; capture the loaded model.")
+    program.need_values("look at", AnalysisError)
     every = [target for target in targets(program.adapters) if target.part == "weight"]
     found = {target.name: target for target in every if not target.site.stack}
     if every and not found:

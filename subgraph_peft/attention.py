@@ -65,15 +65,24 @@ def attentions(graph: fx.Graph) -> dict[str, fx.Node]:
 
 def heads(node: fx.Node) -> tuple[tuple[Any, ...], int]:
     """([heads, width], repeats) of keys or values, looked at before grouped heads are repeated for the queries."""
+    source, repeats = repeated(node)
+    return (sizes(source)[1], sizes(node)[3]) if repeats > 1 else sizes(node)[1::2], repeats
+
+
+def repeated(node: fx.Node) -> tuple[fx.Node, int]:
+    """(keys or values before grouped heads are repeated for the queries, how often they are)"""
     inner = node
     while inner.target in (aten.reshape.default, aten.view.default, aten.contiguous.default, aten.clone.default):
         inner = inner.args[0]
     if inner.target is aten.expand.default and len(sizes(inner)) == 5 and sizes(inner.args[0])[2] == 1:
-        _, grouped, repeats, _, width = sizes(inner)
-        return (grouped, width), repeats
+        source, (batch, grouped, repeats, length, width) = inner.args[0], sizes(inner)
+        while len(sizes(source)) > 4 and source.target in (aten.slice.Tensor, aten.unsqueeze.default):
+            source = source.args[0]
+        if list(map(str, sizes(source))) == list(map(str, (batch, grouped, length, width))):
+            return source, repeats
     if inner.target is aten.repeat_interleave.self_int and inner.args[2:] == (1,):
-        return (sizes(inner.args[0])[1], sizes(inner)[3]), inner.args[1]
-    return sizes(node)[1::2], 1
+        return inner.args[0], inner.args[1]
+    return node, 1
 
 
 class Prefix:

@@ -37,6 +37,7 @@ def save(program: Program, folder: str | os.PathLike) -> None:
     """
     if not program.adapters:
         raise CheckpointError("The program has no adapters to save; a folded program is saved as plain weights.")
+    program.need_values("save", CheckpointError)
     folder = Path(folder)
     tensors = {name: value.detach().contiguous().cpu() for name, value in state(program).items()}
     text = json.dumps(describe(program), indent=2) + "\n"
@@ -176,6 +177,7 @@ def check_base(program: Program, config: Mapping[str, Any], folder: Path) -> Non
 
 def load_into(program: Program, folder: str | os.PathLike) -> Program:
     """Read tensors into the program's own adapters, in place; nothing changes unless everything fits. Returns it."""
+    program.need_values("load adapters for", CheckpointError)
     folder = Path(folder)
     config = read_config(folder)
     own = [entry(adapter) for adapter in program.adapters]
@@ -221,6 +223,7 @@ def load(program: Program, folder: str | os.PathLike) -> Program:
 
     Raises CheckpointError for a damaged, foreign or ill-fitting folder.
     """
+    program.need_values("load adapters for", CheckpointError)
     folder = Path(folder)
     config = read_config(folder)
     captured = program.captured
@@ -266,7 +269,7 @@ def read_adapter(captured: Program, item: Mapping[str, Any], folder: Path) -> Ad
         variants = tuple((site, registry.read(spelled)) for site, spelled in item["variants"].items())
     except SubgraphPeftError as error:
         raise CheckpointError(
-            f"{folder / CONFIG}: {error} A method of your own is found once its package registers it in the "
+            f"{folder}: {error} A method of your own is found once its package registers it in the "
             f"entry-point group {registry.GROUP}; or make the rewrite again and use program.load(folder)."
         ) from error
     by_name = {site.name: site for site in candidates(captured, method)}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .program import Program
 
 MASK, TYPES, POSITIONS = "attention_mask", "token_type_ids", "position_ids"
+EXTENDS = "extends"  # meta of a node that is a padding mask with virtual positions: the name of the input
 # operators through which a value per position stays that value, up to its shape and dtype
 CARRIES = {
     aten.view.default, aten.reshape.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.clone.default,

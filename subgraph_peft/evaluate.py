@@ -36,6 +36,7 @@ def evaluate(
     The loss is the mean over labels (tokens for a language model), not over batches. Under torch.distributed every
     process takes a share of the examples, and all get the result.
     """
+    program.need_values("evaluate", TrainError)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = Subset(data, range(rank, len(data), world))
     loader = DataLoader(share, batch_size, collate_fn=collate or Padding())

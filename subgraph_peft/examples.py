@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
-from .signature import named_inputs
+from .signature import export_arguments, named_inputs
 
 
 def example_of(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def example_of(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     if isinstance(example_inputs, torch.Tensor):
         example_inputs = (example_inputs,)
     if isinstance(example_inputs, Mapping):
-        inputs = named_inputs(model.forward, (), dict(example_inputs))
+        inputs = named_inputs(model.forward, *export_arguments(model.forward, example_inputs))
     elif isinstance(example_inputs, (tuple, list)):
         inputs = named_inputs(model.forward, tuple(example_inputs), {})
     else:
@@ -60,12 +60,3 @@ def widen(inputs: dict[str, Any], ranges: dict[str, Any]) -> dict[str, Any]:
         return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and 0 in dims else leaf
 
     return {name: pytree.tree_map(repeat, value, ranges[name]) for name, value in inputs.items()}
-
-
-def first_rows(inputs: dict[str, Any], ranges: dict[str, Any], rows: int = 2) -> dict[str, Any]:
-    """The first rows of a batch whose size varies."""
-
-    def cut(leaf: Any, dims: frozenset[int]) -> Any:
-        return leaf[:rows] if 0 in dims else leaf
-
-    return {name: pytree.tree_map(cut, value, ranges[name]) for name, value in inputs.items()}

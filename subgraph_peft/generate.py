@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import fx, nn
@@ -13,9 +14,11 @@ from .equation import Equation
 from .lower import META, Lowering
 from .module import GraphModel, Home, build
 from .program import Program
+from .surroundings import uncollected
 from .values import Lowered
 
 
+@uncollected()
 def generate(
     captured: Program, adapters: tuple[Adapter, ...], own: Mapping[str, nn.Parameter], dtype: torch.dtype
 ) -> Program:
@@ -54,8 +57,10 @@ def generate(
     module = rebuild(captured, tensors, rewritten)
     program = replace(captured, module=module, adapters=adapters, base=captured, lowered=lowered, constants=constants)
     if constants:
-        refresh(module, constants)
-        module.register_load_state_dict_post_hook(lambda loaded, keys: refresh(loaded, constants))
+        module.computed = frozenset(constants)
+        module.recompute = lambda moved: refresh(moved, constants)
+        module.recompute(module)
+        module.register_load_state_dict_post_hook(lambda loaded, keys: loaded.recompute(loaded))
     return program
 
 
@@ -79,18 +84,17 @@ def rebuild(
     captured: Program,
     tensors: Mapping[str, torch.Tensor],
     rewritten: Sequence[fx.Graph] | None = None,
-    home: Home | None = None,
+    moves: graphs.Moves = MappingProxyType({}),
 ) -> GraphModel:
-    """A module like the captured one with these tensors, by default its own graphs, and its constants moved to `home`.
+    """A module like the captured one with these tensors, by default its own graphs, whose literals follow `moves`.
 
     Parameters are new objects over the same memory, tied ones tied; buffers are copies.
     """
     source = captured.module
     own = [graphs.clone(graph)[0] for graph in source.graphs()] if rewritten is None else list(rewritten)
-    home = home or source.home
-    if home != source.home:
-        for graph in own:
-            graphs.move(graph, dict(zip(source.home, home, strict=True)))
+    home = Home(*(moves.get(literal, literal) for literal in source.home))
+    for graph in own if moves else ():
+        graphs.move(graph, moves)
     known: dict[int, nn.Parameter] = {}
 
     def separate(tensor: torch.Tensor) -> torch.Tensor:
@@ -106,7 +110,8 @@ def rebuild(
     held = {name: separate(tensor) for name, tensor in tensors.items()} | parts
     module = build(
         source.signature, own[0], own[1] if len(own) > 1 else None, held, volatile, home, type(source).__name__,
-        config=getattr(source, "config", None),
+        config=getattr(source, "config", None), checkpointing=source.checkpointing,
+        padding=source.padding,
     )  # fmt: skip
     module.origin = source.origin
     return module.train(source.training)
@@ -117,15 +122,24 @@ def base_of(program: Program) -> Program:
     buffers that training has written."""
     if program.base is None:
         return program
-    base, own, home = program.base, dict(program.module.tensors()), program.module.home
+    base, own = program.base, dict(program.module.tensors())
     trained = {name for name, _ in program.parameters(trainable=True)}
-    dtype = {base.module.home.dtype: home.dtype}
+    moves = dict(zip(base.module.home, program.module.home, strict=True))
+    for name, tensor in base.module.tensors():
+        if name not in trained:
+            moves.setdefault(tensor.device, own[name].device)
+            moves.setdefault(tensor.dtype, own[name].dtype)
 
     def current(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name not in trained:
             return own[name]
-        moved = tensor.detach().to(home.device, dtype.get(tensor.dtype, tensor.dtype))
+        moved = tensor.detach().to(moves[tensor.device], moves.get(tensor.dtype, tensor.dtype))
         return nn.Parameter(moved, requires_grad=False)
 
     tensors = {name: current(name, tensor) for name, tensor in base.module.tensors()}
-    return replace(base, module=rebuild(base, tensors, home=home))
+    module = rebuild(base, tensors, moves={old: new for old, new in moves.items() if old != new})
+    kept = program.module.checkpointing, program.module.padding
+    if (module.checkpointing, module.padding) != kept:
+        module.checkpointing, module.padding = kept
+        module.make_runners()
+    return replace(base, module=module)

@@ -1,26 +1,19 @@
 """Edits of flat aten graphs: train and eval mode, missing inputs, device and dtype moves, printing."""
 
 import copy
+import functools
 import linecache
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 aten = torch.ops.aten
+Moves = Mapping[torch.device | torch.dtype, torch.device | torch.dtype]
 
-# operator -> position of its `training` flag
-TRAINING_FLAG = {
-    aten.dropout.default: 2,
-    aten.feature_dropout.default: 2,
-    aten.alpha_dropout.default: 2,
-    aten.feature_alpha_dropout.default: 2,
-    aten.rrelu.default: 3,
-    aten.lstm.input: 6,
-    aten.gru.input: 6,
-}
-BATCH_NORM = {aten.batch_norm.default: 5, aten.cudnn_batch_norm.default: 5}
+# arguments by which operators tell training from evaluation, and what they are in evaluation
+EVALUATION = {"train": False, "training": False, "use_input_stats": False, "dropout_p": 0.0}
 
 
 def clone(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
@@ -32,20 +25,69 @@ def clone(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     return copied, old_to_new
 
 
-def set_mode(graph: fx.Graph, training: bool) -> None:
-    """Switch dropout, batch norm and attention dropout of a graph that holds its training form."""
+def set_eval(graph: fx.Graph, root: nn.Module) -> None:
+    """Turn a graph in its training form into that of eval mode, in place: dropout, attention dropout and batch norm.
+
+    The bodies of its operators (the branches of torch.cond) stay with `root` as they are; where the modes differ there,
+    the graph reads a second body, `<name>_eval`.
+    """
     for node in list(graph.nodes):
-        if node.target in TRAINING_FLAG:
-            set_argument(node, TRAINING_FLAG[node.target], training)
-        elif node.target in BATCH_NORM and node.args[3] is not None:
-            set_argument(node, BATCH_NORM[node.target], training)
-        elif node.target is aten.scaled_dot_product_attention.default and not training:
-            if len(node.args) > 4:
-                set_argument(node, 4, 0.0)
-            if "dropout_p" in node.kwargs:
-                node.kwargs = {**node.kwargs, "dropout_p": 0.0}
-        elif not training and is_batch_count(node):
+        if mode := mode_argument(node):
+            set_argument(node, mode, EVALUATION[mode])
+        elif is_batch_count(node):
             graph.erase_node(node)
+    for path, node in bodies(graph, root):
+        if any(map(mode_argument, every_node(getattr(root, path)))):
+            node.target = f"{path}_eval"
+            if not hasattr(root, node.target):
+                body = copy.deepcopy(getattr(root, path))
+                set_eval(body.graph, body)
+                body.recompile()
+                root.add_module(node.target, body)
+
+
+def writes(graph: fx.Graph) -> bool:
+    """Whether a run of the graph changes a tensor that it reads from the module, other than by batch norm."""
+    return any(source.op == "get_attr" for node in graph.nodes for source in map(viewed, written(node)))
+
+
+def written(node: fx.Node) -> Iterator[fx.Node]:
+    """The arguments that an operator writes to."""
+    for name in schema(node.target) if isinstance(node.target, torch._ops.OpOverload) else ():
+        info = node.target._schema.arguments[schema(node.target)[name][0]].alias_info
+        if info is not None and info.is_write and isinstance(value := argument(node, name), fx.Node):
+            yield value
+
+
+def viewed(node: fx.Node) -> fx.Node:
+    """What a chain of views, and of operators that return what they wrote to, is a part of."""
+    while isinstance(node.target, torch._ops.OpOverload) and any(a.alias_info for a in node.target._schema.arguments):
+        name = next(a.name for a in node.target._schema.arguments if a.alias_info)
+        node = argument(node, name)
+    return node
+
+
+def bodies(graph: fx.Graph, root: nn.Module) -> list[tuple[str, fx.Node]]:
+    """(name, node) of every body of a higher-order operator that the graph reads."""
+    return [(path, node) for path, node in attributes(graph) if isinstance(getattr(root, path, None), fx.GraphModule)]
+
+
+def every_node(body: fx.GraphModule) -> Iterator[fx.Node]:
+    """The nodes of a body and of the bodies within."""
+    return (node for part in body.modules() if isinstance(part, fx.GraphModule) for node in part.graph.nodes)
+
+
+def mode_argument(node: fx.Node) -> str | None:
+    """The argument of a node that differs between training and evaluation. A norm without statistics has none."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    positions = schema(node.target)
+    if "running_mean" in positions:
+        if argument(node, "running_mean") is None:
+            return None
+    elif "momentum" in positions:
+        return None
+    return next((name for name in EVALUATION if name in positions), None)
 
 
 def is_batch_count(node: fx.Node) -> bool:
@@ -60,10 +102,24 @@ def is_batch_count(node: fx.Node) -> bool:
     )
 
 
-def set_argument(node: fx.Node, index: int, value: object) -> None:
-    args = list(node.args)
-    args[index] = value
-    node.args = tuple(args)
+@functools.cache
+def schema(operator: torch._ops.OpOverload) -> dict[str, tuple[int, Any]]:
+    """Argument name -> its position, its default."""
+    return {a.name: (i, a.default_value) for i, a in enumerate(operator._schema.arguments)}
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """An operator's argument by the name in its schema, its default where it is not given."""
+    at, default = schema(node.target)[name]
+    return node.args[at] if at < len(node.args) else node.kwargs.get(name, default)
+
+
+def set_argument(node: fx.Node, name: str, value: object) -> None:
+    at, _ = schema(node.target)[name]
+    if at < len(node.args):
+        node.update_arg(at, value)
+    else:
+        node.update_kwarg(name, value)
 
 
 def without_inputs(graph: fx.Graph, missing: set[str]) -> list[bool]:
@@ -134,10 +190,12 @@ def is_effect(node: fx.Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "__module__", "") not in ("_operator", "math")
 
 
-def move(graph: fx.Graph, mapping: dict[object, object]) -> None:
+def move(graph: fx.Graph, mapping: Moves) -> None:
     """Replace devices and dtypes that appear as literals in the arguments of nodes, and as dtypes of their values."""
 
     def swap(value: object) -> object:
+        if isinstance(value, torch.device) and value.index is None:  # "cuda" is the "cuda:0" of the mapping
+            value = next((d for d in mapping if isinstance(d, torch.device) and d.type == value.type), value)
         return mapping.get(value, value) if isinstance(value, (torch.device, torch.dtype)) else value
 
     for node in graph.nodes:

@@ -98,6 +98,7 @@ class Lowering:
             result = Distribution(known[views], made, emit, views, dtype, self.dropout).run()
             use.node.replace_all_uses_with(result)
             result.meta.setdefault("val", use.node.meta["val"])
+        for use, _ in found:  # not before: values of another view are emitted in front of the first
             self.graph.erase_node(use.node)
 
     def weight_as_a_whole(self, weight: fx.Node) -> None:

@@ -20,6 +20,7 @@ def save_merged(program: Program, model: nn.Module | None, tokenizer: Any, folde
 
     The model itself keeps its weights. The folder appears whole; an older one is replaced.
     """
+    program.need_values("save", FoldError)
     folder = Path(folder)
     if not hasattr(model, "save_pretrained"):
         tensors = {name: t.detach().contiguous() for name, t in program.module.state_dict().items()}
@@ -59,6 +60,8 @@ def write_to(program: Program, model: nn.Module) -> list[str]:
     if program.adapters:
         names = ", ".join(adapter.name for adapter in program.adapters)
         raise FoldError(f"{names} cannot become plain weights; the eager model has no place for their nodes.")
+    program.need_values("write", FoldError)
+    model = getattr(model, "_orig_mod", model)
     own = dict(program.module.named_parameters(remove_duplicate=False))
     theirs = dict(model.named_parameters(remove_duplicate=False))
     for name, value in own.items():
@@ -66,6 +69,8 @@ def write_to(program: Program, model: nn.Module) -> list[str]:
             raise FoldError(
                 f"The model has no parameter {name!r}; write_to takes the model that was captured ({program.source})."
             )
+        if theirs[name].is_meta:
+            raise FoldError(f"{name} is on the meta device in the model and has no memory to write to: load it first.")
         if theirs[name].shape != value.shape or theirs[name].dtype != value.dtype:
             raise FoldError(
                 f"{name} is {list(theirs[name].shape)} {theirs[name].dtype} in the model and {list(value.shape)} "
@@ -83,7 +88,9 @@ def write_to(program: Program, model: nn.Module) -> list[str]:
         if not torch.equal(theirs[name].detach(), value.detach().to(theirs[name].device))
     ]
     untied = [
-        name for name in changed if any(t is theirs[name] and o not in changed for o, t in theirs.items() if o != name)
+        name
+        for name in changed
+        if any(t is theirs[name] and not torch.equal(own[o], own[name]) for o, t in theirs.items() if o != name)
     ]
     with torch.no_grad():
         for name in changed:

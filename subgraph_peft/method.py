@@ -118,6 +118,11 @@ class Method(BaseModel):
         return {}
 
     @property
+    def reads_weight(self) -> bool:
+        """Whether `prepare` computes anything from the loaded weight."""
+        return type(self).prepare is not Method.prepare
+
+    @property
     def activation_dropout(self) -> float:
         """Dropout on the input of every term that contains a trainable tensor, in training."""
         return getattr(self, "dropout", 0.0)
@@ -237,6 +242,10 @@ class Wrapper(Method):
     def prepare(self, site: Site, W: torch.Tensor) -> dict[str, torch.Tensor]:
         return self.of.prepare(site, W)
 
+    @property
+    def reads_weight(self) -> bool:
+        return type(self).prepare is not Wrapper.prepare or self.of.reads_weight
+
     def weight(self, W: torch.Tensor, **tensors: torch.Tensor) -> torch.Tensor:
         return self.of.evaluate("weight", W, tensors=tensors)
 
@@ -265,24 +274,23 @@ def option_error(cls: type[Method], error: ValidationError) -> MethodError:
 
 
 def initial(
-    method: Method, site: Site, W: torch.Tensor, generator: torch.Generator
+    method: Method, site: Site, W: torch.Tensor | None, generator: torch.Generator, meta: bool = False
 ) -> dict[str, tuple[Tensor, torch.Tensor]]:
-    """(declaration, starting value) of every tensor of a method on one site; W is the matrix in float32 or wider. At a
-    stack of matrices, W [stack, out, in], every entry starts by itself and the values are stacked."""
+    """(declaration, starting value) of every tensor of a method on one site. W is the matrix in float32 or wider, or
+    None where the method does not read it. At a stack of matrices, W [stack, out, in], every entry starts by itself and
+    the values are stacked."""
     if site.stack:
-        if W.is_meta:
-            each = [initial(method, site.entry, W[0], generator)] * site.stack
-        else:
-            each = [initial(method, site.entry, entry, generator) for entry in W]
+        entries = [None] * site.stack if W is None else W
+        each = [initial(method, site.entry, entry, generator, meta) for entry in entries]
         return {name: (tensor, torch.stack([own[name][1] for own in each])) for name, (tensor, _) in each[0].items()}
     declared = method.tensors(site)
-    prepared = {} if W.is_meta else method.prepare(site, W)
+    prepared = {} if W is None or meta else method.prepare(site, W)
     if unknown := set(prepared) - set(declared):
         raise MethodError(
             f"{method.name}.prepare gives {', '.join(sorted(unknown))}, which tensors() does not declare."
         )
     return {
-        name: (tensor, starting(method, site.name, name, tensor, prepared.get(name), generator, W.is_meta))
+        name: (tensor, starting(method, site.name, name, tensor, prepared.get(name), generator, meta))
         for name, tensor in declared.items()
     }
 

@@ -1,14 +1,20 @@
 """The captured model as an nn.Module: the source's parameters under their own names, its computation as a graph."""
 
 import copy
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
 from . import graphs
-from .errors import CaptureError
+from .checkpointing import Checkpointed, Checkpointing, checkpointed
+from .errors import CaptureError, CaptureWarning, TrainError
+from .graphs import Moves
+from .kernels import Padding, accelerate
+from .outline import outline
+from .partition import Block, cut
 from .signature import Signature, compile_forward
 
 
@@ -19,10 +25,14 @@ class Home(NamedTuple):
     dtype: torch.dtype
 
 
-class GraphModel(nn.Module):
+class GraphModel(Checkpointed, nn.Module):
     """Runs `graph` (its training form) with the call signature and output type of the captured model.
 
     home: device and dtype of the graph's constants now; origin: those it was captured with
+    computed: buffers that the equations of adapters give; recompute: computes them from the tensors as they are
+    block_paths: modules of the source that runners call as modules
+    checkpointing: modules of the source that are computed again for the backward pass
+    padding: "right" where it is promised that attention masks are ones and then zeros, which runners check
 
     `eval_graph` is the graph of eval mode where it is not the training graph with dropout and batch norm switched.
     An input that was captured may be left out; outputs that need it are then None (a loss without labels).
@@ -39,24 +49,58 @@ class GraphModel(nn.Module):
         self.eval_graph = eval_graph
         self.home = home
         self.origin = home
+        self.computed: frozenset[str] = frozenset()
+        self.recompute: Callable[[GraphModel], None] | None = None
+        self.block_paths: tuple[str, ...] = ()
+        self.checkpointing: Checkpointing | None = None
+        self.padding: Padding | None = None
         self.runners: dict[tuple[bool, frozenset[str]], Any] = {}
 
     def call(self, inputs: Mapping[str, Any]) -> Any:
         flat = self.signature.flatten(inputs)
+        if self.home.device.type == "meta" and any(p.is_meta for p in self.parameters()):  # torch.func replaces them
+            self.check_meta(flat)
         missing = frozenset(
             name for name, value in zip(self.signature.input_names(), flat, strict=True) if value is None
         )
         key = (self.training, missing)
         if key not in self.runners:
+            if missing and torch.compiler.is_compiling():
+                raise CaptureError(
+                    f"Call the module once without {', '.join(sorted(missing))} before torch.compile meets such a call."
+                )
             self.make_runner(key)
         return self.signature.unflatten(self.runners[key](self, *flat))
 
+    def check_meta(self, flat: list[Any]) -> None:
+        """On the meta device shapes can be had, of inputs there, and no training."""
+        if any(isinstance(leaf, torch.Tensor) and not leaf.is_meta for leaf in flat):
+            raise CaptureError("The module is on the meta device and has no weights: capture the loaded model.")
+        if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            raise TrainError("A module on the meta device has no weights to train; capture the loaded model.")
+
     def make_runner(self, key: tuple[bool, frozenset[str]]) -> None:
-        self.runners[key] = graphs.compile_graph(self.specialise(*key), type(self).__name__)
+        training, missing = key
+        again = self.checkpointing if training else None
+        label = " without ".join(("train" if training else "eval", *sorted(missing)))
+        paths = (*self.block_paths, *(again.paths if again else ()))
+        graph = self.specialise(*key)
+        accelerate(graph, self.home, self.padding)
+        for piece in cut(graph, paths, label):
+            run = graphs.compile_graph(piece.graph, f"{type(self).__name__} {piece.path}".strip())
+            if again and piece.path in again.paths:
+                run = checkpointed(run, again.options)
+            if piece.path:
+                container(self, piece.path.split(".")).runners[piece.call] = run
+            else:
+                self.runners[key] = run
 
     def make_runners(self) -> None:
         """Both modes with every input, made beforehand so that torch.compile meets finished functions."""
         self.runners.clear()
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.runners.clear()
         for training in (True, False):
             self.make_runner((training, frozenset()))
 
@@ -67,13 +111,14 @@ class GraphModel(nn.Module):
         """The graph of one mode, without the outputs that need the missing inputs."""
         source = self.graph if training or self.eval_graph is None else self.eval_graph
         graph, _ = graphs.clone(source)
-        graphs.set_mode(graph, training)
+        if not training and self.eval_graph is None:
+            graphs.set_eval(graph, self)
         if missing:
             placeholders = dict(zip(self.signature.input_names(), graph.find_nodes(op="placeholder"), strict=True))
             kept = graphs.without_inputs(graph, {placeholders[name].name for name in missing})
             if not any(kept):
                 needed = (
-                    sorted(missing) if len(missing) == 1 else [m for m in sorted(missing) if self.blocks(source, m)]
+                    sorted(missing) if len(missing) == 1 else [m for m in sorted(missing) if blocks(self, source, m)]
                 )
                 raise CaptureError(
                     f"Missing input {', '.join(needed or sorted(missing))}: every output of the graph needs it. Pass "
@@ -81,29 +126,64 @@ class GraphModel(nn.Module):
                 )
         return graph
 
-    def blocks(self, source: fx.Graph, name: str) -> bool:
-        """Whether no output is left without this input."""
-        graph, _ = graphs.clone(source)
-        placeholders = dict(zip(self.signature.input_names(), graph.find_nodes(op="placeholder"), strict=True))
-        return not any(graphs.without_inputs(graph, {placeholders[name].name}))
-
     def _apply(self, fn: Any, recurse: bool = True) -> "GraphModel":
-        held = {p.dtype for p in self.parameters() if p.is_floating_point()} | {self.home.dtype}
-        for dtype in held:
-            moved = fn(torch.empty(0, dtype=dtype, device=self.home.device)).dtype
-            if torch.promote_types(moved, dtype) != moved:
-                raise CaptureError(
-                    f"The module holds {dtype} values, which {moved} would narrow. Convert the model first "
-                    f"(model.to({moved})), capture it again, and pass dtype={moved} to rewrite for its adapters."
-                )
-        moved = fn(torch.empty(0, dtype=self.home.dtype, device=self.home.device))
+        """What `.to()`, `.cuda()`, `.double()` and `.to_empty()` do: literals of the graph follow its tensors.
+
+        A wider dtype is exact, and computes everything in it, also what the model's code casts to float32. Raises
+        CaptureError, before anything moves, for a dtype that would narrow a value. Tied tensors stay tied.
+        """
+        moves = self.moves(fn)
+        ties: dict[int, list[str]] = {}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            ties.setdefault(id(parameter), []).append(name)
+        lost = self.unsaved() if self.home.device.type == "meta" else []
         super()._apply(fn, recurse)
-        if (moved.device, moved.dtype) != self.home:
+        for first, *others in ties.values():
+            for other in others:
+                attach(self, other, self.get_parameter(first))
+        self.home = Home(*(moves[literal] for literal in self.home))
+        if moves := {literal: moved for literal, moved in moves.items() if moved != literal}:
             for graph in self.graphs():
-                graphs.move(graph, {self.home.device: moved.device, self.home.dtype: moved.dtype})
-            self.home = Home(moved.device, moved.dtype)
+                graphs.move(graph, moves)
+            for body in (part for part in self.modules() if isinstance(part, fx.GraphModule)):
+                graphs.move(body.graph, moves)
+                body.recompile()
             self.make_runners()
+            if self.recompute and self.home.device.type != "meta" and any(isinstance(m, torch.dtype) for m in moves):
+                self.recompute(self)
+        if lost and self.home.device.type != "meta":
+            warnings.warn(
+                f"{type(self).__name__} left the meta device, where tensors have no values, and its state dict does "
+                f"not hold {', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}. Set them from a loaded model.",
+                CaptureWarning,
+                stacklevel=4,
+            )
         return self
+
+    def moves(self, fn: Any) -> Moves:
+        """What `fn` makes of every device, and of every floating-point dtype, that the module holds."""
+        moves: dict[Any, Any] = {}
+        probed: set[Home] = set()
+        for name, held in [*self.tensors(), ("", torch.empty(0, device=self.home.device, dtype=self.home.dtype))]:
+            if (kind := Home(held.device, held.dtype)) in probed:
+                continue
+            probed.add(kind)
+            moved = fn(torch.empty(0, device=held.device, dtype=held.dtype))
+            moves[held.device] = moved.device
+            if held.is_floating_point():
+                moves[held.dtype] = moved.dtype
+                if torch.promote_types(moved.dtype, held.dtype) != moved.dtype:
+                    raise CaptureError(
+                        f"{name or type(self).__name__} holds {held.dtype} values, which {moved.dtype} would narrow. "
+                        f"Convert the model first (model.to({moved.dtype})), capture it again, and pass "
+                        f"dtype={moved.dtype} to rewrite for its adapters. A move to a device alone is .to(device)."
+                    )
+        return moves
+
+    def unsaved(self) -> list[str]:
+        """Buffers that the state dict does not hold and no equation computes."""
+        saved = self.state_dict(keep_vars=True)
+        return [n for n, _ in self.named_buffers(remove_duplicate=False) if n not in saved and n not in self.computed]
 
     def __deepcopy__(self, memo: dict) -> "GraphModel":
         duplicate = type(self).__new__(type(self))
@@ -118,10 +198,30 @@ class GraphModel(nn.Module):
             duplicate.__dict__[name] = value
         return duplicate
 
+    def __copy__(self) -> "GraphModel":
+        duplicate = type(self).__new__(type(self))
+        duplicate.__dict__.update(self.__dict__)
+        return duplicate
+
+    def __reduce__(self) -> tuple:
+        from .saved import module_bytes, module_from
+
+        return module_from, (module_bytes(self),)
+
+    def __repr__(self) -> str:
+        return outline(self)
+
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter and buffer by qualified name, tied names included."""
         yield from self.named_parameters(remove_duplicate=False)
         yield from self.named_buffers(remove_duplicate=False)
+
+
+def blocks(module: GraphModel, source: fx.Graph, name: str) -> bool:
+    """Whether no output is left without this input."""
+    graph, _ = graphs.clone(source)
+    placeholders = dict(zip(module.signature.input_names(), graph.find_nodes(op="placeholder"), strict=True))
+    return not any(graphs.without_inputs(graph, {placeholders[name].name}))
 
 
 def build(
@@ -133,11 +233,14 @@ def build(
     home: Home | None = None,
     name: str = "Model",
     config: Any = None,
+    checkpointing: Checkpointing | None = None,
+    padding: Padding | None = None,
 ) -> GraphModel:
     """A GraphModel whose attribute tree holds `tensors` (Parameters stay Parameters; `volatile` names are buffers
     that the state dict leaves out) and whose `forward` has the signature's parameters."""
     cls = type(name, (GraphModel,), {"forward": compile_forward(signature.parameters), "__module__": __name__})
     module = cls(signature, graph, eval_graph, home or home_of(tensors))
+    module.checkpointing, module.padding = checkpointing, padding
     if config is not None:
         module.config = config
     for path, tensor in tensors.items():
@@ -147,18 +250,29 @@ def build(
 
 
 def attach(module: nn.Module, path: str, tensor: torch.Tensor | nn.Module, persistent: bool = True) -> None:
-    """Set `module.<path>`, making containers on the way."""
+    """Set `module.<path>`, making containers on the way. Raises CaptureError for a name of GraphModel's own."""
     *parents, leaf = path.split(".")
-    for parent in parents:
-        if parent not in module._modules:
-            module.add_module(parent, nn.Module())
-        module = module._modules[parent]
+    first = (*parents, leaf)[0]
+    if isinstance(module, GraphModel) and not isinstance(getattr(module, first, tensor), (nn.Module, torch.Tensor)):
+        raise CaptureError(
+            f"{path}: the captured module has an attribute {first!r} of its own. Give the model's another name."
+        )
+    module = container(module, parents)
     if isinstance(tensor, nn.Parameter):
         module.register_parameter(leaf, tensor)
     elif isinstance(tensor, nn.Module):
         module.add_module(leaf, tensor)
     else:
         module.register_buffer(leaf, tensor, persistent=persistent)
+
+
+def container(module: nn.Module, path: Sequence[str]) -> nn.Module:
+    """The module at a path; a Block is made where there is none."""
+    for name in path:
+        if not isinstance(getattr(module, name, None), nn.Module):
+            module.add_module(name, Block())
+        module = getattr(module, name)
+    return module
 
 
 def home_of(tensors: Mapping[str, torch.Tensor]) -> Home:

@@ -7,10 +7,9 @@ from torch import fx
 
 from .errors import MethodError
 from .graphs import fixed_size, operator_name
+from .partition import Region, regions
 from .program import Program
 from .sites import Call, Site, find
-
-Region = dict[fx.Node, None]
 
 
 def module_sites(program: Program) -> Iterator[Site]:
@@ -47,16 +46,6 @@ def unfit(program: Program, wanted: Callable[[str], bool]) -> str | None:
             except MethodError as error:
                 return str(error)
     return None
-
-
-def regions(graph: fx.Graph) -> dict[str, dict[str, Region]]:
-    """Module path -> call (a key of the module stack, "…", "…@1", …) -> its nodes in order, inner modules' included."""
-    found: dict[str, dict[str, Region]] = {}
-    for node in graph.nodes:
-        if node.op == "call_function":
-            for call, (path, _) in node.meta.get("nn_module_stack", {}).items():
-                found.setdefault(str(path).partition("@")[0], {}).setdefault(call, {})[node] = None
-    return found
 
 
 def ends(region: Region, path: str) -> tuple[fx.Node, fx.Node]:

@@ -4,6 +4,8 @@ import torch
 from torch import fx, nn
 
 from .graphs import aten, sweep
+from .recompose import recompose
+from .recurrent import restore
 
 ASSERTIONS = {
     aten._assert_tensor_metadata.default,
@@ -17,11 +19,13 @@ AUTOCAST_REGION = "wrap_with_autocast"
 
 
 def normalise(root: fx.GraphModule) -> None:
-    """Inline gradient-mode and disabled-autocast regions, drop assertions, sweep what nothing reads. In place.
+    """Inline gradient-mode and disabled-autocast regions, drop assertions, undo decompositions, sweep what nothing
+    reads. In place.
 
-    A region under `no_grad` whose inputs can carry a gradient keeps its meaning: its outputs are detached.
+    What enters a region under `no_grad` and can carry a gradient is detached: the region may write to its inputs.
     """
     graph = root.graph
+    restore(root)
     while regions := [node for node in graph.nodes if region_body(node) is not None]:
         for node in regions:
             inline(root, node)
@@ -33,7 +37,9 @@ def normalise(root: fx.GraphModule) -> None:
             node.target = node.name
             node.args = ()
     graph.set_codegen(fx.graph.CodeGen())
+    recompose(graph)
     read_sizes_early(graph)
+    fill_in_captured_dtype(graph)
     sweep(graph)
 
 
@@ -47,6 +53,20 @@ def read_sizes_early(graph: fx.Graph) -> None:
                 first.setdefault(str(size), (node, dimension))
     for node in graph.find_nodes(op="call_function", target=aten.sym_size.int):
         node.args = first.get(str(node.meta.get("val")), node.args)
+
+
+def fill_in_captured_dtype(graph: fx.Graph) -> None:
+    """`x.masked_fill(mask, finfo(x.dtype).min)`, in place: the number is that of the captured dtype, so x is cast to
+    it. Under autocast x may be of a dtype that the number does not fit."""
+    for node in graph.find_nodes(op="call_function", target=aten.masked_fill.Scalar):
+        x, _, value = node.args
+        dtype = x.meta["val"].dtype
+        wide = dtype.is_floating_point and torch.finfo(dtype).bits > 16
+        if wide and torch.finfo(torch.float16).max < abs(value) < torch.inf:
+            with graph.inserting_before(node):
+                cast = graph.call_function(aten.to.dtype, (x, dtype))
+            cast.meta = dict(x.meta)
+            node.replace_input_with(x, cast)
 
 
 def region_body(node: fx.Node) -> tuple[fx.Node, tuple] | None:
@@ -63,13 +83,21 @@ def inline(root: fx.GraphModule, node: fx.Node) -> None:
     body, operands = region_body(node)
     inner: fx.GraphModule = root.get_submodule(str(body.target))
     graph = root.graph
-    detached = node.args[0] is False and any(carries_gradient(root, operand) for operand in operands)
+    without_gradient = node.args[0] is False
     replaced: dict[fx.Node, object] = {}
+
+    def detached(operand: fx.Node) -> fx.Node:
+        inside = graph.call_function(aten.detach.default, (operand,))
+        inside.meta = dict(operand.meta)
+        return inside
+
     arguments = iter(operands)
     with graph.inserting_before(node):
         for inside in inner.graph.nodes:
             if inside.op == "placeholder":
-                replaced[inside] = next(arguments)
+                operand = next(arguments)
+                carries = without_gradient and carries_gradient(root, operand)
+                replaced[inside] = detached(operand) if carries else operand
             elif inside.op == "get_attr":
                 root.add_submodule(f"{body.target}_{inside.target}", inner.get_submodule(str(inside.target)))
                 replaced[inside] = graph.get_attr(f"{body.target}_{inside.target}")
@@ -77,8 +105,6 @@ def inline(root: fx.GraphModule, node: fx.Node) -> None:
                 results = fx.node.map_arg(inside.args[0], replaced.__getitem__)
             else:
                 replaced[inside] = graph.node_copy(inside, replaced.__getitem__)
-        if detached:
-            results = fx.node.map_arg(results, lambda n: graph.call_function(aten.detach.default, (n,)))
     for user in list(node.users):
         user.replace_all_uses_with(results[user.args[1]])
         graph.erase_node(user)
@@ -94,7 +120,7 @@ def carries_gradient(root: nn.Module, node: object) -> bool:
             continue
         seen.add(current)
         value = current.meta.get("val")
-        if isinstance(value, torch.Tensor) and not value.is_floating_point():
+        if value is not None and not (isinstance(value, torch.Tensor) and value.is_floating_point()):
             continue
         if current.op == "placeholder":
             return True

@@ -1,19 +1,22 @@
 """A Program: a captured model, what it was captured from, and the adapters that rewrite it."""
 
+import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from .errors import SubgraphPeftError
 from .module import GraphModel
 
 if TYPE_CHECKING:
     from .adapter import Adapter
     from .constants import Constant
     from .fold import FoldReport
+    from .kernels import Padding
     from .schedule import Schedule
     from .values import Lowered
 
@@ -83,6 +86,11 @@ class Program:
 
         return pytree.tree_map_only(torch.Tensor, move, dict(inputs))
 
+    def need_values(self, purpose: str, error: type[SubgraphPeftError]) -> None:
+        """Raises `error` on the meta device, where a program can be listed, rewritten and costed: "… to fold"."""
+        if self.module.home.device.type == "meta":
+            raise error(f"A program on the meta device has no weights to {purpose}; capture the loaded model.")
+
     def penalty(self) -> torch.Tensor:
         """What the adapters' methods add to the loss, a scalar; 0 where they add nothing."""
         from .penalty import penalty
@@ -107,11 +115,50 @@ class Program:
 
         return load_into(self, folder)
 
+    def write(self, path: Any) -> None:
+        """Write the whole program to one file, which `subgraph_peft.read` turns into a program again."""
+        from .saved import write
+
+        write(self, path)
+
     def write_to(self, model: nn.Module) -> list[str]:
         """Copy this program's weights into the eager model it was captured from. Returns the names that changed."""
         from .merged import write_to
 
         return write_to(self, model)
+
+    def take(self, view: nn.Module) -> "Program":
+        """Read what training changed in `view`, made by `subgraph_peft.unflatten`, into this program. Returns self."""
+        from .unflatten import take
+
+        return take(self, view)
+
+    def promise(self, padding: "Padding | None") -> "Program":
+        """The same program, sharing all tensors, with a promise about its inputs or, with None, without one.
+
+        padding="right":  every row of an attention mask [batch, length] is ones and then zeros. A causal mask that
+                          hides padding then gives way to `is_causal`, wherever that is all the mask says. Outputs at
+                          tokens, and gradients of a loss over tokens, stay the same where tokens meet in
+                          attention only; hidden states at padding do not
+
+        Every call checks the promise before it computes anything: CaptureError, or RuntimeError in compiled code.
+        Export does without it. Raises CaptureError for a program without an attention mask; warns (CaptureWarning)
+        where no attention gains from it.
+        """
+        from .kernels import promise
+
+        return promise(self, padding)
+
+    def __copy__(self) -> "Program":
+        return replace(self)
+
+    def __deepcopy__(self, memo: dict) -> "Program":
+        return replace(self, module=copy.deepcopy(self.module, memo), base=copy.deepcopy(self.base, memo))
+
+    def __reduce__(self) -> tuple:
+        from .saved import program_bytes, program_from
+
+        return program_from, (program_bytes(self),)
 
     def __repr__(self) -> str:
         nodes = len(self.graph.nodes)

@@ -143,18 +143,19 @@ def first_values(
     """Starting values of an adapter's tensors by qualified name, from the weights under the adapters there already."""
     tensors = dict(program.module.tensors())
     values: dict[str, nn.Parameter] = {}
+    meta = home.device.type == "meta"
 
     def keep(path: str, declared: Tensor, value: torch.Tensor) -> None:
         value = value.detach().to(device=home.device, dtype=dtype, copy=True).contiguous()
         values[path] = nn.Parameter(value, requires_grad=declared.trainable)
 
     for site in adapter.sites:
-        W = current_weight(program, site, tensors)
-        for name, (declared, value) in initial(adapter.at(site), site, W, draws(seed, site.name)).items():
+        method = adapter.at(site)
+        W = current_weight(program, site, tensors) if method.reads_weight else None
+        for name, (declared, value) in initial(method, site, W, draws(seed, site.name), meta).items():
             keep(adapter.path(site, name), declared, value)
     for name, declared in adapter.shared.items():
         path, generator = adapter.path(adapter.sites[0], name), draws(seed, f"{adapter.name} {name}")
-        meta = home.device.type == "meta"
         keep(path, declared, starting(adapter.method, path, name, declared, None, generator, meta))
     return values
 

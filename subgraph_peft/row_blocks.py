@@ -73,6 +73,10 @@ class RowBlocks(Wrapper):
     def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
         return self.of.shared([block for site in sites for _, _, block in self.chosen(site)])
 
+    @property
+    def reads_weight(self) -> bool:
+        return self.of.reads_weight
+
     def prepare(self, site: Site, W: torch.Tensor) -> dict[str, torch.Tensor]:
         found = ((name, self.of.prepare(block, W[rows])) for name, rows, block in self.chosen(site))
         return {f"{t}_{name}": value for name, values in found for t, value in values.items()}

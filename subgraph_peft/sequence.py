@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .entry import MASK, POSITIONS, entry, sizes
+from .entry import EXTENDS, MASK, POSITIONS, entry, sizes
 from .errors import MethodError
 from .fills import fills
 from .graphs import aten, flat_outputs, operator_name
@@ -53,6 +53,8 @@ class Extension:
         reads = {node: [u for u in node.users if u not in own.get(node, ())] for node in self.fills}
         self.make_window()
         extended = {node: self.extended(node, fill) for node, fill in self.fills.items()}
+        if self.mask is not None:
+            extended[self.mask].meta[EXTENDS] = self.mask.name
         for node, users in reads.items():
             for user in users:
                 user.replace_input_with(node, extended[node])

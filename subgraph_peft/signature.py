@@ -31,6 +31,13 @@ def named_inputs(forward: Callable, args: Sequence[Any], kwargs: Mapping[str, An
 
 def export_arguments(forward: Callable, inputs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """(args, kwargs) for `torch.export`: positional where the signature leaves no choice, else by name."""
+    spec = getattr(getattr(forward, "__self__", None), "_in_spec", None)
+    if isinstance(spec, pytree.TreeSpec):  # a GraphModule that takes its arguments as it was traced
+        keywords = spec.children()[1].context or ()
+        return (
+            tuple(value for name, value in inputs.items() if name not in keywords),
+            {name: value for name, value in inputs.items() if name in keywords},
+        )
     parameters = inspect.signature(forward).parameters
     args: list[Any] = []
     by_name = dict(inputs)
@@ -165,8 +172,8 @@ def positional_parameters(program: torch.export.ExportedProgram, count: int) -> 
 
 
 def compile_forward(parameters: Sequence[inspect.Parameter]) -> Callable:
-    """`def forward(self, <the source's parameters>): return self.call({name: value})`, so that tools which read
-    signatures (transformers.Trainer, torch.compile) see the source model's own."""
+    """`def forward(self, <the source's parameters>, **unknown): return self.call({name: value})`. Tools that read
+    signatures (transformers.Trainer, torch.compile) see the source model's own; `call` refuses what is unknown."""
     seen_keyword_only = False
     text, defaults = ["self"], {}
     for parameter in parameters:
@@ -180,7 +187,11 @@ def compile_forward(parameters: Sequence[inspect.Parameter]) -> Callable:
         default = None if parameter.default is inspect.Parameter.empty else parameter.default
         defaults[f"default_{parameter.name}"] = default
         text.append(f"{parameter.name}=default_{parameter.name}")
-    inputs = ", ".join(f"{p.name!r}: {p.name}" for p in parameters)
+    text.append("**unknown")
+    inputs = ", ".join([*(f"{p.name!r}: {p.name}" for p in parameters), "**unknown"])
     namespace: dict[str, Any] = dict(defaults)
     exec(f"def forward({', '.join(text)}):\n    return self.call({{{inputs}}})", namespace)
-    return namespace["forward"]
+    forward = namespace["forward"]
+    *shown, _ = inspect.signature(forward).parameters.values()
+    forward.__signature__ = inspect.Signature(shown)
+    return forward

@@ -32,6 +32,7 @@ class Capture(Pass):
 
     dynamic: dict[str, list[int]] | None = None
     verify: bool = True
+    padding: Literal["right"] | None = None
 
     def requires(self, state: State) -> None:
         if state.program is None and (state.model is None or state.data is None):
@@ -42,7 +43,7 @@ class Capture(Pass):
             return state, "captured already"
         device = next(state.model.parameters()).device
         batch = {name: value.to(device) for name, value in example_batch(state.data.train, state.data.collate).items()}
-        program = capture(state.model, batch, dynamic=self.dynamic, verify=self.verify)
+        program = capture(state.model, batch, dynamic=self.dynamic, verify=self.verify, padding=self.padding)
         return replace(state, program=program), f"{program.source}: {len(program.graph.nodes)} nodes"
 
 

@@ -171,6 +171,7 @@ def parameter_groups(program: Program, lr: float, weight_decay: float = 0.0) -> 
 
 def check(program: Program, data: Dataset, options: TrainOptions) -> None:
     """Refuse early what could only fail late."""
+    program.need_values("train", TrainError)
     if not any(program.parameters(trainable=True)):
         raise TrainError("Nothing requires gradients: rewrite the program, or name parameters with trainable=[…].")
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or not len(data):

@@ -136,7 +136,7 @@ def made(build: Callable[[], nn.Module], inputs: Callable[[], dict[str, torch.Te
         torch.manual_seed(0)
         model = build().eval()
         for parameter in model.parameters():
-            if parameter.ndim == 1:
+            if parameter.ndim == 1 or parameter.unique().numel() == 1:
                 parameter.data.add_(0.2 * torch.randn_like(parameter))
         return model, inputs()
 

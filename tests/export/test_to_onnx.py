@@ -167,10 +167,13 @@ def test_a_dimension_that_the_capture_fixed_is_fixed_and_reported(tmp_path):
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
-        self.cell = nn.LSTM(4, 4, batch_first=True)
+        self.cell = nn.RNNCell(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.cell(x)[0]
+        h = x.new_zeros(x.shape[0], 4)
+        for step in range(x.shape[1]):
+            h = self.cell(x[:, step], h)
+        return h
 
 
 def test_source_and_target_lengths_are_two_axes(tmp_path):

@@ -86,7 +86,7 @@ def test_an_output_that_torch_does_not_give(exported, tmp_path):
     proto = exported("mlp").proto
     proto.graph.node[-1].output[0] = proto.graph.output[0].name = "scores"
     onnx.save(proto, tmp_path / "renamed.onnx")
-    with pytest.raises(sp.ExportError, match="The file gives 'scores', torch gives output_0, output_1"):
+    with pytest.raises(sp.ExportError, match="The file gives 'scores', torch gives output_1"):
         export.verify(tmp_path / "renamed.onnx", captured("mlp"))
 
 

@@ -1,0 +1,143 @@
+"""Gradient checkpointing: blocks keep their inputs for the backward pass and compute the rest again."""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from . import graphs
+from .errors import CaptureError, CaptureWarning, SelectorError
+from .partition import chosen, cut, regions
+
+if TYPE_CHECKING:
+    from .module import GraphModel
+
+
+class Checkpointing(NamedTuple):
+    """The blocks that are computed again, and options of `torch.utils.checkpoint.checkpoint`."""
+
+    paths: tuple[str, ...]
+    options: Mapping[str, Any]
+
+
+class Checkpointed:
+    """Gradient checkpointing of a GraphModel, under the names by which transformers.Trainer switches it."""
+
+    checkpointing: Checkpointing | None
+
+    def gradient_checkpointing_enable(
+        self: "GraphModel",
+        where: str | Sequence[str] | None = None,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Compute the activations within blocks again in the backward pass, in train mode.
+
+        Outputs and gradients stay the same bit for bit, those of dropout included.
+
+        where:  patterns over module paths; by default the repeated layers. It replaces an earlier choice
+        gradient_checkpointing_kwargs: options of torch.utils.checkpoint.checkpoint, such as preserve_rng_state
+        every_n_layers: only the first of every n blocks
+
+        Raises SelectorError where a pattern matches no module, CaptureError for a block that cannot be computed twice.
+        """
+        options = dict(gradient_checkpointing_kwargs or {})
+        if options.pop("use_reentrant", False):
+            raise CaptureError("Checkpointing of a graph is not reentrant: pass use_reentrant=False, or leave it out.")
+        if offload:
+            raise CaptureError(
+                "Activations of a graph are not offloaded by checkpointing: leave out offload, and call the module "
+                "under torch.autograd.graph.save_on_cpu."
+            )
+        paths = chosen(self.graph, where)[::every_n_layers]
+        check_twice(self.graph, paths)
+        former, self.checkpointing = self.checkpointing, Checkpointing(paths, options)
+        try:
+            self.make_runners()
+        except CaptureError:
+            self.checkpointing = former
+            self.make_runners()
+            raise
+
+    def gradient_checkpointing_disable(self: "GraphModel") -> None:
+        """Keep all activations for the backward pass."""
+        self.checkpointing = None
+        self.make_runners()
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """`gradient_checkpointing_enable` under the name that transformers gave it in 5.2x."""
+        self.gradient_checkpointing_enable(gradient_checkpointing_kwargs=activation_checkpointing_kwargs, **options)
+
+    def activation_checkpointing_disable(self) -> None:
+        self.gradient_checkpointing_disable()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.checkpointing is not None
+
+
+@contextmanager
+def uncheckpointed(model: nn.Module) -> Iterator[None]:
+    """A transformers model with its gradient checkpointing off, so that none of it is traced; restored afterwards."""
+    on = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    try:
+        for module in on:
+            module.gradient_checkpointing = False
+        yield
+    finally:
+        for module in on:
+            module.gradient_checkpointing = True
+
+
+def keep_checkpointing(module: "GraphModel", model: nn.Module) -> None:
+    """Checkpoint the layers of a captured module that a transformers model checkpoints. Warns where it cannot."""
+    on = {path: m for path, m in model.named_modules() if getattr(m, "gradient_checkpointing", False)}
+    if not on:
+        return
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    known = regions(module.graph)
+    layers = [path for path, m in on.items() if isinstance(m, GradientCheckpointingLayer) and path in known]
+    how = next((f for m in on.values() if (f := getattr(m, "_gradient_checkpointing_func", None))), None)
+    options = {name: value for name, value in getattr(how, "keywords", {}).items() if name != "use_reentrant"}
+    try:
+        module.gradient_checkpointing_enable([f"exact:{path}" for path in layers] or None, options)
+    except (CaptureError, SelectorError) as error:
+        message = f"Gradient checkpointing of {type(model).__name__} is off in the captured module: {error}"
+        warnings.warn(message, CaptureWarning, stacklevel=3)
+
+
+def checkpointed(run: Callable, options: Mapping[str, Any]) -> Callable:
+    """`run(module, *inputs)`, computed again in the backward pass."""
+
+    def again(module: nn.Module, *inputs: Any) -> Any:
+        return checkpoint(functools.partial(run, module), *inputs, use_reentrant=False, **options)
+
+    return again
+
+
+def check_twice(graph: fx.Graph, paths: Sequence[str]) -> None:
+    """Raises CaptureError where a block writes to a tensor, which a second computation would write again."""
+    for piece in cut(graph, paths, "train"):
+        for node in piece.graph.nodes if piece.path else ():
+            if updates(node):
+                raise CaptureError(
+                    f"{piece.path} cannot be checkpointed: {node.name} updates a buffer, and would do so twice a step. "
+                    "Choose blocks without it (where=…)."
+                )
+
+
+def updates(node: fx.Node) -> bool:
+    """Whether a node of a block writes to something that lives outside of the block."""
+    if isinstance(node.target, torch._ops.OpOverload) and "running_mean" in graphs.schema(node.target):
+        mode = graphs.mode_argument(node)
+        return mode is not None and bool(graphs.argument(node, mode))
+    return any(graphs.viewed(target).op != "call_function" for target in graphs.written(node))

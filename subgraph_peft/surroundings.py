@@ -1,0 +1,105 @@
+"""What a capture borrows and gives back: modes and buffers of the model, random numbers, gradient mode, torch's log,
+Python's garbage collector."""
+
+import gc
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+
+import torch
+from torch import fx, nn
+
+
+@contextmanager
+def prepared(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in one mode, without key-value cache; restored afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    configs = {id(c): c for module in modes if getattr(c := getattr(module, "config", None), "use_cache", None)}
+    try:
+        for config in configs.values():
+            config.use_cache = False
+        if isinstance(model, fx.GraphModule):  # one of torch.export refuses train()
+            for module in modes:
+                module.training = training
+        else:
+            model.train(training)
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+        for module, was_training in modes.items():
+            module.training = was_training
+
+
+@contextmanager
+def apart(model: nn.Module) -> Iterator[None]:
+    """Every place of a tied parameter holds a Parameter of its own over the same memory, so that a trace names the one
+    that is read; restored afterwards. A module that stands at two places keeps one."""
+    held: list[tuple[nn.Module, str, nn.Parameter]] = []
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in seen:
+                held.append((module, name, parameter))
+            elif parameter is not None:
+                seen.add(id(parameter))
+    try:
+        for module, name, parameter in held:
+            module._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        yield
+    finally:
+        for module, name, parameter in held:
+            module._parameters[name] = parameter
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Without what torch says of a trace on stderr: the graph of a failed one, warnings, log lines (those asked for
+    with TORCH_LOGS stay). What the model prints there appears when the trace is done."""
+    log, held = logging.getLogger("torch"), io.StringIO()
+    level = log.level
+    try:
+        if level >= logging.WARNING:
+            log.setLevel(logging.CRITICAL + 1)
+        with warnings.catch_warnings(), redirect_stderr(held):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+    sys.stderr.write(held.getvalue())
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without Python's cyclic garbage collector, which walks through every node again and again while a graph grows: a
+    twelfth of the time of a capture, half of that of a rewrite. Tensors go as their last reference goes."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def seeded(device: torch.device) -> Iterator[None]:
+    """The same random numbers every time; the caller's go on where they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+@contextmanager
+def unwritten(*modules: nn.Module) -> Iterator[None]:
+    """Buffers as they were, whatever a forward pass writes to them."""
+    held = [(b, b.detach().clone()) for module in modules for b in module.buffers() if not b.is_meta]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in held:
+                buffer.copy_(value)

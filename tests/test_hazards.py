@@ -1,0 +1,222 @@
+"""What torch.export loses or fixes, and capture keeps or refuses: backward passes by hand, recurrence, vmap, branches,
+writes under no_grad, inputs that are not one batch."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import subgraph_peft as sp
+from subgraph_peft.graphs import aten
+from subgraph_peft.recurrent import LAYERS
+
+
+class Rounded(torch.autograd.Function):
+    """A straight-through estimate."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Squared(torch.autograd.Function):
+    """What autograd finds too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+class ByHand(nn.Module):
+    def __init__(self, function: type):
+        super().__init__()
+        self.function, self.inner, self.outer = function, nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.outer(self.function.apply(self.inner(x)))
+
+
+class Layer(nn.Module):
+    """A recurrent layer without its state."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+class Branch(nn.Module):
+    """Dropout in the branch of negative sums."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.drop = nn.Linear(4, 6), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda x: self.inner(x), lambda x: self.drop(self.inner(x)), (x,))
+
+
+class Edges(nn.Module):
+    """Six nodes, four edges."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+
+    def forward(self, nodes, source):
+        return self.inner(nodes)[source]
+
+
+class Members(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(5, 6, 4))
+
+    def forward(self, x):
+        return torch.vmap(lambda w: F.linear(x, w).relu())(self.w).mean(0)
+
+
+class Home(nn.Module):
+    """Calls a layer what the captured module calls its device and dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.home = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.home(x)
+
+
+def rows(count: int = 3) -> torch.Tensor:
+    return torch.randn(count, 4, generator=torch.Generator().manual_seed(count))
+
+
+def test_a_backward_by_hand_that_autograd_does_not_find_is_refused():
+    with pytest.raises(sp.CaptureError, match=r"Rounded, whose own backward .* gradient of inner.weight differs"):
+        sp.capture(ByHand(Rounded), rows())
+
+
+def test_a_backward_by_hand_that_autograd_finds_is_captured():
+    assert sp.capture(ByHand(Squared), rows()).module(rows(5)).shape == (5, 3)
+
+
+def test_a_backward_by_hand_that_is_not_compared_is_told():
+    with pytest.warns(sp.CaptureWarning, match="Rounded, whose own backward"):
+        sp.capture(ByHand(Rounded), rows(), verify=False)
+
+
+def test_applying_functions_is_as_it_was_after_a_capture():
+    before = torch.autograd.Function.__dict__["apply"]
+    with pytest.raises(sp.CaptureError):
+        sp.capture(ByHand(Rounded), rows())
+    assert torch.autograd.Function.__dict__["apply"] is before
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.LSTM(6, 5, num_layers=2, batch_first=True, bidirectional=True, dropout=0.3),
+        nn.LSTM(6, 5, proj_size=4),
+        nn.GRU(6, 5, batch_first=True),
+        nn.RNN(6, 5, nonlinearity="relu"),
+    ],
+    ids=["lstm", "projected", "gru", "rnn"],
+)
+def test_recurrent_layers_take_any_batch_and_length(layer):
+    model = Layer(layer).train()
+    program = sp.capture(model, torch.randn(3, 7, 6))
+    x = torch.randn(4, 9, 6)
+    torch.manual_seed(0)
+    expected = model(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(program.module.train()(x), expected)
+    assert any(node.target in LAYERS.values() for node in program.graph.nodes)
+
+
+def test_a_body_of_an_operator_has_both_modes_also_where_the_example_does_not_go():
+    model = Branch()
+    program = sp.capture(model, rows().abs())
+    x = -rows().abs()
+    torch.testing.assert_close(program.module.eval()(x), model.eval()(x))
+    torch.manual_seed(0)
+    expected = model.train()(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(copy.deepcopy(program.module).train()(x), expected)
+    assert not torch.equal(expected, model.eval()(x))
+
+
+def test_a_moved_module_moves_the_bodies_of_its_operators():
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 6)
+
+        def forward(self, x):
+            y = self.inner(x)
+            return torch.cond(x.sum() > 0, lambda y: y @ torch.eye(6, dtype=y.dtype), lambda y: y + 1, (y,))
+
+    model = Constant()
+    x = rows().abs().double()
+    torch.testing.assert_close(sp.capture(model, rows()).module.double()(x), model.double()(x))
+
+
+def test_what_is_written_without_gradient_is_written_so_and_in_training_alone():
+    model = parametrizations.spectral_norm(nn.Linear(4, 6))
+    program = sp.capture(nn.Sequential(model), rows())
+    eager, captured = nn.Sequential(copy.deepcopy(model)).train(), program.module.requires_grad_(True).train()
+    for _ in range(2):  # a second backward would meet the graph of the first
+        for module in (eager, captured):
+            module(rows()).square().sum().backward()
+    for (name, expected), (other, found) in zip(eager.named_buffers(), captured.named_buffers(), strict=True):
+        assert name == other
+        torch.testing.assert_close(found, expected)
+    before = {name: buffer.clone() for name, buffer in captured.named_buffers()}
+    captured.eval()(rows())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in captured.named_buffers())
+
+
+def test_inputs_need_not_be_one_batch():
+    program = sp.capture(Edges(), {"nodes": torch.randn(6, 4), "source": torch.tensor([5, 0, 3, 3])})
+    assert program.module(torch.randn(8, 4), torch.tensor([7, 0])).shape == (2, 3)
+
+
+def test_a_vmap_is_the_operators_that_it_stands_for():
+    model = Members()
+    program = sp.capture(model, rows())
+    torch.testing.assert_close(program.module(rows(5)), model(rows(5)))
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert aten.matmul.default in targets
+    assert all(isinstance(target, torch._ops.OpOverload) for target in targets)
+
+
+def test_arguments_without_a_number_go_by_their_name_or_in_a_row():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, *parts):
+            return self.inner(sum(parts))
+
+    parts = (rows(), rows() + 1)
+    for example in (parts, {"parts": parts}):
+        assert sp.capture(Sum(), example).module(*parts).shape == (3, 3)
+
+
+def test_a_name_of_the_captured_module_itself_is_refused():
+    with pytest.raises(sp.CaptureError, match="attribute 'home' of its own"):
+        sp.capture(Home(), rows())
