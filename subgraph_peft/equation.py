@@ -10,6 +10,7 @@ from torch import fx, nn
 from .errors import MethodError
 from .graphs import aten, cone, mode_argument, operator_name, sweep
 from .method import Method
+from .uses import TRANSPOSES
 
 VIEWS = {
     aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default, aten.view.default,
@@ -17,7 +18,6 @@ VIEWS = {
     aten.select.int, aten.detach.default, aten.alias.default, aten.mT.default,
 }  # fmt: skip
 ELEMENTWISE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
-TRANSPOSE_2D = {aten.t.default, aten.numpy_T.default, aten.mT.default}
 
 # (adapter, tensor); ("", "W") or ("", "b") is the weight or bias itself, ("", "x") and ("", "y") are activations
 Operand = tuple[str, str]
@@ -197,7 +197,7 @@ def is_slice(node: fx.Node) -> bool:
 
 
 def is_transpose(node: fx.Node) -> bool:
-    if node.target in TRANSPOSE_2D:
+    if node.target in TRANSPOSES:
         return node.args[0].meta["val"].ndim == 2
     return node.target is aten.transpose.int and node.meta["val"].ndim == 2 and {a % 2 for a in node.args[1:]} == {0, 1}
 

@@ -88,7 +88,9 @@ class Lowering:
         known: dict[tuple, Values] = {}
         readers = {use.node for use, _ in found}
         first = next(node for node in self.graph.nodes if node in readers)
+        done: dict[fx.Node, fx.Node] = {}
         for use, form in found:
+            use = replace(use, x=done.get(use.x, use.x))  # the result of a use before it, W(W(x))
             views = views_of(self.site, use)
             if views not in known:
                 known[views] = self.values(self.weight_equation(views), weight, first)
@@ -97,6 +99,7 @@ class Lowering:
             made = form(self.site, use, emit)
             result = Distribution(known[views], made, emit, views, dtype, self.dropout).run()
             use.node.replace_all_uses_with(result)
+            done[use.node] = result
             result.meta.setdefault("val", use.node.meta["val"])
         for use, _ in found:  # not before: values of another view are emitted in front of the first
             self.graph.erase_node(use.node)
@@ -132,6 +135,7 @@ class Lowering:
             user.replace_input_with(bias, result)
 
     def output(self, weight: fx.Node) -> None:
+        done: dict[fx.Node, fx.Node] = {}
         for use in list(uses(weight)):  # `f` adds uses of the weight
             form = form_class(self.site, use)
             if form is None or form.features != -1 or self.site.stack:
@@ -139,14 +143,14 @@ class Lowering:
                     f"{self.site.name} ({self.site.kind}) has no result to rewrite: it would need a single input and "
                     "output with the features in the last dimension."
                 )
-            self.output_of(use.node, use.x)
+            done[use.node] = self.output_of(use.node, done.get(use.x, use.x))
 
     def module_output(self) -> None:
         for region in regions(self.graph).get(self.site.name, {}).values():
             x, y = ends(region, self.site.name)
             self.output_of(y, x)
 
-    def output_of(self, y: fx.Node, x: fx.Node) -> None:
+    def output_of(self, y: fx.Node, x: fx.Node) -> fx.Node:
         leading = tuple(range(2, 1 + len(x.meta["val"].shape)))
         shapes = {"x": (*leading, self.site.in_features), "y": (*leading, self.site.out_features)}
         equation = equation_of(self.target, shapes)
@@ -171,6 +175,7 @@ class Lowering:
         result.meta["val"] = y.meta["val"]
         for user in users:
             user.replace_input_with(y, result)
+        return result
 
     def output_operand(
         self, equation: Equation, node: fx.Node, x: fx.Node, y: fx.Node, dtype: torch.dtype, emit: Callable

@@ -87,7 +87,6 @@ def text(condition: Boolean) -> str:
         return turned if turned != inner else f"not {inner}"
     if isinstance(condition, (sympy.And, sympy.Or)):
         word = " and " if isinstance(condition, sympy.And) else " or "
-        return word.join(
-            f"({text(part)})" if isinstance(part, sympy.Or) else text(part) for part in sorted(condition.args, key=str)
-        )
+        parts = [f"({text(part)})" if isinstance(part, sympy.Or) else text(part) for part in condition.args]
+        return word.join(sorted(parts, key=lambda part: ("[" in part, part)))  # positions first, then inputs
     return str(condition)

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from . import selectors
 from .adapter import PARTS, Adapter, Target, identifier, targets
+from .at_rows import RowBlocks
 from .budget import choose
 from .entry import rows
 from .errors import MethodError, SelectorError, nearest
@@ -19,7 +20,6 @@ from .method import Method, Tensor, initial, starting
 from .module import Home
 from .places import candidates, unusable, what
 from .program import Program
-from .row_blocks import RowBlocks
 from .selectors import Where, describe, select
 from .sites import PLACES, VECTORS, Site
 from .variants import Patterns, variants

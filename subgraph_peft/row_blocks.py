@@ -1,92 +1,145 @@
-"""A method at some row blocks of a fused weight."""
+"""Row blocks of fused weights: the q, k and v of a qkv, read off what the graph does with the result."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import ClassVar
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from pydantic import PositiveInt
+from torch import fx
 
-from .errors import MethodError, suggestion
-from .method import Layer, Method, Tensor, Wrapper
-from .sites import Site
+from .graphs import aten, fixed_size
+from .uses import SAME, SPLITS, Use
+
+if TYPE_CHECKING:
+    from .sites import Site
+
+Rows = tuple[tuple[int, int], ...]
+# what the blocks of a weight are called, by the end of its name and their number
+NAMES = (
+    (r"(^|_)(w?qkv|c_attn|query_key_value|in_proj_weight)(_proj|_weight)?", ("q", "k", "v")),
+    (r"(^|_)w?kv(_proj)?", ("k", "v")),
+    (r"(^|_)gate_up(_proj)?", ("gate", "up")),
+    (r"weight_[ih]h_l\d+\w*", ("i", "f", "g", "o")),
+    (r"weight_[ih]h_l\d+\w*", ("r", "z", "n")),
+)
+GATES = {"lstm": 4, "gru": 3}
 
 
-class RowBlocks(Wrapper):
-    """φ(W) = [φ_of(W_q); W_k; φ_of(W_v)] for a packed W = [W_q; W_k; W_v]
+def blocks_of(site: "Site", found: Sequence[Use]) -> tuple[tuple[str, int, int], ...]:
+    """(name, start, stop) of the row blocks into which every use takes the result apart."""
+    if site.layout.stack is not None and site.kind != "grouped_mm" or len(site.layout.out) > 1:
+        return ()
+    cut = {rows_of(site, use) for use in found}
+    rows = cut.pop() if len(cut) == 1 else None
+    if not rows or len(rows) < 2:
+        return ()
+    return tuple((name, start, stop) for name, (start, stop) in zip(names(site.name, len(rows)), rows, strict=True))
 
-    A weight method at chosen row blocks of a packed weight, each with tensors of its own: what a selector `…qkv[q,v]`
-    stands for. `names` are the blocks in order, `sizes` their rows (default: all equal), `only` those to rewrite.
-    """
 
-    name: ClassVar[str] = "blocks"
-    family: ClassVar[str] = "framework"
-    paper: ClassVar[str] = "arXiv 2106.09685"
+def names(weight: str, count: int) -> Sequence[str]:
+    last = weight.removesuffix(".weight").rpartition(".")[2]
+    known = (each for pattern, each in NAMES if len(each) == count and re.search(pattern + "$", last, re.IGNORECASE))
+    return next(known, [str(i) for i in range(count)])
 
-    only: tuple[str, ...] = ("q", "v")
-    names: tuple[str, ...] = ("q", "k", "v")
-    sizes: tuple[PositiveInt, ...] | None = None
 
-    def model_post_init(self, context: object) -> None:
-        super().model_post_init(context)
-        for name in self.only:
-            if name not in self.names:
-                raise MethodError(
-                    f"blocks: there is no block {name!r}.{suggestion(name, self.names)} "
-                    f"Blocks: {', '.join(self.names)}."
-                )
-        hidden = any(a.endswith(f"_{b}") for a in self.names for b in self.names)
-        counted = self.sizes is None or len(self.sizes) == len(self.names)
-        if not self.only or hidden or not counted or len(set(self.names)) < len(self.names):
-            raise MethodError(
-                "blocks: `only` names at least one block, `names` are distinct and none ends in _ and another, `sizes` "
-                "gives one number a name."
-            )
+def rows_of(site: "Site", use: Use) -> Rows | None:
+    """(start, stop) of the blocks at one use."""
+    out = site.out_features
+    if use.form in GATES and re.search(r"weight_[ih]h_l\d", site.name):
+        size = out // GATES[use.form]
+        return tuple((i * size, (i + 1) * size) for i in range(GATES[use.form]))
+    if use.form not in ("linear", "addmm", "matmul", "grouped_mm", "conv1d", "conv2d") or use.view.cuts:
+        return None
+    rank = use.node.meta["val"].ndim
+    return taken_apart(use.node, 1 if use.form.startswith("conv") else rank - 1, out)
 
-    def rows(self, out_features: int) -> Iterator[tuple[str, slice]]:
-        """(block, its rows)"""
-        count = len(self.names)
-        sizes = self.sizes or (out_features // count,) * count
-        if sum(sizes) != out_features:
-            raise MethodError(f"blocks: {out_features} rows are not {' + '.join(map(str, sizes))}; give `sizes`.")
-        start = 0
-        for name, size in zip(self.names, sizes, strict=True):
-            yield name, slice(start, start := start + size)
 
-    def chosen(self, site: Site) -> Iterator[tuple[str, slice, Site]]:
-        """(block, its rows, the block as a site)"""
-        for name, rows in self.rows(site.out_features):
-            if name in self.only:
-                yield name, rows, site.part(name, rows.stop - rows.start)
+def taken_apart(node: fx.Node, at: int, size: int) -> Rows | None:
+    """The blocks into which dimension `at` of a value is split, through views that leave it whole or split it."""
+    users = list(node.users)
+    splits = [user for user in users if user.target in SPLITS]
+    if len(users) == 1 and splits and dimension(splits[0], 2) % node.meta["val"].ndim == at:
+        return running(value.shape[at] for value in splits[0].meta["val"])
+    if len(users) > 1 and all(user.target is aten.slice.Tensor for user in users):
+        return slices(node, users, at, size)
+    if len(users) != 1:
+        return None
+    (user,) = users
+    value = user.meta.get("val")
+    if user.target in SAME:
+        return taken_apart(user, at, size)
+    if user.target in (aten.view.default, aten.reshape.default, aten.unflatten.int):
+        return reshaped(node, user, at, size)
+    if user.target is aten.transpose.int:
+        a, b = (d % value.ndim for d in user.args[1:3])
+        return taken_apart(user, {a: b, b: a}.get(at, at), size)
+    return None
 
-    def layers_at(self, site: Site) -> list[Layer]:
-        found = Method.layers_at(self, site)
-        for name, rows, block in self.chosen(site):
-            for layer in self.of.layers_at(block):
-                names = {inner: f"{outer}_{name}" for inner, outer in layer.names.items()}
-                found.append(replace(layer, names=names, rows=(rows, *layer.rows)))
-        return found
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
-        return {f"{t}_{name}": v for name, _, block in self.chosen(site) for t, v in self.of.tensors(block).items()}
+def reshaped(node: fx.Node, user: fx.Node, at: int, size: int) -> Rows | None:
+    """A view that leaves the features last, or splits them into [n, rest…] and takes the n apart."""
+    before, after = node.meta["val"].shape, user.meta["val"].shape
+    if at == len(before) - 1 and fixed_size(after[-1]) == size:
+        return taken_apart(user, len(after) - 1, size)
+    if at != len(before) - 1:
+        return None
+    total, first = 1, len(after)
+    while first and total < size and (length := fixed_size(after[first - 1])) is not None:
+        first, total = first - 1, total * length
+    if total != size or first == len(after) - 1 or not takes(user, first):
+        return None
+    return running([size // after[first]] * after[first])
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
-        return self.of.shared([block for site in sites for _, _, block in self.chosen(site)])
 
-    @property
-    def reads_weight(self) -> bool:
-        return self.of.reads_weight
+def takes(node: fx.Node, at: int) -> bool:
+    """Whether all readers take single entries of dimension `at`, through permutations."""
+    for user in node.users:
+        rank = node.meta["val"].ndim
+        if user.target is aten.select.int or user.target is aten.unbind.int:
+            if dimension(user, 1) % rank != at:
+                return False
+        elif user.target is aten.permute.default:
+            if not takes(user, [d % rank for d in user.args[1]].index(at)):
+                return False
+        elif user.target is aten.transpose.int:
+            a, b = (d % rank for d in user.args[1:3])
+            if not takes(user, {a: b, b: a}.get(at, at)):
+                return False
+        elif user.target is aten.unsqueeze.default and user.args[1] == 0:
+            if not takes(user, at + 1):
+                return False
+        elif user.target in SAME:
+            if not takes(user, at):
+                return False
+        elif user.target is aten.squeeze.dim and user.args[1] % rank != at:
+            if not takes(user, at - (user.args[1] % rank < at)):
+                return False
+        else:
+            return False
+    return bool(node.users)
 
-    def prepare(self, site: Site, W: torch.Tensor) -> dict[str, torch.Tensor]:
-        found = ((name, self.of.prepare(block, W[rows])) for name, rows, block in self.chosen(site))
-        return {f"{t}_{name}": value for name, values in found for t, value in values.items()}
 
-    def weight(self, W: torch.Tensor, **tensors: torch.Tensor) -> torch.Tensor:
-        shared = {t: v for t, v in tensors.items() if not t.endswith(tuple(f"_{name}" for name in self.only))}
-        parts = []
-        for name, rows in self.rows(W.shape[0]):
-            own = {t.removesuffix(f"_{name}"): v for t, v in tensors.items() if t.endswith(f"_{name}")}
-            parts.append(
-                self.of.evaluate("weight", W[rows], tensors={**shared, **own}) if name in self.only else W[rows]
-            )
-        return torch.cat(parts)
+def slices(node: fx.Node, users: Sequence[fx.Node], at: int, size: int) -> Rows | None:
+    found = set()
+    for user in users:
+        dim, start, stop = (*user.args[1:4], *(0, 0, size)[len(user.args) - 1 :])[:3]
+        if not isinstance(start, int | None) or not isinstance(stop, int | None):
+            return None
+        if dim % node.meta["val"].ndim != at or len(user.args) > 4:
+            return None
+        start, stop = (start or 0) % size, size if stop is None else min(stop, size)
+        found.add((start, stop + size if stop < 0 else stop))
+    rows = tuple(sorted(found))
+    joined = all(a[1] == b[0] for a, b in zip(rows, rows[1:], strict=False))
+    return rows if joined and rows[0][0] == 0 and rows[-1][1] == size else None
+
+
+def running(sizes) -> Rows:
+    rows, start = [], 0
+    for size in sizes:
+        rows.append((start, start + size))
+        start += size
+    return tuple(rows)
+
+
+def dimension(node: fx.Node, position: int) -> int:
+    return node.kwargs.get("dim", node.args[position] if len(node.args) > position else 0)

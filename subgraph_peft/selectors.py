@@ -124,6 +124,9 @@ def select(
     left_out: list[tuple[Site, str]] = []
     includes, picked = (None, {}) if callable(where) else with_blocks(patterns(where), sites)
     excludes = patterns(exclude)
+    for pattern in excludes:
+        if not any(pattern.match((site.owner, site.name)) != "no" for site in sites):
+            raise nothing(pattern, sites, "exclude ")
     met = dict.fromkeys(includes or (), False)
     blocks: dict[str, tuple[str, ...]] = {}
     for site in sites:
@@ -192,11 +195,15 @@ def describe(where: Where) -> str:
     return "predicate" if callable(where) else repr(where)
 
 
-def nothing(pattern: Pattern, sites: Sequence[Site]) -> SelectorError:
+def nothing(pattern: Pattern, sites: Sequence[Site], what: str = "The selector ") -> SelectorError:
     names = [site.owner or site.name for site in sites]
     close = nearest(pattern.body, names)
     suffix = [name for name in names if name.endswith("." + pattern.body)]
+    if pattern.blocks and any(pattern.blocks[0].match((site.owner, site.name)) != "no" for site in sites):
+        return SelectorError(
+            f"{what}{pattern.text!r} names row blocks, which only `where` takes; here a weight is whole."
+        )
     hint = f" Paths are matched whole: try '*.{pattern.body}'." if suffix and pattern.kind == "glob" else ""
     return SelectorError(
-        f"The selector {pattern.text!r} matches none of {len(names)} sites. Nearest: {', '.join(close)}.{hint}"
+        f"{what}{pattern.text!r} matches none of {len(names)} sites. Nearest: {', '.join(close)}.{hint}"
     )

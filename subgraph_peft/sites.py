@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from .blocks import blocks_of
 from .graphs import aten, flat_outputs, operator_name
 from .layout import MATRIX, Layout, whole
+from .row_blocks import blocks_of
 from .uses import WHOLE, Use, uses
 
 if TYPE_CHECKING:

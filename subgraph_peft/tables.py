@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from .adapter import Adapter
+from .at_rows import RowBlocks
 from .fold import FoldReport
 from .program import Program
-from .row_blocks import RowBlocks
 from .sites import Site, layered
 
 REWRITE_COLUMNS = (

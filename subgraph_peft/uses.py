@@ -1,6 +1,7 @@
 """Uses of a weight: every operator that reads it, through the views in between, and how that operator applies it."""
 
 import string
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ from torch import fx
 from .graphs import aten, operator_name
 from .layout import MATRIX, TRANSPOSED, Layout, convolution, transposed_convolution
 
-ATTRIBUTE_TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.mT.default}
+TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.mT.default}
 SAME = {
     aten.to.dtype, aten._to_copy.default, aten.contiguous.default, aten.clone.default, aten.alias.default,
     aten.view_as.default,
@@ -69,8 +70,12 @@ class Use:
 
 
 def uses(weight: fx.Node) -> Iterator[Use]:
-    """Every use of a parameter's get_attr node."""
-    yield from follow(weight, View(tuple(range(weight.meta["val"].ndim))))
+    """Every use of a parameter's get_attr node. An operator that reads it twice, as W Wᵀ, takes it as a whole."""
+    found = list(follow(weight, View(tuple(range(weight.meta["val"].ndim)))))
+    counts = Counter(each.node for each in found)
+    for each in found:
+        twice = counts[each.node] > 1
+        yield Use(each.node, each.source, each.view, "other") if twice else each
 
 
 def follow(source: fx.Node, view: View) -> Iterator[Use]:
@@ -91,7 +96,7 @@ def step(node: fx.Node, view: View) -> View | None:
         return view if target in SAME else None
     if target in SAME:
         return view
-    if target in ATTRIBUTE_TRANSPOSES:
+    if target in TRANSPOSES:
         last = rank - 2 if target is aten.mT.default else 0
         return replace(view, dims=(*dims[:last], *reversed(dims[last:])))
     if target is aten.transpose.int:
@@ -106,6 +111,9 @@ def step(node: fx.Node, view: View) -> View | None:
     if target is aten.squeeze.dim and dims[args[1]] is None:
         return replace(view, dims=tuple(d for i, d in enumerate(dims) if i != args[1] % rank))
     if target is aten.expand.default:
+        before, after = args[0].meta["val"].shape, node.meta["val"].shape[-rank:]
+        if any(d is not None and a != b for d, a, b in zip(dims, before, after, strict=True)):
+            return None
         return replace(view, dims=(*[None] * (len(args[1]) - rank), *dims))
     if target is aten.slice.Tensor:
         at = (args[1] if len(args) > 1 else 0) % rank
@@ -148,7 +156,9 @@ def through_split(node: fx.Node, source: fx.Node, view: View) -> Iterator[Use]:
 def use(node: fx.Node, source: fx.Node, view: View) -> Use:
     """How an operator applies what it sees of a weight."""
     known = Use(node, source, view, "other")
-    if "val" not in node.meta or sum(argument is source for argument in node.all_input_nodes) != 1:
+    read: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), read.append)
+    if "val" not in node.meta or read.count(source) > 1:
         return known
     found = applied(known, node.args) if view.picked is None or node.target in MATMULS else None
     if found is not None:

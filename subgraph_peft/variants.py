@@ -30,6 +30,9 @@ def variants(method: Method, patterns: Patterns, sites: Sequence[Site]) -> tuple
     for text, options in patterns.items():
         pattern = Pattern(text)
         matched = [site for site in sites if pattern.match((site.owner, site.name)) != "no"]
+        head = pattern.blocks and pattern.blocks[0]
+        if not matched and head and any(head.match((site.owner, site.name)) != "no" for site in sites):
+            raise SelectorError(f"The pattern {text!r} names row blocks; options differ from weight to weight.")
         if not matched:
             close = ", ".join(nearest(pattern.body, [site.owner for site in sites]))
             raise SelectorError(

@@ -69,6 +69,11 @@ FORMS = {
                          (4, 5, 4, 3), True),
     "conv_transpose2d_grouped": (lambda x, w: F.conv_transpose2d(x, w, groups=2), [(4, 3, 3, 2)], (4, 4, 4, 3), False),
     "conv_transpose3d": (lambda x, w: F.conv_transpose3d(x, w), [(3, 4, 2, 2, 3)], (4, 3, 4, 4, 5), True),
+    "in_a_row": (lambda x, w: F.linear(F.linear(x, w), w), [(6, 6)], X, True),
+    "in_a_row_sliced": (lambda x, w: x @ w[:3].t() @ w[3:], [(6, 6)], X, True),
+    "with_itself": (lambda x, w: x @ (w @ w.t()), [(6, 9)], X, False),
+    "squared": (lambda x, w: x @ (w @ w), [(6, 6)], X, False),
+    "repeated": (lambda x, w: F.linear(x, w.expand(2, 4, 6).sum(0)), [(2, 1, 6)], X, False),
     "rows_picked": (lambda x, w: w[(x[..., 0] > 0).long() + 2], [(9, 6)], X, True),
     "normalised": (lambda x, w: F.linear(x, w / w.norm(dim=1, keepdim=True)), [(9, 6)], X, False),
     "product": (lambda x, w, v: x @ (w @ v), [(6, 4), (4, 9)], X, False),
@@ -163,6 +168,8 @@ APART = {
               (("q", 0, 6), ("k", 6, 9), ("v", 9, 12))),
     "heads": (permuted, "Wqkv", 12, (("q", 0, 4), ("k", 4, 8), ("v", 8, 12))),
     "slices": (lambda y: (y[..., :5], y[..., 5:10]), "gate_up_proj", 10, (("gate", 0, 5), ("up", 5, 10))),
+    "three of in_proj": (lambda y: y.chunk(3, -1), "in_proj", 12, (("0", 0, 4), ("1", 4, 8), ("2", 8, 12))),
+    "dynamic": (lambda y: (y[..., : y.shape[1]], y[..., 1 : y.shape[1] + 1]), "qkv", 12, ()),
     "names": (lambda y: y.chunk(2, dim=2), "in_proj", 10, (("0", 0, 5), ("1", 5, 10))),
     "interleaved": (lambda y: y.view(*y.shape[:2], 2, 3, 2).unbind(3), "qkv", 12, ()),
     "whole too": (lambda y: (y[..., :4], y[..., 4:8], y.mean(-1, keepdim=True)), "qkv", 12, ()),
@@ -235,3 +242,23 @@ def test_experts_start_and_train_apart(captured):
     factors = {name: program.module.get_parameter(f"weights.0_lora.{name}").detach() for name in "AB"}
     delta = folded.module.get_parameter("weights.0") - base.module.get_parameter("weights.0")
     torch.testing.assert_close(delta, (16.0 / 2) * torch.einsum("eor,eri->eio", factors["B"], factors["A"]))
+
+
+def test_only_the_gates_of_a_recurrent_layer_are_blocks():
+    model = nn.LSTM(6, 8, proj_size=4, batch_first=True)
+    blocks = {
+        site.name: [name for name, _, _ in site.blocks] for site in sp.sites(sp.capture(model, (torch.randn(3, 5, 6),)))
+    }
+    assert blocks == {"weight_ih_l0": ["i", "f", "g", "o"], "weight_hh_l0": ["i", "f", "g", "o"], "weight_hr_l0": []}
+
+
+def test_blocks_are_chosen_by_where_alone():
+    program = sp.capture(Fused(APART["chunk"][0]), (torch.randn(3, 5, 6),))
+    with pytest.raises(sp.SelectorError, match=r"exclude 'qkv\[q\]' names row blocks, which only `where` takes"):
+        sp.rewrite(program, LoRA(), where="*", exclude="qkv[q]")
+    with pytest.raises(sp.SelectorError, match=r"exclude '\*nonsense\*' matches none of 1 sites. Nearest: qkv"):
+        sp.rewrite(program, LoRA(), where="*", exclude="*nonsense*")
+    with pytest.raises(
+        sp.SelectorError, match=r"pattern 'qkv\[v\]' names row blocks; options differ from weight to weight"
+    ):
+        sp.rewrite(program, LoRA(), patterns={"qkv[v]": {"r": 2}})

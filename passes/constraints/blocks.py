@@ -1,7 +1,9 @@
+from typing import ClassVar
+
 from subgraph_peft.passes.extension.lora import LoRA
 
+from subgraph_peft.at_rows import RowBlocks
 from subgraph_peft.method import Method
-from subgraph_peft.row_blocks import RowBlocks
 
 
 class Blocks(RowBlocks):
@@ -12,5 +14,7 @@ class Blocks(RowBlocks):
     apart, a selector does the same: `where="*.qkv[q,v]"`. Fused projections that interleave heads are not row blocks.
     Source: Hu et al. 2021, "LoRA", MergedLinear of its code; here for any method.
     """
+
+    paper: ClassVar[str] = "arXiv 2106.09685"
 
     of: Method = LoRA()

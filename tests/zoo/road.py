@@ -149,7 +149,7 @@ class Walk:
         folded = sp.fold(adapted)
         for inputs, expected in zip((self.inputs, other), before, strict=True):
             error = largest_difference(expected, folded.run(inputs))
-            if not error <= FOLD_BOUND and not error <= 2 * rounding(adapted, inputs):
+            if not error <= FOLD_BOUND and not error <= rounding(adapted, inputs) + rounding(folded, inputs):
                 raise Failed(f"folded outputs differ by {error:.0e}")
         if not largest_difference(self.program.run(self.inputs), before[0]) > 10 * FOLD_BOUND:
             raise Failed("training changed no output")
@@ -238,7 +238,9 @@ def largest_difference(expected: Any, actual: Any) -> float:
 
 
 def same(what: str, expected: Any, actual: Any, bound: float) -> None:
-    shapes = [[tuple(t.shape) for t in pytree.tree_leaves(o) if isinstance(t, torch.Tensor)] for o in (expected, actual)]
+    shapes = [
+        [tuple(t.shape) for t in pytree.tree_leaves(o) if isinstance(t, torch.Tensor)] for o in (expected, actual)
+    ]
     if shapes[0] != shapes[1]:
         raise Failed(f"{what} have the shapes {shapes[1]}, not {shapes[0]}")
     error = largest_difference(expected, actual)

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 import transformers
 
-from tests.models import BATCH, LENGTH, VOCABULARY, classification, generation, made, sequences
-
+from ..models import BATCH, LENGTH, VOCABULARY, made, sequences
 from .entry import Entry, Inputs
 
 HIDDEN, LAYERS, HEADS, INNER = 24, 2, 4, 40
@@ -36,11 +35,6 @@ def tiny(
     return Entry(name, group, lambda: made(model, inputs), **options)
 
 
-def plain_sequences() -> Inputs:
-    """Token ids without a mask."""
-    return {"input_ids": torch.randint(3, VOCABULARY, (BATCH, LENGTH))}
-
-
 def plain_generation() -> Inputs:
     ids = torch.randint(3, VOCABULARY, (BATCH, LENGTH))
     return {"input_ids": ids, "labels": ids.clone()}
@@ -67,10 +61,3 @@ def images(size: int = 32, channels: int = 3) -> Callable[[], Inputs]:
 
 def labelled_images(size: int = 32) -> Callable[[], Inputs]:
     return lambda: {**images(size)(), "labels": torch.arange(BATCH) % 3}
-
-
-__all__ = [
-    "BATCH", "HEADS", "HIDDEN", "INNER", "LAYERS", "LENGTH", "SPECIAL", "VOCABULARY", "classification", "generation",
-    "images", "labelled_images", "masked_words", "plain_generation", "plain_sequences", "sequences", "tiny",
-    "token_classification", "translation",
-]  # fmt: skip

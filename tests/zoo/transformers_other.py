@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
+from ..models import BATCH, LENGTH, VOCABULARY
 from .entry import Entry, Inputs
-from .tiny import BATCH, HEADS, HIDDEN, INNER, LAYERS, LENGTH, SPECIAL, VOCABULARY, images, labelled_images, tiny
+from .tiny import HEADS, HIDDEN, INNER, LAYERS, SPECIAL, images, labelled_images, tiny
 
 VIT = {
     "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": INNER,
@@ -78,7 +79,8 @@ IMAGE_MODELS = [
     vision("deit", "DeiTForImageClassification", VIT),
     vision("beit", "BeitForImageClassification",
            {**VIT, "use_relative_position_bias": True, "layer_scale_init_value": 0.5}),
-    vision("data2vec-vision", "Data2VecVisionForImageClassification", {**VIT, "use_shared_relative_position_bias": True}),
+    vision("data2vec-vision", "Data2VecVisionForImageClassification",
+           {**VIT, "use_shared_relative_position_bias": True}),
     vision("swin", "SwinForImageClassification",
            {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4],
             "window_size": 4, "initializer_range": 0.2, **LABELS}),
@@ -133,8 +135,8 @@ IMAGE_MODELS = [
            {"image_size": 32, "patch_size": 4, "embed_dim": 16, "hidden_sizes": [16, 24], "depths": [1, 1],
             "focal_levels": [2, 2], "focal_windows": [3, 3], **LABELS}),
     vision("dpt", "DPTForSemanticSegmentation",
-           {**VIT, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 16,
-            "reassemble_factors": [4, 2, 1, 0.5], "is_hybrid": False}, segments),
+           {**VIT, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 8, 16, 16],
+            "fusion_hidden_size": 16, "reassemble_factors": [4, 2, 1, 0.5], "is_hybrid": False}, segments),
     vision("vit-mae", "ViTMAEForPreTraining",
            {**VIT, "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
             "decoder_intermediate_size": 24},

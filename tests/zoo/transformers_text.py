@@ -4,21 +4,16 @@ from typing import Any
 
 import torch
 
+from ..models import BATCH, LENGTH, VOCABULARY, classification, generation, sequences
 from .entry import Entry, Inputs
 from .tiny import (
-    BATCH,
     HEADS,
     HIDDEN,
     INNER,
     LAYERS,
-    LENGTH,
     SPECIAL,
-    VOCABULARY,
-    classification,
-    generation,
     masked_words,
     plain_generation,
-    sequences,
     tiny,
     token_classification,
     translation,
@@ -33,6 +28,7 @@ GROUPED = {**SIZES, "num_key_value_heads": 2}
 SINGLE = {"problem_type": "single_label_classification"}
 SCAN = {"shapes": "the scan is a Python loop over the length"}
 CHUNKS = "the number of attention windows is read from a tensor (torch.div on a size)"
+# for a last layer that draws dropout for states which nothing reads: the graph draws none
 UNDROPPED = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 GPT2 = {
     "vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 32, "n_inner": INNER,
@@ -119,8 +115,8 @@ ENCODERS = [
     encoder("roformer", "RoFormerForSequenceClassification", {"embedding_size": 16}),
     encoder("layoutlm", "LayoutLMForTokenClassification", {"max_2d_position_embeddings": 32},
             lambda: {**boxes(), "labels": torch.randint(0, 3, (BATCH, LENGTH))}),
-    encoder("lilt", "LiltForSequenceClassification", {"max_2d_position_embeddings": 32, "channel_shrink_ratio": 2, **UNDROPPED},
-            boxes),  # without dropout: its last layer draws some for layout states that nothing reads
+    encoder("lilt", "LiltForSequenceClassification",
+            {"max_2d_position_embeddings": 32, "channel_shrink_ratio": 2, **UNDROPPED}, boxes),
     encoder("modernbert", "ModernBertForSequenceClassification",
             {"local_attention": 4, "global_attn_every_n_layers": 2}),
     encoder("eurobert", "EuroBertForMaskedLM", {"num_key_value_heads": 2, "mask_token_id": 4}, masked_words),
@@ -135,7 +131,7 @@ ENCODERS = [
              "num_hash_functions": 4}, token_classification,
             limits={"shapes": "chunks of the sequence are cut by a Python loop over its length"}),
     encoder("yoso", "YosoForSequenceClassification", {"use_expectation": True},
-            limits={"train": "torch.export replaces an autograd.Function with a backward of its own by its forward"}),
+            limits={"capture": "torch.export replaces an autograd.Function with a backward of its own by its forward"}),
     encoder("perceiver", "PerceiverForSequenceClassification",
             {"d_model": HIDDEN, "d_latents": 16, "num_latents": 5, "num_blocks": 1, "num_self_attends_per_block": 2,
              "num_self_attention_heads": 2, "num_cross_attention_heads": 2},
@@ -149,7 +145,8 @@ DECODERS = [
     tiny("codegen", "decoder", "CodeGenForCausalLM", generation, {**GPT2, "rotary_dim": 4}),
     tiny("openai-gpt", "decoder", "OpenAIGPTLMHeadModel", generation, GPT2),
     decoder("gpt-neo", "GPTNeoForCausalLM",
-            {"num_layers": LAYERS, "num_heads": HEADS, "attention_types": [[["global", "local"], 1]], "window_size": 4}),
+            {"num_layers": LAYERS, "num_heads": HEADS, "attention_types": [[["global", "local"], 1]],
+             "window_size": 4}),
     decoder("gpt-neox", "GPTNeoXForCausalLM", {"hidden_size": 32, "rotary_pct": 0.5}),
     decoder("opt", "OPTForCausalLM", {"ffn_dim": INNER, "word_embed_proj_dim": 16}),
     decoder("bloom", "BloomForCausalLM", {"n_layer": LAYERS, "n_head": HEADS}),
