@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd import Function
 from torch.utils import _pytree as pytree
 
+from .checkpointing import uncheckpointed
 from .compare import difference
 from .errors import CaptureError, CaptureWarning
 from .program import Program
@@ -40,17 +41,19 @@ def check_backward(
     program: Program, model: nn.Module, inputs: Mapping[str, Any], functions: set[str], verify: bool
 ) -> None:
     """Compare the gradients of parameters, in training, where the model has backward passes by hand. Raises
-    CaptureError where they differ; warns where they cannot be compared."""
+    CaptureError where they differ; warns where they cannot be compared, or the model has none."""
     if not functions:
         return
     what = f"{type(model).__name__} uses {', '.join(sorted(functions))}, whose own backward the captured graph has not"
-    if not verify or program.module.home.device.type == "meta":
+    names = [name for name, p in model.named_parameters() if p.is_floating_point()]
+    expected = actual = None
+    if verify and program.module.home.device.type != "meta":
+        with prepared(model, training=True), prepared(program.module, training=True), uncheckpointed(model):
+            expected, actual = (gradients(module, names, inputs) for module in (model, program.module))
+    if expected is None:
         warnings.warn(f"{what}: gradients are those of its forward.", CaptureWarning, stacklevel=3)
         return
-    with prepared(model, training=True), prepared(program.module, training=True):
-        names = [name for name, p in model.named_parameters() if p.is_floating_point()]
-        expected, actual = (gradients(module, names, inputs) for module in (model, program.module))
-    for name, *both in zip(names, expected, actual, strict=True):
+    for name, *both in zip(names, expected, actual or map(torch.zeros_like, expected), strict=True):
         if not (error := difference(*both)) <= BOUND:
             raise CaptureError(
                 f"{what}: the gradient of {name} differs by {error:.0e} of its largest. Write it with operators that "
@@ -58,14 +61,17 @@ def check_backward(
             )
 
 
-def gradients(module: nn.Module, names: Sequence[str], inputs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """Of the mean square of the outputs, one a named parameter; zeros where there is none."""
+def gradients(module: nn.Module, names: Sequence[str], inputs: Mapping[str, Any]) -> list[torch.Tensor] | None:
+    """Of the mean square of the outputs, one a named parameter, zeros where there is none; None where no output hangs
+    on any of them."""
     held = dict(module.named_parameters(remove_duplicate=False))
     free = {name: held[name].detach().clone().requires_grad_() for name in names}
     args, kwargs = export_arguments(module.forward, pytree.tree_map_only(torch.Tensor, torch.clone, dict(inputs)))
     device = next((p.device for p in free.values()), torch.device("cpu"))
     with torch.enable_grad(), seeded(device), unwritten(module):
         leaves = pytree.tree_leaves(torch.func.functional_call(module, free, args, kwargs))
-        loss = sum(t.square().mean() for t in leaves if isinstance(t, torch.Tensor) and t.requires_grad)
-        found = torch.autograd.grad(loss, list(free.values()), allow_unused=True)
+        losses = [t.square().mean() for t in leaves if isinstance(t, torch.Tensor) and t.requires_grad]
+        if not free or not losses:
+            return None
+        found = torch.autograd.grad(sum(losses), list(free.values()), allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(free.values(), found, strict=True)]

@@ -1,6 +1,5 @@
 """Capture a model with torch.export: one graph for training and evaluation, dynamic in batch and length."""
 
-import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,14 +18,14 @@ from .compare import equal
 from .errors import CaptureError, CaptureWarning
 from .examples import dynamic_dimensions, example_of, widen
 from .graphs import attributes, fixed_size, writes
-from .kernels import Padding
 from .module import attach
 from .normalise import attribute
 from .program import Program
+from .promise import Padding
 from .recurrent import Whole
 from .refusals import check, refused
 from .signature import export_arguments
-from .surroundings import apart, prepared, seeded, silenced, uncollected, unwritten
+from .surroundings import apart, prepared, seeded, silenced, spelled_out, uncollected, unwritten
 
 VMAP = "torch._functorch.predispatch"
 
@@ -52,13 +51,14 @@ def capture(
     padding:         "right" promises attention masks that are ones and then zeros, see `Program.promise`
 
     The model itself is left as it was: parameters are shared in memory but frozen, buffers are copied.
-    Key-value caches are not captured; gradient checkpointing that is on stays on. A module that torch.compile wraps is
-    captured without the wrapper. A graph traced in eval mode starts in eval mode; train() switches on the dropout and
-    batch norm operators that it still has. A model on the meta device can be captured, listed and rewritten, not run in
-    training.
+    Key-value caches are not captured; layers that transformers checkpoints stay checkpointed. A module that
+    torch.compile wraps is captured without the wrapper. A graph traced in eval mode starts in eval mode; train()
+    switches on the dropout and batch norm operators that it still has. A model on the meta device can be captured,
+    listed and rewritten, not run in training.
 
     Raises CaptureError for what torch.export cannot capture, with the line of the model's source. Warns
-    (CaptureWarning) for a dimension that turned out to be fixed, and for a graph that was traced in eval mode.
+    (CaptureWarning) for a dimension that turned out to be fixed, for a graph that was traced in eval mode, and for
+    checkpointing that the model does itself, which the graph has not.
     """
     if isinstance(model, (str, os.PathLike)):
         model = imported.load(model)
@@ -75,7 +75,7 @@ def capture(
     inputs = example_of(model, example_inputs)
     ranges = dynamic_dimensions(inputs, dynamic)
     inputs = widen(inputs, ranges)
-    with prepared(model, training=True), uncheckpointed(model), apart(model), noted() as functions:
+    with prepared(model, training=True), uncheckpointed(model) as calls, apart(model), noted() as functions:
         exported, ranges = export(model, inputs, ranges, explicit=dynamic is not None)
     if isinstance(model, fx.GraphModule):
         return imported.from_graph(model, exported, inputs, verify).promise(padding)
@@ -83,7 +83,7 @@ def capture(
     if verify and program.module.home.device.type != "meta":
         program = check_eval(program, model, inputs, ranges)
     check_backward(program, model, inputs, functions, verify)
-    keep_checkpointing(program.module, model)
+    keep_checkpointing(program.module, model, calls)
     program.module.train(model.training)
     return program.promise(padding)
 
@@ -101,13 +101,8 @@ def export(
         shapes = {
             n: pytree.tree_map(lambda dims: dict.fromkeys(sorted(dims), kind) or None, r) for n, r in ranges.items()
         }
-        parameters = inspect.signature(model.forward).parameters
-        extra = {name: shapes.pop(name) for name in list(shapes) if name not in parameters}
-        keyword = next((p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD), None)
-        if extra and keyword:
-            shapes[keyword] = extra
         # a trace that fails inside a region leaves the region's gradient mode
-        with torch.enable_grad(), silenced(), uncollected(), Whole():
+        with torch.enable_grad(), silenced(), uncollected(), Whole(), spelled_out(model, inputs):
             return without_vmap(torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False))
 
     def run() -> Any:
@@ -177,6 +172,12 @@ def check_eval(program: Program, model: nn.Module, inputs: dict[str, Any], range
             return program
         with apart(model):
             second, _ = export(model, inputs, ranges, explicit=False)
+    if second.call_spec.out_spec != program.module.signature.output:
+        raise CaptureError(
+            f"{type(model).__name__} gives other outputs in eval mode ({second.call_spec.out_spec}) than in training "
+            f"({program.module.signature.output}): turn off the option of its config that adds them."
+        )
+    program.module.add_guards(second)
     root = flat(second)
     named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     shared = {name for several in named for name, _ in several}

@@ -19,6 +19,7 @@ from .constants import refresh
 from .errors import CheckpointError, SubgraphPeftError, nearest
 from .files import replacing
 from .generate import generate
+from .legal import is_name
 from .method import spell
 from .places import candidates
 from .program import Program
@@ -135,13 +136,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path, expected: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """The tensors of the file, strictly those expected."""
+    """The tensors of the file, strictly those expected; aligned in memory, since kernels round by alignment."""
     path = folder / TENSORS
     if not path.exists():
         raise CheckpointError(f"{folder} is incomplete: {TENSORS} is missing.")
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             saved_with = (file.metadata() or {}).get("config")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from error
@@ -272,6 +273,8 @@ def read_adapter(captured: Program, item: Mapping[str, Any], folder: Path) -> Ad
             f"{folder}: {error} A method of your own is found once its package registers it in the "
             f"entry-point group {registry.GROUP}; or make the rewrite again and use program.load(folder)."
         ) from error
+    if not is_name(item["name"]):
+        raise CheckpointError(f"{folder}: the adapter's name {item['name']!r} is no identifier.")
     by_name = {site.name: site for site in candidates(captured, method)}
     if missing := [name for name in item["sites"] if name not in by_name]:
         close = ", ".join(nearest(missing[0], by_name))

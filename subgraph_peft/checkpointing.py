@@ -1,14 +1,16 @@
 """Gradient checkpointing: blocks keep their inputs for the backward pass and compute the rest again."""
 
 import functools
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from . import graphs
 from .errors import CaptureError, CaptureWarning, SelectorError
@@ -85,33 +87,65 @@ class Checkpointed:
 
 
 @contextmanager
-def uncheckpointed(model: nn.Module) -> Iterator[None]:
-    """A transformers model with its gradient checkpointing off, so that none of it is traced; restored afterwards."""
-    on = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+def uncheckpointed(model: nn.Module) -> Iterator[set[str]]:
+    """The model without gradient checkpointing, so that none of it is traced: its layers of transformers have it off,
+    and reentrant calls of torch.utils.checkpoint compute their function as it is. Restored afterwards.
+
+    Gives the kinds of the calls that are met, which the model makes itself: "reentrant" or "not reentrant".
+    """
+    on, met = switched_on(model), set()
+    enter = saved_tensors_hooks.__enter__
+
+    def entered(hooks: saved_tensors_hooks) -> None:
+        if type(hooks).__module__ == checkpoint.__module__:
+            met.add("not reentrant")
+        enter(hooks)
+
+    def computed(function: Callable, preserve_rng_state: bool, *args: Any) -> Any:
+        met.add("reentrant")
+        return function(*args)
+
     try:
-        for module in on:
-            module.gradient_checkpointing = False
-        yield
+        for layer in on.values():
+            layer.gradient_checkpointing = False
+        saved_tensors_hooks.__enter__ = entered
+        CheckpointFunction.apply = computed
+        yield met
     finally:
-        for module in on:
-            module.gradient_checkpointing = True
+        del CheckpointFunction.apply  # it is inherited
+        saved_tensors_hooks.__enter__ = enter
+        for layer in on.values():
+            layer.gradient_checkpointing = True
 
 
-def keep_checkpointing(module: "GraphModel", model: nn.Module) -> None:
-    """Checkpoint the layers of a captured module that a transformers model checkpoints. Warns where it cannot."""
-    on = {path: m for path, m in model.named_modules() if getattr(m, "gradient_checkpointing", False)}
-    if not on:
+def switched_on(model: nn.Module) -> dict[str, nn.Module]:
+    """Module path -> layer, of those that transformers checkpoints as a whole."""
+    library = sys.modules.get("transformers.modeling_layers")  # imported if the model has any
+    kind = getattr(library, "GradientCheckpointingLayer", ())
+    return {path: m for path, m in model.named_modules() if isinstance(m, kind) and m.gradient_checkpointing}
+
+
+def keep_checkpointing(module: "GraphModel", model: nn.Module, calls: Collection[str]) -> None:
+    """Checkpoint the layers of a captured module that transformers checkpoints in the model. Warns where it cannot, and
+    of `calls` of torch.utils.checkpoint that the model makes itself."""
+    name = type(model).__name__
+    if calls:
+        message = (
+            f"{name} calls torch.utils.checkpoint itself ({', '.join(sorted(calls))}), which is not part of the graph: "
+            "it keeps all activations. module.gradient_checkpointing_enable(where=[…]) switches it by module path."
+        )
+        warnings.warn(message, CaptureWarning, stacklevel=3)
+    if not (on := switched_on(model)):
         return
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
     known = regions(module.graph)
-    layers = [path for path, m in on.items() if isinstance(m, GradientCheckpointingLayer) and path in known]
     how = next((f for m in on.values() if (f := getattr(m, "_gradient_checkpointing_func", None))), None)
     options = {name: value for name, value in getattr(how, "keywords", {}).items() if name != "use_reentrant"}
     try:
-        module.gradient_checkpointing_enable([f"exact:{path}" for path in layers] or None, options)
+        if not (layers := [f"exact:{path}" for path in on if path in known]):
+            raise SelectorError(f"the graph has none of its layers {', '.join(on)}.")
+        module.gradient_checkpointing_enable(layers, options)
     except (CaptureError, SelectorError) as error:
-        message = f"Gradient checkpointing of {type(model).__name__} is off in the captured module: {error}"
+        message = f"Gradient checkpointing of {name} is off in the captured module: {error}"
         warnings.warn(message, CaptureWarning, stacklevel=3)
 
 

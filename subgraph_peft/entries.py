@@ -3,24 +3,16 @@
 Only operators whose every entry is known are read; what hangs on anything else has no formula, and none is guessed.
 """
 
-import operator
-from collections.abc import Callable
 from typing import Any
 
 import sympy
 import torch
-from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from .entry import EXTENDS, sizes
-from .graphs import argument, aten, operator_name
-from .terms import AXES, Choice, Entry, Opaque, at_most, below, branches, choice, constant, differs, lift, number, truth
-
-Index = tuple[sympy.Expr, ...]
-
-
-def unread(node: fx.Node) -> Opaque:
-    return Opaque(f"reads {node.name} = {operator_name(node)}(…)")
+from .entry_rules import RULES, Index, unread
+from .graphs import viewed, written
+from .terms import AXES, Entry, Opaque, branches, constant, number, truth
 
 
 class Reader:
@@ -31,7 +23,7 @@ class Reader:
 
     def __init__(self, graph: fx.Graph, padding: frozenset[str] = frozenset()):
         self.padding = padding
-        self.written = written(graph)
+        self.written = {viewed(target) for node in graph.nodes for target in written(node)}
         self.known: dict[tuple[fx.Node, Index], Entry] = {}
 
     def at(self, value: Any, index: Index) -> Entry:
@@ -60,7 +52,7 @@ class Reader:
     def entry(self, node: fx.Node, index: Index) -> Entry:
         key = (node, index)
         if key not in self.known:
-            if node in self.written:
+            if viewed(node) in self.written:
                 raise Opaque(f"reads {node.name}, which is written to in place")
             self.known[key] = self.converted(node, self.read(node, index))
         return self.known[key]
@@ -92,221 +84,3 @@ class Reader:
         if node.target not in RULES:
             raise unread(node)
         return RULES[node.target](self, node, index)
-
-
-def written(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose memory some operator writes to, through whatever views."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable:
-            continue
-        stack = node.all_input_nodes
-        while stack:
-            current = stack.pop()
-            if current not in found:
-                found.add(current)
-                schema = getattr(current.target, "_schema", None)
-                if schema is not None and any(result.alias_info for result in schema.returns):
-                    stack.extend(current.all_input_nodes)
-    return found
-
-
-Rule = Callable[[Reader, fx.Node, Index], Entry]  # the entry of a node's value at `index`
-
-
-def same(reader: Reader, node: fx.Node, index: Index) -> Entry:
-    """The operand, broadcast."""
-    return reader.at(node.args[0], index)
-
-
-def repeated(reader: Reader, node: fx.Node, index: Index) -> Entry:
-    """Dimensions of size 1 are repeated; of others, no repetition is read."""
-    source, counts = node.args
-    kept = list(counts)[len(counts) - len(sizes(source)) :]
-    if any(size != 1 and count != 1 for size, count in zip(sizes(source), kept, strict=True)):
-        raise unread(node)
-    return reader.at(source, index)
-
-
-def reshaped(reader: Reader, node: fx.Node, index: Index) -> Entry:
-    """Dimensions of size 1 come and go; no other reshaping is read."""
-    before, after = sizes(node.args[0]), sizes(node)
-    if [str(s) for s in before if s != 1] != [str(s) for s in after if s != 1]:
-        raise Opaque(f"reshapes {list(before)} to {list(after)}")
-    moving = iter([i for s, i in zip(after, index, strict=True) if s != 1])
-    return reader.entry(node.args[0], tuple(sympy.Integer(0) if s == 1 else next(moving) for s in before))
-
-
-def permuted(reader: Reader, node: fx.Node, index: Index) -> Entry:
-    order = list(range(len(index)))
-    if node.target is aten.permute.default:
-        order = [dim % len(index) for dim in node.args[1]]
-    else:
-        a, b = node.args[1:]
-        order[a], order[b] = order[b], order[a]
-    return reader.entry(node.args[0], tuple(index[order.index(d)] for d in range(len(index))))
-
-
-def sliced(reader: Reader, node: fx.Node, index: Index) -> Entry:
-    dim, start, step = (argument(node, name) for name in ("dim", "start", "step"))
-    dim, start = dim % len(index), reader.size(start or 0)
-    return reader.entry(node.args[0], (*index[:dim], counted(start + step * index[dim]), *index[dim + 1 :]))
-
-
-def selected(reader: Reader, node: fx.Node, index: Index) -> Entry:
-    dim, at = argument(node, "dim") % (len(index) + 1), argument(node, "index")
-    return reader.entry(node.args[0], (*index[:dim], counted(reader.size(at)), *index[dim:]))
-
-
-def indexed(reader: Reader, node: fx.Node, index: Index) -> Entry:
-    source, indices = node.args
-    if None in indices:
-        raise unread(node)
-    taken = len(index) - (len(sizes(source)) - len(indices))
-    places = (counted(number(reader.at(i, index[:taken]))) for i in indices)
-    return reader.entry(source, (*places, *index[taken:]))
-
-
-def counted(place: Entry) -> sympy.Expr:
-    """A place in a tensor, counted from its front."""
-    if isinstance(place, Choice) or not place.is_nonnegative:
-        raise Opaque("indexes from behind")
-    return place
-
-
-def counting(reader: Reader, node: fx.Node, index: Index) -> Entry:
-    """arange: start + step·i"""
-    start, step = sympy.Integer(0), sympy.Integer(1)
-    if node.target is not aten.arange.default:
-        start = reader.size(node.args[0])
-    if node.target is aten.arange.start_step and len(node.args) > 2:
-        step = reader.size(node.args[2])
-    return start + step * index[0]
-
-
-def filled(reader: Reader, node: fx.Node, index: Index) -> Entry:
-    return reader.at(argument(node, "s" if node.target is aten.scalar_tensor.default else "fill_value"), ())
-
-
-def every(value: int) -> Rule:
-    return lambda reader, node, index: sympy.Integer(value)
-
-
-def applied(function: Callable[..., Entry], operands: int = 2) -> Rule:
-    """An elementwise function of numbers."""
-
-    def rule(reader: Reader, node: fx.Node, index: Index) -> Entry:
-        if node.kwargs.get("alpha", 1) != 1 or len(node.args) > operands:
-            raise unread(node)
-        return lift(function, *(reader.at(operand, index) for operand in node.args[:operands]))
-
-    return rule
-
-
-def logical(function: Callable[..., Boolean], operands: int = 2) -> Rule:
-    """An elementwise function of truth values; of integers, bit by bit, it is not read."""
-
-    def rule(reader: Reader, node: fx.Node, index: Index) -> Entry:
-        if node.meta["val"].dtype != torch.bool:
-            raise unread(node)
-        return function(*(truth(reader.at(operand, index)) for operand in node.args[:operands]))
-
-    return rule
-
-
-def chosen(reader: Reader, node: fx.Node, index: Index) -> Entry:
-    """where(condition, a, b)"""
-    condition, yes, no = (reader.at(operand, index) for operand in node.args)
-    return choice(truth(condition), yes, no)
-
-
-def refilled(reader: Reader, node: fx.Node, index: Index) -> Entry:
-    """masked_fill(x, condition, value)"""
-    source, condition, value = (reader.at(operand, index) for operand in node.args)
-    return choice(truth(condition), value, source)
-
-
-def triangle(reader: Reader, node: fx.Node, index: Index) -> Entry:
-    """tril keeps column − row <= diagonal, triu column − row >= diagonal."""
-    diagonal, across = reader.size(argument(node, "diagonal")), index[-1] - index[-2]
-    kept = at_most(across, diagonal) if node.target is aten.tril.default else at_most(diagonal, across)
-    return choice(kept, reader.at(node.args[0], index), sympy.Integer(0))
-
-
-def difference(reader: Reader, node: fx.Node, index: Index) -> Entry:
-    """diff with one entry in front, where the first difference is as all others."""
-    source, n, dim, front, behind = (argument(node, name) for name in ("self", "n", "dim", "prepend", "append"))
-    dim %= len(index)
-    if n != 1 or front is None or sizes(front)[dim] != 1 or behind is not None:
-        raise unread(node)
-
-    def along(x: fx.Node, i: sympy.Expr) -> Entry:
-        return number(reader.at(x, (*index[:dim], i, *index[dim + 1 :])))
-
-    step = sympy.Dummy("step", integer=True, nonnegative=True)
-    zero = sympy.Integer(0)
-    later = lift(operator.sub, along(source, step + 1), along(source, step))
-    first = lift(operator.sub, along(source, zero), along(front, zero))
-    if isinstance(later, Choice) or isinstance(first, Choice) or sympy.expand(later) != sympy.expand(first):
-        raise unread(node)
-    return sympy.expand(first)
-
-
-def summed(reader: Reader, node: fx.Node, index: Index) -> Entry:
-    """cumsum of zeros"""
-    dim = argument(node, "dim") % len(index)
-    step = sympy.Dummy("step", integer=True, nonnegative=True)
-    if number(reader.at(node.args[0], (*index[:dim], step, *index[dim + 1 :]))) != 0:
-        raise unread(node)
-    return sympy.Integer(0)
-
-
-SAME = (
-    aten.expand.default, aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default,
-    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default, aten._to_copy.default,
-    aten.expand_as.default,
-)  # fmt: skip
-RESHAPED = (
-    aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default,
-    aten.squeeze.dims,
-)  # fmt: skip
-COMPARED: dict[str, Callable[..., Entry]] = {
-    "le": at_most,
-    "lt": below,
-    "ge": lambda a, b: at_most(b, a),
-    "gt": lambda a, b: below(b, a),
-    "ne": differs,
-    "eq": lambda a, b: ~differs(a, b),
-}
-ARITHMETIC = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
-LOGIC = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
-
-RULES: dict[Any, Rule] = {
-    **dict.fromkeys(SAME, same),
-    **dict.fromkeys(RESHAPED, reshaped),
-    aten.repeat.default: repeated,
-    **dict.fromkeys((aten.transpose.int, aten.permute.default), permuted),
-    aten.slice.Tensor: sliced,
-    aten.select.int: selected,
-    aten.index.Tensor: indexed,
-    **dict.fromkeys((aten.arange.default, aten.arange.start, aten.arange.start_step), counting),
-    **dict.fromkeys((aten.ones.default, aten.new_ones.default, aten.ones_like.default), every(1)),
-    **dict.fromkeys((aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default), every(0)),
-    **dict.fromkeys(
-        (aten.full.default, aten.full_like.default, aten.new_full.default, aten.scalar_tensor.default), filled
-    ),
-    **{getattr(getattr(aten, n), kind): applied(f) for n, f in COMPARED.items() for kind in ("Tensor", "Scalar")},
-    **{getattr(getattr(aten, n), kind): applied(f) for n, f in ARITHMETIC.items() for kind in ("Tensor", "Scalar")},
-    aten.rsub.Scalar: applied(lambda a, b: b - a),
-    aten.neg.default: applied(operator.neg, 1),
-    **{getattr(aten, f"bitwise_{n}").Tensor: logical(f) for n, f in LOGIC.items()},
-    **{getattr(aten, f"logical_{n}").default: logical(f) for n, f in LOGIC.items()},
-    **{getattr(aten, f"__{n}__").Tensor: logical(f) for n, f in LOGIC.items()},
-    **dict.fromkeys((aten.bitwise_not.default, aten.logical_not.default), logical(operator.invert, 1)),
-    **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar), chosen),
-    **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), refilled),
-    **dict.fromkeys((aten.tril.default, aten.triu.default), triangle),
-    aten.diff.default: difference,
-    aten.cumsum.default: summed,
-}

@@ -67,11 +67,24 @@ class Form:
         return self.emit(aten.mm.default if target is aten.addmm.default else target, (x, self.use.source), term)
 
     def apply(self, x: fx.Node, matrix: fx.Node, bias: fx.Node | None, term: str, at: At) -> fx.Node:
+        matrix = self.picked(matrix)
         return self.emit(aten.linear.default, (x, matrix) if bias is None else (x, matrix, bias), term)
 
     def spread(self, vector: fx.Node, at: At, result: bool) -> fx.Node:
         """A vector [features], shaped to multiply an operand, or a result."""
-        return vector
+        return self.picked(vector)
+
+    def picked(self, value: fx.Node) -> fx.Node:
+        """The entry or the entries of a stack that the call takes."""
+        view, stacked = self.use.view, value.meta.get("stacked")
+        if not stacked or (view.picked is None and view.entry is None):
+            return value
+        if view.entry is None:
+            picked = self.emit(aten.index.Tensor, (value, [view.picked]), "picked")
+        else:
+            picked = self.emit(aten.select.int, (value, 0, view.entry), "entry")
+        picked.meta |= {"shape": value.meta["shape"], "stacked": view.entry is None}
+        return picked
 
 
 class Linear(Form):
@@ -89,7 +102,8 @@ class Contraction(Form):
     def __init__(self, site: Site, use: Use, emit: Emit):
         super().__init__(site, use, emit)
         x, y, w = use.spec
-        depth, layout = use.layout.stack is not None, w[use.layout.stack is not None :]
+        depth = use.layout.stack is not None and use.view.entry is None
+        layout = w[depth:]
         self.stack, self.rows, self.columns = w[:depth], layout[: len(use.layout.out)], layout[len(use.layout.out) :]
         self.rank = free_label(x, y, w)
         first = min(y.index(row) for row in self.rows)
@@ -107,8 +121,8 @@ class Contraction(Form):
         columns = self.rank if at.later else self.columns
         rows = (free_label(*self.labels.values(), self.columns) if at.later else self.rank) if at.inner else self.rows
         before, after = self.labels["z" if at.later else "x"], self.labels["z" if at.inner else "y"]
-        stack = self.stack if matrix.meta["stacked"] else ""
         matrix = self.picked(matrix)
+        stack = self.stack if matrix.meta["stacked"] else ""
         if len(rows) > 1 or len(columns) > 1:
             lead = [-1] if stack else []
             rank = matrix.meta["shape"]
@@ -121,21 +135,12 @@ class Contraction(Form):
         y = self.emit(aten.einsum.default, (equation, [x, matrix]), term)
         return y if bias is None else self.emit(aten.add.Tensor, (y, bias), "bias")
 
-    def picked(self, value: fx.Node) -> fx.Node:
-        """The entries of a stack that an index picked."""
-        ids = self.use.view.picked
-        if ids is None or not value.meta["stacked"]:
-            return value
-        picked = self.emit(aten.index.Tensor, (value, [ids]), "picked")
-        picked.meta |= {"shape": value.meta["shape"], "stacked": True}
-        return picked
-
     def spread(self, vector: fx.Node, at: At, result: bool) -> fx.Node:
         inner = at.inner if result else at.later
         labels = self.labels["z" if inner else "y" if result else "x"]
         own = self.rank if inner else self.rows if result else self.columns
-        scalar, stack = vector.meta["shape"] == (), self.stack if vector.meta["stacked"] else ""
         vector = self.picked(vector)
+        scalar, stack = vector.meta["shape"] == (), self.stack if vector.meta["stacked"] else ""
         named = stack + ("" if scalar else own)
         order = sorted(named, key=labels.index)
         if not scalar and len(own) > 1:

@@ -3,11 +3,17 @@
 import copy
 import functools
 import linecache
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses import FakeTensor
+from torch.utils import _pytree as pytree
+
+from .errors import CaptureError
+from .legal import illegal
 
 aten = torch.ops.aten
 Moves = Mapping[torch.device | torch.dtype, torch.device | torch.dtype]
@@ -55,16 +61,28 @@ def written(node: fx.Node) -> Iterator[fx.Node]:
     """The arguments that an operator writes to."""
     for name in schema(node.target) if isinstance(node.target, torch._ops.OpOverload) else ():
         info = node.target._schema.arguments[schema(node.target)[name][0]].alias_info
-        if info is not None and info.is_write and isinstance(value := argument(node, name), fx.Node):
-            yield value
+        if info is not None and info.is_write:
+            value = argument(node, name)
+            yield from (v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, fx.Node))
 
 
 def viewed(node: fx.Node) -> fx.Node:
     """What a chain of views, and of operators that return what they wrote to, is a part of."""
-    while isinstance(node.target, torch._ops.OpOverload) and any(a.alias_info for a in node.target._schema.arguments):
-        name = next(a.name for a in node.target._schema.arguments if a.alias_info)
-        node = argument(node, name)
+    while source := aliased(node):
+        node = source
     return node
+
+
+def aliased(node: fx.Node) -> fx.Node | None:
+    """The argument whose memory a node's value is in, if it is in one's."""
+    if node.target is operator.getitem:
+        source = node.args[0]
+    elif isinstance(node.target, torch._ops.OpOverload):
+        name = next((a.name for a in node.target._schema.arguments if a.alias_info), None)
+        source = argument(node, name) if name else None
+    else:
+        return None
+    return source if isinstance(source, fx.Node) else None
 
 
 def bodies(graph: fx.Graph, root: nn.Module) -> list[tuple[str, fx.Node]]:
@@ -92,13 +110,13 @@ def mode_argument(node: fx.Node) -> str | None:
 
 def is_batch_count(node: fx.Node) -> bool:
     """`num_batches_tracked += 1`, which batch norm does in training only."""
-    written = node.args[0] if node.args else None
+    count = node.args[0] if node.args else None
     return (
         node.op == "call_function"
         and getattr(node.target, "__name__", "").startswith(("add_", "copy_"))
-        and isinstance(written, fx.Node)
-        and written.op == "get_attr"
-        and str(written.target).endswith("num_batches_tracked")
+        and isinstance(count, fx.Node)
+        and count.op == "get_attr"
+        and str(count.target).endswith("num_batches_tracked")
     )
 
 
@@ -184,31 +202,45 @@ def sweep(graph: fx.Graph) -> int:
 
 def is_effect(node: fx.Node) -> bool:
     """Whether a node may do more than give a value: a mutating operator, or one that says nothing about itself."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None:
-        return schema.is_mutable
+    declared = getattr(node.target, "_schema", None)
+    if declared is not None:
+        return declared.is_mutable
     return node.op == "call_function" and getattr(node.target, "__module__", "") not in ("_operator", "math")
 
 
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
 def move(graph: fx.Graph, mapping: Moves) -> None:
-    """Replace devices and dtypes that appear as literals in the arguments of nodes, and as dtypes of their values."""
+    """Replace devices and dtypes: literals in the arguments of nodes, and those of their fake values."""
 
     def swap(value: object) -> object:
         if isinstance(value, torch.device) and value.index is None:  # "cuda" is the "cuda:0" of the mapping
             value = next((d for d in mapping if isinstance(d, torch.device) and d.type == value.type), value)
         return mapping.get(value, value) if isinstance(value, (torch.device, torch.dtype)) else value
 
+    def moved(value: FakeTensor) -> torch.Tensor:
+        device, dtype = swap(value.device), swap(value.dtype)
+        if (device, dtype) == (value.device, value.dtype):
+            return value
+        with value.fake_mode:
+            return torch.empty_strided(value.shape, value.stride(), dtype=dtype, device=device)
+
     for node in graph.nodes:
         node.args = fx.node.map_aggregate(node.args, swap)
         node.kwargs = fx.node.map_aggregate(node.kwargs, swap)
-        value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and mapping.get(value.dtype, value.dtype) != value.dtype:
-            node.meta["val"] = value.to(mapping[value.dtype])
+        if "val" in node.meta:
+            node.meta["val"] = pytree.tree_map_only(FakeTensor, moved, node.meta["val"])
 
 
 def compile_graph(graph: fx.Graph, name: str) -> Callable:
     """The graph as a function `(self, *placeholders) -> tuple`, reading tensors as attributes of `self`."""
     graph.lint()
+    for node in graph.nodes:
+        if problem := illegal(node.op, node.name, node.target, node.args, node.kwargs):
+            raise CaptureError(f"The node {node.name!r} of the graph {problem}.")
     code = graph.python_code("self")
     namespace = dict(code.globals)
     file = f"<{name}:{id(graph):x}>"

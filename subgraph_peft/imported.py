@@ -15,7 +15,7 @@ from .assemble import assemble
 from .compare import equal
 from .errors import CaptureError, CaptureWarning
 from .examples import example_of
-from .graphs import argument, aten, bodies, every_node, mode_argument, operator_name, set_argument
+from .graphs import argument, aten, bodies, every_node, is_random, mode_argument, operator_name, set_argument
 from .program import Program
 from .refusals import check
 from .signature import export_arguments
@@ -110,10 +110,6 @@ def settle(program: Program) -> bool:
     program.module.make_runners()
     program.module.train(training)
     return training
-
-
-def is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def traced_in_eval(nodes: Iterable[fx.Node]) -> bool:

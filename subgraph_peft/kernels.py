@@ -5,33 +5,29 @@ calls attention without them where nothing changes by it, or where right padding
 Rewrites, folding and export see the captured graph.
 """
 
-import copy
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from .attention import attentions, bound, repeated
-from .entry import MASK, sizes
-from .errors import CaptureError, CaptureWarning
-from .graphs import aten, clone, sweep
+from .entry import sizes
+from .graphs import clone, sweep
+from .promise import Padding, padding_masks, watch
 
 if TYPE_CHECKING:
     from .masks import Mask
     from .module import Home
     from .program import Program
 
-Padding = Literal["right"]
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 HALF, WIDEST = (torch.float16, torch.bfloat16), 256  # what the kernel of CUDA that takes grouped keys takes
-BROKEN = "attention_mask is not padded on the right: every row has to be ones and then zeros"
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionCall:
     """One call of attention.
 
     name:    of its module                             mask:    where a query sees a key, as captured
@@ -48,7 +44,7 @@ class Call:
     promise: frozenset[str] = frozenset()
 
 
-class Kernels(tuple[Call, ...]):
+class Kernels(tuple[AttentionCall, ...]):
     """The attention calls of a program; prints as a table."""
 
     def __str__(self) -> str:
@@ -59,7 +55,7 @@ class Kernels(tuple[Call, ...]):
         return render(table)
 
 
-def row(call: Call) -> tuple[str, ...]:
+def row(call: AttentionCall) -> tuple[str, ...]:
     promise = (f"{name} is padded on the right" for name in sorted(call.promise))
     why = "; ".join((*promise, *filter(None, [call.why])))
     return call.name, call.kernel, "grouped" if call.grouped else "", call.mask, why
@@ -71,41 +67,14 @@ def kernels(program: "Program") -> Kernels:
     return Kernels(choose(clone(module.graph)[0], module.home, module.padding))
 
 
-def promise(program: "Program", padding: Padding | None) -> "Program":
-    """See `Program.promise`."""
-    if padding not in (None, "right"):
-        raise CaptureError(f'padding is "right" or None, not {padding!r}.')
-    if padding == program.module.padding:
-        return program
-    if padding and not padding_masks(program.graph):
-        names = ", ".join(node.name for node in program.graph.find_nodes(op="placeholder"))
-        raise CaptureError(f"{program.source} has no attention_mask [batch, length] to promise anything of ({names}).")
-    module = copy.deepcopy(program.module, {id(tensor): tensor for _, tensor in program.module.tensors()})
-    module.padding = padding
-    module.make_runners()
-    promised = replace(program, module=module)
-    if padding and not any(call.promise for call in kernels(promised)):
-        warnings.warn(
-            f'padding="{padding}" changes no attention of {program.source}; sp.kernels(program) says why.',
-            CaptureWarning,
-            stacklevel=4,
-        )
-    return promised
-
-
 def accelerate(graph: fx.Graph, home: "Home", padding: Padding | None) -> None:
     """Give every attention its kernel, check what that takes for granted before anything is computed, remove what
     nothing reads any more. In place."""
-    checked = {name for call in choose(graph, home, padding) for name in call.promise}
-    inputs = graph.find_nodes(op="placeholder")
-    with graph.inserting_before(inputs[-1].next if inputs else None):
-        for node in inputs:
-            if node.name in checked:
-                graph.call_function(check_right, (node,))
+    watch(graph, {name for call in choose(graph, home, padding) for name in call.promise})
     sweep(graph)
 
 
-def choose(graph: fx.Graph, home: "Home", padding: Padding | None) -> Iterator[Call]:
+def choose(graph: fx.Graph, home: "Home", padding: Padding | None) -> Iterator[AttentionCall]:
     """Change every attention of a graph that is to run at `home`, in place, one after the other."""
     from .masks import Mask
 
@@ -122,7 +91,7 @@ def choose(graph: fx.Graph, home: "Home", padding: Padding | None) -> Iterator[C
             if known.form == "causal" and str(sizes(node.args[0])[-2]) != str(sizes(node.args[1])[-2]):
                 known, why = replace(known, form=None), "other queries than keys"
         if known.form is None:
-            yield Call(name, known.formula, "mask", bool(arguments.get("enable_gqa")), why)
+            yield AttentionCall(name, known.formula, "mask", bool(arguments.get("enable_gqa")), why)
             continue
         causal = known.form == "causal"
         arguments |= {"attn_mask": None, "is_causal": causal}
@@ -132,7 +101,7 @@ def choose(graph: fx.Graph, home: "Home", padding: Padding | None) -> Iterator[C
             arguments |= {} if why else {"key": key, "value": value, "enable_gqa": True}
         call(node, arguments)
         grouped = bool(arguments.get("enable_gqa"))
-        yield Call(name, known.formula, "is_causal" if causal else "no mask", grouped, why, known.promise)
+        yield AttentionCall(name, known.formula, "is_causal" if causal else "no mask", grouped, why, known.promise)
 
 
 def read(graph: fx.Graph, mask: fx.Node, padding: Padding | None) -> tuple["Mask", str]:
@@ -145,12 +114,6 @@ def read(graph: fx.Graph, mask: fx.Node, padding: Padding | None) -> tuple["Mask
     if known.form is None:
         return known, 'causal under padding="right"' if would else "no kernel computes this without a mask"
     return known, ""
-
-
-def padding_masks(graph: fx.Graph) -> list[fx.Node]:
-    """The inputs [batch, length] that tell tokens from padding."""
-    named = (n for n in graph.find_nodes(op="placeholder") if n.name == MASK or n.name.endswith(f"_{MASK}"))
-    return [node for node in named if len(sizes(node)) == 2 and not node.meta["val"].is_floating_point()]
 
 
 def repeats_for(home: "Home", query: fx.Node) -> str:
@@ -167,17 +130,3 @@ def repeats_for(home: "Home", query: fx.Node) -> str:
 def call(node: fx.Node, arguments: Mapping[str, Any]) -> None:
     node.args = tuple(arguments[name] for name in ARGUMENTS)
     node.kwargs = {name: value for name, value in arguments.items() if name not in ARGUMENTS}
-
-
-def check_right(mask: torch.Tensor) -> None:
-    """Raises CaptureError where a row of `mask` [batch, length] is not ones and then zeros.
-
-    Compiled code cannot look at values before it goes on: there the device asserts it, and the error is a RuntimeError.
-    """
-    right = ((mask == 0) | (mask == 1)).all() & (mask[:, 1:] <= mask[:, :-1]).all()
-    if torch.compiler.is_compiling():
-        aten._assert_async.msg(right, BROKEN)
-    elif not mask.is_meta and not right:
-        raise CaptureError(
-            f'{BROKEN}, as padding="right" promises. Pad on the right, or take the promise back: program.promise(None).'
-        )

@@ -88,5 +88,6 @@ def text(condition: Boolean) -> str:
     if isinstance(condition, (sympy.And, sympy.Or)):
         word = " and " if isinstance(condition, sympy.And) else " or "
         parts = [f"({text(part)})" if isinstance(part, sympy.Or) else text(part) for part in condition.args]
-        return word.join(sorted(parts, key=lambda part: ("[" in part, part)))  # positions first, then inputs
+        parts.sort(key=lambda part: ("[" in part, " > " in part, part))  # bounds from above, from below, then inputs
+        return word.join(parts)
     return str(condition)

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +13,11 @@ from . import graphs
 from .checkpointing import Checkpointed, Checkpointing, checkpointed
 from .errors import CaptureError, CaptureWarning, TrainError
 from .graphs import Moves
-from .kernels import Padding, accelerate
+from .guards import compile_guards, guards_of, refusal
+from .kernels import accelerate
 from .outline import outline
 from .partition import Block, cut
+from .promise import Padding
 from .signature import Signature, compile_forward
 
 
@@ -58,6 +61,8 @@ class GraphModel(Checkpointed, nn.Module):
 
     def call(self, inputs: Mapping[str, Any]) -> Any:
         flat = self.signature.flatten(inputs)
+        if (broken := self.broken_guard(inputs)) >= 0:
+            raise refusal(self.signature.guards[broken])
         if self.home.device.type == "meta" and any(p.is_meta for p in self.parameters()):  # torch.func replaces them
             self.check_meta(flat)
         missing = frozenset(
@@ -78,6 +83,13 @@ class GraphModel(Checkpointed, nn.Module):
             raise CaptureError("The module is on the meta device and has no weights: capture the loaded model.")
         if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             raise TrainError("A module on the meta device has no weights to train; capture the loaded model.")
+
+    def add_guards(self, exported: torch.export.ExportedProgram) -> None:
+        """Check the conditions of another trace of the model too."""
+        added = guards_of(getattr(exported, "_guards_code", ()), self.signature.inputs)
+        guards = tuple(dict.fromkeys((*self.signature.guards, *added)))
+        self.signature = replace(self.signature, guards=guards)
+        type(self).broken_guard = staticmethod(compile_guards(guards))
 
     def make_runner(self, key: tuple[bool, frozenset[str]]) -> None:
         training, missing = key
@@ -118,7 +130,9 @@ class GraphModel(Checkpointed, nn.Module):
             kept = graphs.without_inputs(graph, {placeholders[name].name for name in missing})
             if not any(kept):
                 needed = (
-                    sorted(missing) if len(missing) == 1 else [m for m in sorted(missing) if blocks(self, source, m)]
+                    sorted(missing)
+                    if len(missing) == 1
+                    else [m for m in sorted(missing) if needed_by_all(self, source, m)]
                 )
                 raise CaptureError(
                     f"Missing input {', '.join(needed or sorted(missing))}: every output of the graph needs it. Pass "
@@ -217,7 +231,7 @@ class GraphModel(Checkpointed, nn.Module):
         yield from self.named_buffers(remove_duplicate=False)
 
 
-def blocks(module: GraphModel, source: fx.Graph, name: str) -> bool:
+def needed_by_all(module: GraphModel, source: fx.Graph, name: str) -> bool:
     """Whether no output is left without this input."""
     graph, _ = graphs.clone(source)
     placeholders = dict(zip(module.signature.input_names(), graph.find_nodes(op="placeholder"), strict=True))
@@ -238,7 +252,8 @@ def build(
 ) -> GraphModel:
     """A GraphModel whose attribute tree holds `tensors` (Parameters stay Parameters; `volatile` names are buffers
     that the state dict leaves out) and whose `forward` has the signature's parameters."""
-    cls = type(name, (GraphModel,), {"forward": compile_forward(signature.parameters), "__module__": __name__})
+    own = {"forward": compile_forward(signature.parameters), "__module__": __name__}
+    cls = type(name, (GraphModel,), {**own, "broken_guard": staticmethod(compile_guards(signature.guards))})
     module = cls(signature, graph, eval_graph, home or home_of(tensors))
     module.checkpointing, module.padding = checkpointing, padding
     if config is not None:

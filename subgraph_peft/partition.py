@@ -5,11 +5,10 @@ import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import fx, nn
 
 from .errors import CaptureError, SelectorError, nearest
-from .graphs import cone, is_effect, sweep
+from .graphs import cone, is_effect, is_random, sweep
 
 Region = dict[fx.Node, None]
 Unit = tuple[str, str]  # a block and the name of one call of it
@@ -200,8 +199,7 @@ def not_convex(graph: fx.Graph, owner: Mapping[fx.Node, Unit]) -> str:
 
 def is_fixed(node: fx.Node) -> bool:
     """Whether a node draws random numbers or writes, so that its place among others like it matters."""
-    tags = getattr(node.target, "tags", ())
-    return node.op == "call_function" and (torch.Tag.nondeterministic_seeded in tags or is_effect(node))
+    return node.op == "call_function" and (is_random(node) or is_effect(node))
 
 
 def extract(nodes: Sequence[fx.Node], block: str) -> tuple[fx.Graph, list[fx.Node], list[fx.Node]]:

@@ -2,9 +2,7 @@
 
 import ast
 import json
-import math
 import operator
-import re
 import warnings
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
@@ -16,16 +14,18 @@ from torch.export import Dim
 
 from .errors import CheckpointError
 from .graphs import fixed_size, move
-from .normalise import attribute
+from .legal import check_node, is_path, operator_of, operator_text
 
 NAMED = (torch.dtype, torch.layout, torch.memory_format)
-FUNCTIONS = {"_operator": operator, "math": math, "torch": torch}
 META = ("nn_module_stack", "stack_trace", "custom")
 
 
-def graph_json(graph: fx.Graph) -> dict[str, Any]:
+def graph_json(graph: fx.Graph, held: Collection[str]) -> dict[str, Any]:
     """{"nodes": [[op, name, target, args, kwargs, meta]], "texts": [what several nodes share], "sizes": {expression:
-    number in the capture}}"""
+    number in the capture}}
+
+    held: names of the tensors and of the bodies of operators that the graph may read
+    """
     texts: dict[str, int] = {}
     sizes: dict[str, int] = {}
 
@@ -37,26 +37,34 @@ def graph_json(graph: fx.Graph) -> dict[str, Any]:
         meta = {key: shared(encoded(node.meta[key])) for key in META if key in node.meta}
         if "val" in node.meta:
             meta["val"] = shared(value_text(node.meta["val"], sizes))
-        target = operator_text(node) if node.op == "call_function" else str(node.target)
+        target = node.name if node.op == "placeholder" else node.target
+        check_node(node.op, node.name, target, node.args, node.kwargs, held)
+        target = operator_text(node.name, target) if node.op == "call_function" else str(target)
         nodes.append([node.op, node.name, target, encoded(node.args), encoded(node.kwargs), meta])
     return {"nodes": nodes, "texts": list(texts), "sizes": sizes}
 
 
-def graph_of(written: Mapping[str, Any], devices: Mapping[str, torch.device]) -> fx.Graph:
-    """The graph, with what was on the devices that `devices` names on others."""
+def graph_of(written: Mapping[str, Any], held: Collection[str], devices: Mapping[str, torch.device]) -> fx.Graph:
+    """The graph, with what was on the devices that `devices` names on others. Nothing of it has run.
+
+    Raises CheckpointError for a node that is more than operators on tensors, inputs and what is `held`.
+    """
     graph, known = fx.Graph(), {}
     texts = [json.loads(text) for text in written["texts"]]
     sizes, mode = symbolic(written["sizes"])
     for op, name, target, args, kwargs, meta in written["nodes"]:
         args, kwargs = decoded(args, known), decoded(kwargs, known)
+        check_node(op, name, target, args, kwargs, held)
         if op == "output":
             node = graph.output(*args)
         else:
-            function = operator_of(target) if op == "call_function" else target
+            function = operator_of(name, target) if op == "call_function" else target
             node = graph.create_node(op, function, args, kwargs, name=name)
         if node.name != name:
             raise CheckpointError(f"The node {name!r} of the graph has no valid name.")
-        node.meta = {key: decoded(texts[index]) for key, index in meta.items() if key != "val"}
+        node.meta = {key: decoded(texts[index]) for key, index in meta.items() if key in META}
+        for place, _ in node.meta.get("nn_module_stack", {}).values():
+            check_path(place)
         if "val" in meta:
             with mode:
                 node.meta["val"] = value_of(texts[meta["val"]], sizes, devices)
@@ -66,34 +74,9 @@ def graph_of(written: Mapping[str, Any], devices: Mapping[str, torch.device]) ->
     return graph
 
 
-def operator_text(node: fx.Node) -> str:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return f"torch.ops.{target}"
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return f"torch.ops.higher_order.{target}"
-    text = f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', '')}"
-    try:
-        operator_of(text)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"The node {node.name} cannot be written: {target} is no operator of a library."
-        ) from error
-    return text
-
-
-def operator_of(text: str) -> Any:
-    """`torch.ops.<library>.<name>.<overload>`, a function of `operator` or `math`, or one of `torch.sym_*`."""
-    module, _, name = text.rpartition(".")
-    known = module in FUNCTIONS and (module != "torch" or re.match("_?sym_", name))
-    try:
-        if not known and not text.startswith("torch.ops."):
-            raise AttributeError
-        return attribute(FUNCTIONS[module], name) if known else attribute(torch.ops, text.removeprefix("torch.ops."))
-    except AttributeError:
-        raise CheckpointError(
-            f"The graph calls {text}, which this process does not know. Import the library that registers it first."
-        ) from None
+def check_path(path: Any) -> None:
+    if not is_path(path):
+        raise CheckpointError(f"{path!r} is no path of a module.")
 
 
 def encoded(value: Any) -> Any:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .adapter import Adapter
     from .constants import Constant
     from .fold import FoldReport
-    from .kernels import Padding
+    from .promise import Padding
     from .schedule import Schedule
     from .values import Lowered
 
@@ -78,11 +78,12 @@ class Program:
             self.module.train(mode)
 
     def at_home(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Inputs on the module's device; those in the dtype it was captured in, in the dtype it has now."""
+        """Copies of inputs, which a graph may write to, on the module's device; those in the dtype it was captured in,
+        in the dtype it has now."""
         home, origin = self.module.home, self.module.origin
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(home.device, home.dtype if tensor.dtype == origin.dtype else tensor.dtype)
+            return tensor.to(home.device, home.dtype if tensor.dtype == origin.dtype else tensor.dtype, copy=True)
 
         return pytree.tree_map_only(torch.Tensor, move, dict(inputs))
 
@@ -145,7 +146,7 @@ class Program:
         Export does without it. Raises CaptureError for a program without an attention mask; warns (CaptureWarning)
         where no attention gains from it.
         """
-        from .kernels import promise
+        from .promise import promise
 
         return promise(self, padding)
 

@@ -1,12 +1,13 @@
 """Rewrite a program by a method: choose sites, make tensors, generate the training graph from the captured one."""
 
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from . import selectors
@@ -14,8 +15,9 @@ from .adapter import PARTS, Adapter, Target, identifier, targets
 from .at_rows import RowBlocks
 from .budget import choose
 from .entry import rows
-from .errors import MethodError, SelectorError, nearest
+from .errors import CaptureWarning, MethodError, SelectorError, nearest
 from .generate import base_of, generate, rebuild
+from .graphs import aten, cone, flat_outputs
 from .method import Method, Tensor, initial, starting
 from .module import Home
 from .places import candidates, unusable, what
@@ -117,6 +119,7 @@ def rewrite(
     result = generate(captured, (*program.adapters, adapter), {**old, **added}, dtype)
     if method.defines("embeddings") or method.defines("keys_values"):
         check_example(result, adapter)
+    warn_of_detached(result, adapter)
     return replace(result, history=(*program.history, adapter.name))
 
 
@@ -128,6 +131,21 @@ def check_stacks(adapter: Adapter) -> None:
                 f"{adapter.name} at {site.name}: its schedule decides about one matrix a site, and this weight holds "
                 f"{site.stack} (experts). Exclude it, or rewrite it by a method without a schedule."
             )
+
+
+def warn_of_detached(program: Program, adapter: Adapter) -> None:
+    """Warns of sites whose tensors no gradient reaches: what they give is detached on every way to an output."""
+    outputs = [node for node in flat_outputs(program.graph) if isinstance(node, fx.Node)]
+    reached = set().union(*(cone(node, through=lambda n: n.target is not aten.detach.default) for node in outputs))
+    names = {str(node.target) for node in reached if node.op == "get_attr"}
+    lost = [s.name for s in adapter.sites if not names.intersection(adapter.paths(s).values())]
+    if lost:
+        warnings.warn(
+            f"{adapter.name} gets no gradient at {', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}: the model "
+            "detaches what these weights compute (torch.no_grad, .detach()). Exclude them.",
+            CaptureWarning,
+            stacklevel=3,
+        )
 
 
 def at_blocks(method: Method, site: Site, only: Sequence[str]) -> Method:

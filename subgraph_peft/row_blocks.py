@@ -1,13 +1,13 @@
 """Row blocks of fused weights: the q, k and v of a qkv, read off what the graph does with the result."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import fx
 
 from .graphs import aten, fixed_size
-from .uses import SAME, SPLITS, Use
+from .uses import SAME, SLICES, SPLITS, Use, slice_of
 
 if TYPE_CHECKING:
     from .sites import Site
@@ -28,8 +28,13 @@ def blocks_of(site: "Site", found: Sequence[Use]) -> tuple[tuple[str, int, int],
     """(name, start, stop) of the row blocks into which every use takes the result apart."""
     if site.layout.stack is not None and site.kind != "grouped_mm" or len(site.layout.out) > 1:
         return ()
-    cut = {rows_of(site, use) for use in found}
-    rows = cut.pop() if len(cut) == 1 else None
+    if all(len(use.view.cuts) == 1 and use.view.cuts[0][0] in site.layout.out for use in found):
+        rows = partition(
+            {use.view.cuts[0][1:] for use in found}, site.out_features
+        )  # each use takes rows of the weight
+    else:
+        cut = {rows_of(site, use) for use in found}
+        rows = cut.pop() if len(cut) == 1 else None
     if not rows or len(rows) < 2:
         return ()
     return tuple((name, start, stop) for name, (start, stop) in zip(names(site.name, len(rows)), rows, strict=True))
@@ -59,7 +64,7 @@ def taken_apart(node: fx.Node, at: int, size: int) -> Rows | None:
     splits = [user for user in users if user.target in SPLITS]
     if len(users) == 1 and splits and dimension(splits[0], 2) % node.meta["val"].ndim == at:
         return running(value.shape[at] for value in splits[0].meta["val"])
-    if len(users) > 1 and all(user.target is aten.slice.Tensor for user in users):
+    if len(users) > 1 and all(user.target in SLICES for user in users):
         return slices(node, users, at, size)
     if len(users) != 1:
         return None
@@ -119,18 +124,21 @@ def takes(node: fx.Node, at: int) -> bool:
 
 
 def slices(node: fx.Node, users: Sequence[fx.Node], at: int, size: int) -> Rows | None:
-    found = set()
-    for user in users:
-        dim, start, stop = (*user.args[1:4], *(0, 0, size)[len(user.args) - 1 :])[:3]
-        if not isinstance(start, int | None) or not isinstance(stop, int | None):
+    rank, found = node.meta["val"].ndim, set()
+    for taken in map(slice_of, users):
+        if taken is None or taken[0] % rank != at:
             return None
-        if dim % node.meta["val"].ndim != at or len(user.args) > 4:
-            return None
-        start, stop = (start or 0) % size, size if stop is None else min(stop, size)
-        found.add((start, stop + size if stop < 0 else stop))
+        _, start, stop = taken
+        stop = size if stop is None else min(stop if stop >= 0 else stop + size, size)
+        found.add((start if start >= 0 else start + size, stop))
+    return partition(found, size)
+
+
+def partition(found: Iterable[tuple[int, int]], size: int) -> Rows | None:
+    """The parts in order, where they follow each other from 0 to `size`."""
     rows = tuple(sorted(found))
     joined = all(a[1] == b[0] for a, b in zip(rows, rows[1:], strict=False))
-    return rows if joined and rows[0][0] == 0 and rows[-1][1] == size else None
+    return rows if rows and joined and rows[0][0] == 0 and rows[-1][1] == size else None
 
 
 def running(sizes) -> Rows:

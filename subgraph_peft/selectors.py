@@ -79,10 +79,10 @@ def expand_braces(text: str) -> list[str]:
 
 
 def split_top(text: str) -> list[str]:
-    """Split at commas that are not inside braces."""
+    """Split at commas that are not inside braces or brackets."""
     parts, depth = [""], 0
     for character in text:
-        depth += (character == "{") - (character == "}")
+        depth += (character in "{[") - (character in "}]")
         if character == "," and depth == 0:
             parts.append("")
         else:
@@ -169,7 +169,7 @@ def with_blocks(
     matches a weight, else it is a character class."""
     found: list[Pattern] = []
     picked: dict[Pattern, tuple[str, ...]] = {}
-    for pattern in includes:
+    for pattern in (each for several in includes for each in alternatives(several)):
         head, names = pattern.blocks or (pattern, ())
         if names and any(head.match((site.owner, site.name)) != "no" for site in sites):
             found.append(head)
@@ -177,6 +177,13 @@ def with_blocks(
         else:
             found.append(pattern)
     return found, picked
+
+
+def alternatives(pattern: Pattern) -> list[Pattern]:
+    """The patterns of a brace list that holds brackets, `{qkv[q],o}`; else the pattern itself."""
+    if pattern.kind != "glob" or "{" not in pattern.body or "[" not in pattern.body:
+        return [pattern]
+    return [Pattern(text) for text in expand_braces(pattern.body)]
 
 
 def chosen_blocks(site: Site, names: Sequence[str]) -> tuple[str, ...]:

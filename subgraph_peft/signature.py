@@ -9,6 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
+from .guards import guards_of
 
 
 def named_inputs(forward: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,12 +62,14 @@ class Signature:
     constants:   values of the captured leaves that are no tensors, by leaf index
     parameters:  the source model's own parameters, for the generated `forward`
     output:      pytree spec of the result
+    guards:      conditions on the sizes of inputs under which the graph is the model, see `guards`
     """
 
     inputs: Mapping[str, pytree.TreeSpec]
     constants: Mapping[int, Any]
     parameters: tuple[inspect.Parameter, ...]
     output: pytree.TreeSpec
+    guards: tuple[str, ...] = ()
 
     @staticmethod
     def of(program: torch.export.ExportedProgram, forward: Callable | None) -> "Signature":
@@ -100,7 +103,8 @@ class Signature:
         if program.example_inputs is not None:
             leaves = pytree.tree_leaves(program.example_inputs)
             constants = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)}
-        return Signature(inputs, constants, parameters, program.call_spec.out_spec)
+        guards = guards_of(getattr(program, "_guards_code", ()), inputs)
+        return Signature(inputs, constants, parameters, program.call_spec.out_spec, guards)
 
     def flatten(self, inputs: Mapping[str, Any]) -> list[Any]:
         """Leaves in placeholder order; an argument that was not given leaves None in its places.

@@ -25,6 +25,7 @@ RESHAPES = {
 }  # fmt: skip
 
 
+OWNED = ("linear", "addmm", "embedding", "conv1d", "conv2d", "conv3d")  # forms that a constant has in a weight's place
 VECTORS = ("bias", "scale")
 PLACES = ("module", "attention")
 
@@ -138,16 +139,20 @@ class Site:
 class SiteTable(tuple[Site, ...]):
     """Sites that print as a table.
 
-    unread: parameters of two or more dimensions that are no sites, since nothing in the graph reads them
+    unread:  parameters of two or more dimensions that are no sites, since no output depends on them
+    unowned: tensors that operators take as weights, but that are no parameters
     """
 
     unread: tuple[str, ...] = ()
+    unowned: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         from .tables import render, site_table
 
         text = render(site_table(self))
-        return "\n".join([text, *(f"no site: {name} (no output depends on it)" for name in self.unread)])
+        unread = (f"no site: {name} (no output depends on it)" for name in self.unread)
+        unowned = (f"no site: {name} (a constant or a buffer, not a parameter)" for name in self.unowned)
+        return "\n".join([text, *unread, *unowned])
 
 
 def sites(program: "Program") -> SiteTable:
@@ -156,7 +161,19 @@ def sites(program: "Program") -> SiteTable:
     listed = {name for site in table for name in (site.name, *site.ties)}
     parameters = program.captured.module.named_parameters()
     table.unread = tuple(name for name, p in parameters if p.ndim > 1 and name not in listed)
+    table.unowned = tuple(unowned(program.captured))
     return table
+
+
+def unowned(captured: "Program") -> Iterator[str]:
+    """Floating-point tensors of two or more dimensions, not parameters, that an operator takes as its weight."""
+    own = dict(captured.module.named_parameters(remove_duplicate=False))
+    for node in captured.module.graphs()[0].find_nodes(op="get_attr"):
+        value = node.meta.get("val")
+        if str(node.target) in own or not isinstance(value, torch.Tensor):
+            continue
+        if value.ndim > 1 and value.is_floating_point() and any(use.form in OWNED for use in uses(node)):
+            yield str(node.target)
 
 
 def find(program: "Program") -> Iterator[Site]:

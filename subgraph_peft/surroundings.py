@@ -2,12 +2,14 @@
 Python's garbage collector."""
 
 import gc
+import inspect
 import io
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -53,6 +55,35 @@ def apart(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, parameter in held:
             module._parameters[name] = parameter
+
+
+@contextmanager
+def spelled_out(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """The model with a `forward` whose signature names every argument that it takes as **keywords: torch.export gives
+    dynamic dimensions to named arguments alone."""
+    forward = model.forward
+    parameters = list(inspect.signature(forward).parameters.values())
+    own = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+    added = [
+        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in names if n not in {p.name for p in parameters}
+    ]
+    if not added:
+        yield
+        return
+
+    def spelled(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    spelled.__signature__ = inspect.Signature([*own, *added])
+    held = model.__dict__.get("forward")
+    model.forward = spelled
+    try:
+        yield
+    finally:
+        if held is None:
+            del model.forward
+        else:
+            model.forward = held
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 import sympy
 from sympy.logic.boolalg import Boolean
 
-BATCH, HEAD, QUERY, KEY = AXES = sympy.symbols("batch head query key", integer=True, nonnegative=True)
+BATCH, _, QUERY, KEY = AXES = sympy.symbols("batch head query key", integer=True, nonnegative=True)
 
 Entry = Any  # a Boolean, a number (sympy.Expr), or a Choice of these
 

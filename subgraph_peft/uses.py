@@ -17,6 +17,7 @@ SAME = {
 }  # fmt: skip
 SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unsafe_chunk.default,
           aten.split.sizes, aten.tensor_split.sections}  # fmt: skip
+SLICES = {aten.slice.Tensor, aten.narrow.default}
 MATMULS = {aten.matmul.default, aten.mm.default, aten.bmm.default}
 CONVOLUTIONS = {
     **dict.fromkeys((aten.conv1d.default, aten.conv1d.padding), "conv1d"),
@@ -40,11 +41,13 @@ class View:
     dims:   for every dimension the stored one that it shows, None for one that repeats
     cuts:   (stored dimension, start, stop) of every slice
     picked: the node of the indices along the first dimension, where an index picks entries of a stack
+    entry:  the one entry along the first dimension that a select takes of a stack
     """
 
     dims: tuple[int | None, ...]
     cuts: tuple[tuple[int, int, int], ...] = ()
     picked: fx.Node | None = None
+    entry: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,10 @@ def uses(weight: fx.Node) -> Iterator[Use]:
 
 def follow(source: fx.Node, view: View) -> Iterator[Use]:
     for user in source.users:
-        if user.target in SPLITS and user.args[0] is source:
+        if user.target is aten.unbind.int and view.dims == (0, 1, 2) and not view.cuts and user.args[1:] in ((), (0,)):
+            for part in user.users:
+                yield from follow(part, replace(view, dims=(1, 2), entry=part.args[1]))
+        elif user.target in SPLITS and user.args[0] is source:
             yield from through_split(user, source, view)
         elif user.op == "call_function" and user.args and user.args[0] is source and (seen := step(user, view)):
             yield from follow(user, seen)
@@ -115,18 +121,32 @@ def step(node: fx.Node, view: View) -> View | None:
         if any(d is not None and a != b for d, a, b in zip(dims, before, after, strict=True)):
             return None
         return replace(view, dims=(*[None] * (len(args[1]) - rank), *dims))
-    if target is aten.slice.Tensor:
-        at = (args[1] if len(args) > 1 else 0) % rank
-        start, stop = (args[2] if len(args) > 2 else 0) or 0, args[3] if len(args) > 3 else None
-        return cut(view, at, start, stop, node.args[0]) if len(args) < 5 or args[4] == 1 else None
+    if target in SLICES:
+        found = slice_of(node)
+        return found and cut(view, found[0] % rank, *found[1:], args[0])
+    if target is aten.select.int and dims == (0, 1, 2) and not view.cuts and args[1] == 0 and isinstance(args[2], int):
+        return replace(view, dims=(1, 2), entry=args[2])
     if target is aten.index.Tensor and rank == 3 and not view.cuts and len(args[1]) == 1 and dims == (0, 1, 2):
         return replace(view, picked=args[1][0]) if args[1][0].meta["val"].ndim == 1 else None
     return None
 
 
+def slice_of(node: fx.Node) -> tuple[int, int, int | None] | None:
+    """(dimension, start, stop) of a slice by whole steps from known positions."""
+    if node.target is aten.narrow.default:
+        _, dimension, start, length = node.args
+        start, stop = start, start + length if isinstance(start, int) and isinstance(length, int) else length
+    else:
+        dimension, start, stop, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
+        if step != 1:
+            return None
+    start = start or 0
+    return (dimension, start, stop) if isinstance(start, int) and isinstance(stop, int | None) else None
+
+
 def cut(view: View, at: int, start: int, stop: int | None, source: fx.Node) -> View | None:
     size = source.meta["val"].shape[at]
-    if view.dims[at] is None or not isinstance(start, int) or not isinstance(stop, int | None):
+    if view.dims[at] is None:
         return None
     stop = size if stop is None else min(stop if stop >= 0 else stop + size, size)
     start = start if start >= 0 else start + size
@@ -161,6 +181,9 @@ def use(node: fx.Node, source: fx.Node, view: View) -> Use:
     if "val" not in node.meta or read.count(source) > 1:
         return known
     found = applied(known, node.args) if view.picked is None or node.target in MATMULS else None
+    if found is not None and view.entry is not None:
+        single = found.layout.stack is None and found.form in ("linear", "addmm", "matmul", "einsum")
+        found = replace(found, layout=replace(found.layout, stack=0)) if single else None
     if found is not None:
         return found
     name = operator_name(node)

@@ -1,6 +1,7 @@
 """Cutting a graph into blocks: gradient checkpointing, and the unflattened view."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -158,6 +160,46 @@ def test_checkpointing_of_the_source_is_kept():
     found, expected = losses_and_gradients(program.module, inputs), losses_and_gradients(model, inputs)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
+
+
+class Own(nn.Module):
+    """Checkpoints its layers itself, or has what its own code takes for a switch of it."""
+
+    def __init__(self, reentrant=None):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.ReLU()) for _ in range(2))
+        self.reentrant, self.gradient_checkpointing = reentrant, True
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x) if self.reentrant is None else checkpoint(layer, x, use_reentrant=self.reentrant)
+        return x
+
+
+@pytest.mark.filterwarnings("error::subgraph_peft.CaptureWarning")
+def test_layers_that_no_one_checkpoints_are_not(monkeypatch):
+    monkeypatch.delitem(sys.modules, "transformers.modeling_layers")
+    model = Own()
+    assert sp.capture(model, torch.randn(3, 4)).module.checkpointing is None
+    assert model.gradient_checkpointing is True
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_model_that_checkpoints_itself_is_told(reentrant):
+    model, x = Own(reentrant), torch.randn(3, 4)
+    kind = r"itself \(reentrant\)" if reentrant else r"itself \(not reentrant\)"
+    with pytest.warns(sp.CaptureWarning, match=f"Own calls torch.utils.checkpoint {kind}.*by module path"):
+        module = sp.capture(model, x).module.requires_grad_(True)
+    assert "apply" not in vars(CheckpointFunction) and saved_tensors_hooks.__enter__.__name__ == "__enter__"
+    module.gradient_checkpointing_enable("layers.?")
+    outputs = []
+    for each in (model.train(), module.train()):
+        torch.manual_seed(0)
+        outputs.append(each(x.clone().requires_grad_()))
+        outputs[-1].square().sum().backward()
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*(each.get_parameter("layers.0.0.weight").grad for each in (model, module)))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

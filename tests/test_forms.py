@@ -59,6 +59,9 @@ FORMS = {
     "stack_einsum": (lambda x, w: torch.einsum("ebd,edf->bef", x.transpose(0, 1)[:3], w), [(3, 6, 9)], X, True),
     "stack_picked": (lambda x, w: picked(x[:, 0], w), [(3, 9, 6)], X, True),
     "stack_grouped": (grouped, [(3, 9, 6)], X, True),
+    "stack_selected": (lambda x, w: sum((i + 1) * (x @ w[i]).tanh() for i in range(3)), [(3, 6, 9)], X, True),
+    "stack_unbound": (lambda x, w: sum(F.linear(x, each).tanh() for each in w.unbind(0)), [(3, 9, 6)], X, True),
+    "stack_left": (lambda x, w: w[1] @ x.transpose(1, 2) + w[2] @ x.transpose(1, 2).tanh(), [(3, 9, 6)], X, True),
     "experts_apart": (lambda x, w: torch.einsum("bsd,edf->bsef", x, w), [(3, 6, 9)], X, True),
     "conv1d": (lambda x, w: F.conv1d(x, w, padding=1), [(9, 5, 3)], X, True),
     "conv2d": (lambda x, w: F.conv2d(x, w, stride=2), [(9, 5, 3, 2)], (4, 5, 8, 7), True),
@@ -170,6 +173,7 @@ APART = {
     "slices": (lambda y: (y[..., :5], y[..., 5:10]), "gate_up_proj", 10, (("gate", 0, 5), ("up", 5, 10))),
     "three of in_proj": (lambda y: y.chunk(3, -1), "in_proj", 12, (("0", 0, 4), ("1", 4, 8), ("2", 8, 12))),
     "dynamic": (lambda y: (y[..., : y.shape[1]], y[..., 1 : y.shape[1] + 1]), "qkv", 12, ()),
+    "narrow": (lambda y: (y.narrow(-1, 0, 5), y.narrow(-1, 5, 5)), "kv", 10, (("k", 0, 5), ("v", 5, 10))),
     "names": (lambda y: y.chunk(2, dim=2), "in_proj", 10, (("0", 0, 5), ("1", 5, 10))),
     "interleaved": (lambda y: y.view(*y.shape[:2], 2, 3, 2).unbind(3), "qkv", 12, ()),
     "whole too": (lambda y: (y[..., :4], y[..., 4:8], y.mean(-1, keepdim=True)), "qkv", 12, ()),
@@ -252,6 +256,14 @@ def test_only_the_gates_of_a_recurrent_layer_are_blocks():
     assert blocks == {"weight_ih_l0": ["i", "f", "g", "o"], "weight_hh_l0": ["i", "f", "g", "o"], "weight_hr_l0": []}
 
 
+def test_blocks_in_a_brace_list():
+    model = nn.ModuleDict({"qkv": Fused(APART["chunk"][0]), "o": nn.Linear(6, 6)})
+    model.forward = lambda x: model["qkv"](x).sum(-1, keepdim=True) + model["o"](x)
+    program = sp.rewrite(sp.capture(model, (torch.randn(3, 5, 6),)), LoRA(r=2), where="{qkv.qkv[q,v],o}")
+    assert [site.name for site in program.adapters[0].sites] == ["qkv.qkv.weight", "o.weight"]
+    assert dict(program.adapters[0].variants)["qkv.qkv.weight"].only == ("q", "v")
+
+
 def test_blocks_are_chosen_by_where_alone():
     program = sp.capture(Fused(APART["chunk"][0]), (torch.randn(3, 5, 6),))
     with pytest.raises(sp.SelectorError, match=r"exclude 'qkv\[q\]' names row blocks, which only `where` takes"):
@@ -262,3 +274,35 @@ def test_blocks_are_chosen_by_where_alone():
         sp.SelectorError, match=r"pattern 'qkv\[v\]' names row blocks; options differ from weight to weight"
     ):
         sp.rewrite(program, LoRA(), patterns={"qkv[v]": {"r": 2}})
+
+
+def test_a_weight_taken_by_rows_has_them_as_blocks():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    class Cross(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, x, y, z):
+            return self.attention(x, y, z, need_weights=False)[0]
+
+    program = sp.capture(Cross(), tuple(torch.randn(3, 5, 8) for _ in range(3)))
+    packed = next(site for site in sp.sites(program) if site.name.endswith("in_proj_weight"))
+    assert packed.blocks == (("q", 0, 8), ("k", 8, 16), ("v", 16, 24))
+
+
+def test_weights_that_are_no_parameters_and_sites_without_gradient_are_said():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.w = nn.Linear(6, 6), nn.Linear(6, 6), torch.randn(6, 6)
+
+        def forward(self, x):
+            return F.linear(self.a(x), self.w) + self.b(x).detach()
+
+    program = sp.capture(Hidden(), (torch.randn(3, 5, 6),))
+    assert sp.sites(program).unowned == ("w",)
+    assert "no site: w (a constant or a buffer, not a parameter)" in str(sp.sites(program))
+    with pytest.warns(sp.CaptureWarning, match=r"lora gets no gradient at b\.weight: the model detaches"):
+        sp.rewrite(program, LoRA())

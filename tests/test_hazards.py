@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from subgraph_peft.passes import LoRA
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -46,6 +47,44 @@ class ByHand(nn.Module):
 
     def forward(self, x):
         return self.outer(self.function.apply(self.inner(x)))
+
+
+class Chosen(nn.Module):
+    """No output has a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 6)
+
+    def forward(self, x):
+        return Squared.apply(self.inner(x)).argmax(-1)
+
+
+class Plain(nn.Module):
+    """Nothing to train."""
+
+    def forward(self, x):
+        return Squared.apply(x)
+
+
+class Cut(nn.Module):
+    """The backward by hand is the only one: its forward has no gradient."""
+
+    class Sign(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return (x > 0).to(x.dtype)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 6)
+
+    def forward(self, x):
+        return self.Sign.apply(self.inner(x))
 
 
 class Layer(nn.Module):
@@ -117,6 +156,18 @@ def test_a_backward_by_hand_that_autograd_finds_is_captured():
 def test_a_backward_by_hand_that_is_not_compared_is_told():
     with pytest.warns(sp.CaptureWarning, match="Rounded, whose own backward"):
         sp.capture(ByHand(Rounded), rows(), verify=False)
+
+
+@pytest.mark.parametrize("model", [Chosen(), Plain()], ids=["no gradient", "no parameter"])
+def test_a_backward_by_hand_of_nothing_is_told(model):
+    with pytest.warns(sp.CaptureWarning, match="Squared, whose own backward .* those of its forward"):
+        program = sp.capture(model, rows())
+    assert torch.equal(program.module(rows(5)), model(rows(5)))
+
+
+def test_a_graph_without_the_gradients_that_a_backward_by_hand_gives_is_refused():
+    with pytest.raises(sp.CaptureError, match=r"Cut.Sign, whose own backward .* gradient of inner.weight differs"):
+        sp.capture(Cut(), rows())
 
 
 def test_applying_functions_is_as_it_was_after_a_capture():
@@ -220,3 +271,60 @@ def test_arguments_without_a_number_go_by_their_name_or_in_a_row():
 def test_a_name_of_the_captured_module_itself_is_refused():
     with pytest.raises(sp.CaptureError, match="attribute 'home' of its own"):
         sp.capture(Home(), rows())
+
+
+class Sized(nn.Module):
+    """Another way for short inputs."""
+
+    def __init__(self, condition):
+        super().__init__()
+        self.linear, self.condition = nn.Linear(6, 6), condition
+
+    def forward(self, x):
+        return self.linear(x) if self.condition(x) else 2 * x
+
+
+@pytest.mark.parametrize(("condition", "text"), [
+    (lambda x: x.shape[1] > 4, r"x\.shape\[1\] > 4"), (lambda x: x.shape[1] % 2 == 0, r"\(x\.shape\[1\] % 2\) == 0"),
+])  # fmt: skip
+def test_a_branch_on_a_shape_is_asked_at_every_call(condition, text, tmp_path):
+    model = Sized(condition)
+    program = sp.capture(model, (torch.randn(3, 6, 6),))
+    x = torch.randn(2, 8, 6)
+    torch.testing.assert_close(program.module(x), model(x))
+    program.write(tmp_path / "model.safetensors")
+    for module in (program.module, sp.read(tmp_path / "model.safetensors").module):
+        with pytest.raises(sp.CaptureError, match=f"the model where {text}, which these inputs break"):
+            module(torch.randn(2, 3, 6))
+    compiled = torch.compile(program.module, backend="eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_keyword_arguments_vary_like_named_ones():
+    class Keywords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x, **others):
+            return self.linear(x) + others["y"]
+
+    model = Keywords()
+    program = sp.capture(model, {"x": torch.randn(3, 5, 6), "y": torch.randn(3, 5, 6)})
+    assert "forward" not in vars(model)
+    x, y = torch.randn(2, 7, 6), torch.randn(2, 7, 6)
+    torch.testing.assert_close(program.module(x=x, y=y), model(x, y=y))
+
+
+def test_a_graph_that_writes_to_its_input_leaves_the_example_as_it_is():
+    class Scaling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.linear(x.mul_(2.0))
+
+    program = sp.capture(Scaling(), (torch.randn(3, 5, 6),))
+    torch.testing.assert_close(program.run(), program.run(), rtol=0, atol=0)
+    assert sp.fold(sp.rewrite(program, LoRA(r=2), where="linear")).folded.output_error < 1e-6

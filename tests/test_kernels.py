@@ -16,8 +16,9 @@ import subgraph_peft as sp
 from subgraph_peft.attention import attentions, bound
 from subgraph_peft.compare import difference
 from subgraph_peft.graphs import show
-from subgraph_peft.kernels import accelerate, check_right, choose
+from subgraph_peft.kernels import accelerate, choose
 from subgraph_peft.module import Home
+from subgraph_peft.promise import check_right
 from tests.models import VOCABULARY, made
 from tests.sequences import BART, DECODER
 

@@ -44,6 +44,13 @@ def written(net: nn.Module, x: T) -> T:
     return mask
 
 
+def written_apart(net: nn.Module, x: T) -> T:
+    """A lower triangle, until its first row, one of several views, sees every key."""
+    mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    mask.split([1, x.shape[1] - 1])[0].fill_(True)
+    return mask
+
+
 def built(net: nn.Module, x: T) -> T:
     mask = torch.full((x.shape[1], x.shape[1]), MIN)
     return torch.where(torch.arange(x.shape[1])[:, None] >= torch.arange(x.shape[1]), 0.0, mask)
@@ -101,6 +108,7 @@ ALONE: dict[str, tuple[Callable[..., T | None], str]] = {
     "distances": (lambda net, x: net.bias(at(x)[0] - at(x)[1] + 8)[..., 0], "embedding"),
     "a buffer": (lambda net, x: net.table[: x.shape[1], : x.shape[1]], "reads the tensor table"),
     "written in place": (written, "written to in place"),
+    "written in place, in parts": (written_apart, "written to in place"),
     "documents": (restarted, "diff"),
 }  # fmt: skip
 # the same of masks that hang on inputs: (mask, what it lets a query see, the form under the promise)
