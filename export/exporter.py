@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from subgraph_peft.errors import ExportError
 from subgraph_peft.fold import folds
+from subgraph_peft.guards import between
 from subgraph_peft.program import Program
 
 from .files import place, staged, write
@@ -73,6 +74,7 @@ def report(program: Program, cut: Inference, model: ir.Model, target: Path, veri
         inputs={value.name: shape_of(value) for value in model.graph.inputs},
         outputs={value.name: shape_of(value) for value in model.graph.outputs},
         fixed=cut.fixed,
+        holds=between(program.module.signature.guards, [value.name for value in model.graph.inputs]),
         left_out=cut.left_out,
         unmerged=tuple(adapter.name for adapter in program.adapters if folds(program, adapter)),
         remaining=tuple(adapter.name for adapter in program.adapters if not folds(program, adapter)),

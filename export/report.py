@@ -57,6 +57,7 @@ class ExportReport(Verification):
     nodes:        in the ONNX graph
     inputs, outputs: name -> shape, with axis names for dynamic dimensions
     fixed:        `x[1]` -> size, dimensions of inputs that do not vary
+    holds:        conditions on sizes under which the file is the model, which onnxruntime does not ask
     left_out:     inputs of the program that no exported output needs
     merged:       whether every adapter that folds is folded
     unmerged:     adapters that would fold and were not folded
@@ -71,6 +72,7 @@ class ExportReport(Verification):
     inputs: Mapping[str, tuple[int | str, ...]]
     outputs: Mapping[str, tuple[int | str, ...]]
     fixed: Mapping[str, int]
+    holds: tuple[str, ...]
     left_out: tuple[str, ...]
     unmerged: tuple[str, ...]
     remaining: tuple[str, ...]
@@ -91,6 +93,7 @@ class ExportReport(Verification):
             ("inputs", shaped(self.inputs)),
             ("outputs", shaped(self.outputs)),
             ("fixed dimensions", ", ".join(f"{name} = {size}" for name, size in self.fixed.items())),
+            ("holds where", "; ".join(self.holds)),
             ("inputs left out", ", ".join(self.left_out)),
             ("not merged", ", ".join(self.unmerged)),
             ("adapters in the graph", ", ".join(self.remaining)),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from subgraph_peft.errors import ExportError
+from subgraph_peft.errors import CaptureError, ExportError
 from subgraph_peft.module import home_of
 from subgraph_peft.program import Program
 from subgraph_peft.signature import Signature
@@ -127,7 +127,8 @@ Case = tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]
 
 def cases(reference: Reference, feeds: Sequence[str]) -> Iterator[Case]:
     """(inputs, what torch computes) at the sizes of the example, and at other ones of the inputs `feeds`: shorter, or
-    longer where the values of an input are positions in a dimension that is then too short for them."""
+    longer where the values of an input are positions in a dimension that is then too short for them, or where the
+    program is the model at some sizes only."""
     sizes = sizes_of(reference.axes, reference.example)
     varying = {axis: sizes[axis] for name in feeds for axis in reference.axes.get(name, {}).values()}
 
@@ -137,12 +138,20 @@ def cases(reference: Reference, feeds: Sequence[str]) -> Iterator[Case]:
             return inputs, reference.outputs({name: inputs[name] for name in feeds})
 
     yield case(sizes)
-    if varying:
+    if not varying:
+        return
+    longer = ({axis: size + 1 for axis, size in varying.items()}, {axis: 2 * size for axis, size in varying.items()})
+    for others in (other_sizes(varying), *longer):
         try:
-            other = case({**sizes, **other_sizes(varying)})
-        except (IndexError, RuntimeError):
-            other = case({**sizes, **{axis: size + 1 for axis, size in varying.items()}})
+            other = case({**sizes, **others})
+        except (IndexError, RuntimeError, CaptureError):
+            continue
         yield other
+        return
+    raise ExportError(
+        f"The program runs at the sizes of its example alone ({', '.join(f'{a} = {s}' for a, s in varying.items())}); "
+        "capture it with dynamic={} if they are fixed."
+    )
 
 
 @contextmanager

@@ -44,6 +44,12 @@ def text(guard: str) -> str:
     return re.sub(r"L\['(\w+)'\]", r"\1", guard).replace(".size()", ".shape")
 
 
+def between(guards: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
+    """The conditions over these inputs, as text, but for those that say that two dimensions are one."""
+    known, same = set(names), re.compile(r"L\['\w+'\]\.size\(\)\[\d+\] == L\['\w+'\]\.size\(\)\[\d+\]")
+    return tuple(text(guard) for guard in guards if inputs_of(guard) <= known and not same.fullmatch(guard))
+
+
 def inputs_of(guard: str) -> set[str]:
     return set(re.findall(r"L\['(\w+)'\]", guard))
 

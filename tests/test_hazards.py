@@ -2,6 +2,7 @@
 writes under no_grad, inputs that are not one batch."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import subgraph_peft as sp
+from subgraph_peft import export
 from subgraph_peft.graphs import aten
 from subgraph_peft.recurrent import LAYERS
 
@@ -298,6 +300,7 @@ def test_a_branch_on_a_shape_is_asked_at_every_call(condition, text, tmp_path):
             module(torch.randn(2, 3, 6))
     compiled = torch.compile(program.module, backend="eager", fullgraph=True, dynamic=True)
     torch.testing.assert_close(compiled(x), model(x))
+    assert re.fullmatch(text, export.to_onnx(program, tmp_path / "model.onnx").holds[0])
 
 
 def test_keyword_arguments_vary_like_named_ones():
