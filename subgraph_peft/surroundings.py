@@ -126,11 +126,18 @@ def seeded(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def unwritten(*modules: nn.Module) -> Iterator[None]:
-    """Buffers as they were, whatever a forward pass writes to them."""
+    """Buffers, and tensors kept as plain attributes, as they were, whatever a forward pass writes to them."""
     held = [(b, b.detach().clone()) for module in modules for b in module.buffers() if not b.is_meta]
+    plain = [(part.__dict__, dict(part.__dict__)) for module in modules for part in module.modules()]
     try:
         yield
     finally:
+        for now, before in plain:
+            for name in [n for n, v in now.items() if isinstance(v, torch.Tensor) and v is not before.get(n)]:
+                if name in before:
+                    now[name] = before[name]
+                else:
+                    del now[name]
         with torch.no_grad():
             for buffer, value in held:
                 buffer.copy_(value)
