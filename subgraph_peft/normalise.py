@@ -38,9 +38,21 @@ def normalise(root: fx.GraphModule) -> None:
             node.args = ()
     graph.set_codegen(fx.graph.CodeGen())
     recompose(graph)
+    see_through_broadcasts(graph)
     read_sizes_early(graph)
     fill_in_captured_dtype(graph)
     sweep(graph)
+
+
+def see_through_broadcasts(graph: fx.Graph) -> None:
+    """A tensor that is broadcast to its own shape is itself, in place: mse_loss broadcasts prediction and target to each
+    other, and the prediction must not hang on the target."""
+    for node in graph.find_nodes(op="call_function", target=aten.broadcast_tensors.default):
+        for part in list(node.users):
+            source = node.args[0][part.args[1]]
+            if str(part.meta["val"].shape) == str(source.meta["val"].shape):
+                part.replace_all_uses_with(source)
+                graph.erase_node(part)
 
 
 def read_sizes_early(graph: fx.Graph) -> None:

@@ -331,3 +331,19 @@ def test_a_graph_that_writes_to_its_input_leaves_the_example_as_it_is():
     program = sp.capture(Scaling(), (torch.randn(3, 5, 6),))
     torch.testing.assert_close(program.run(), program.run(), rtol=0, atol=0)
     assert sp.fold(sp.rewrite(program, LoRA(r=2), where="linear")).folded.output_error < 1e-6
+
+
+def test_a_prediction_does_not_hang_on_the_target_that_a_loss_broadcasts_it_with():
+    class Forecast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 4)
+
+        def forward(self, x, target=None):
+            y = self.linear(x)
+            return None if target is None else F.mse_loss(y, target), y
+
+    model = Forecast()
+    program = sp.capture(model, (torch.randn(3, 6), torch.randn(3, 4)))
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(program.module(x)[1], model(x)[1])
