@@ -7,6 +7,7 @@ from typing import Any
 
 from .errors import CaptureError
 
+NO_ONE = re.compile(r"L\['\w+'\]\.size\(\)\[\d+\] (>= 2|!= 1|> 1)")
 ALLOWED = (
     ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult,
     ast.FloorDiv, ast.Mod, ast.Pow, ast.Compare, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Constant,
@@ -15,9 +16,11 @@ ALLOWED = (
 
 
 def guards_of(codes: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
-    """The conditions of torch.export (`L['x'].size()[1] > 4`) that are over inputs of these names and can be read."""
+    """The conditions of torch.export (`L['x'].size()[1] > 4`) that are over inputs of these names and can be read; not
+    that a size is no 1, which torch.export takes of every dimension that varies."""
     known = set(names)
-    return tuple(code for code in codes if (read := inputs_of(code)) and read <= known and readable(code))
+    wide = (code for code in codes if not NO_ONE.fullmatch(code))
+    return tuple(code for code in wide if (read := inputs_of(code)) and read <= known and readable(code))
 
 
 def compile_guards(guards: Sequence[str]) -> Callable[[Mapping[str, Any]], int]:

@@ -45,8 +45,8 @@ def normalise(root: fx.GraphModule) -> None:
 
 
 def see_through_broadcasts(graph: fx.Graph) -> None:
-    """A tensor that is broadcast to its own shape is itself, in place: mse_loss broadcasts prediction and target to each
-    other, and the prediction must not hang on the target."""
+    """A tensor that is broadcast to its own shape is itself, in place: mse_loss broadcasts prediction and target, so
+    that the prediction would hang on the target."""
     for node in graph.find_nodes(op="call_function", target=aten.broadcast_tensors.default):
         for part in list(node.users):
             source = node.args[0][part.args[1]]
