@@ -110,7 +110,7 @@ IMAGE_MODELS = [
            {"embedding_size": 32, "hidden_sizes": [128, 256], "depths": [1, 1], "num_groups": 4, **LABELS},
            limits={"onnx": "onnxruntime's Pad_Fusion drops the zeros in front of a maximum pool"}),
     vision("mobilenet-v1", "MobileNetV1ForImageClassification",
-           {"depth_multiplier": 0.25, "image_size": 32, "classifier_dropout_prob": 0.1, **LABELS}),
+           {"depth_multiplier": 0.25, "image_size": 64, "classifier_dropout_prob": 0.1, **LABELS}, labelled_images(64)),
     vision("mobilenet-v2", "MobileNetV2ForImageClassification",
            {"depth_multiplier": 0.25, "image_size": 32, "classifier_dropout_prob": 0.1, **LABELS}),
     vision("efficientnet", "EfficientNetForImageClassification",
