@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from .graphs import aten, fixed_size
-from .uses import SAME, SLICES, SPLITS, Use, slice_of
+from .uses import SAME, SLICES, SPLITS, Use, dimension, running, slice_of
 
 if TYPE_CHECKING:
     from .sites import Site
@@ -139,15 +139,3 @@ def partition(found: Iterable[tuple[int, int]], size: int) -> Rows | None:
     rows = tuple(sorted(found))
     joined = all(a[1] == b[0] for a, b in zip(rows, rows[1:], strict=False))
     return rows if rows and joined and rows[0][0] == 0 and rows[-1][1] == size else None
-
-
-def running(sizes) -> Rows:
-    rows, start = [], 0
-    for size in sizes:
-        rows.append((start, start + size))
-        start += size
-    return tuple(rows)
-
-
-def dimension(node: fx.Node, position: int) -> int:
-    return node.kwargs.get("dim", node.args[position] if len(node.args) > position else 0)

@@ -4,6 +4,7 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from torch import fx
 
@@ -159,18 +160,26 @@ def cut(view: View, at: int, start: int, stop: int | None, source: fx.Node) -> V
 
 def through_split(node: fx.Node, source: fx.Node, view: View) -> Iterator[Use]:
     """The parts of a split, each a slice."""
-    at = (node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)) % len(view.dims)
+    at = dimension(node, 2) % len(view.dims)
     parts = {part.args[1]: part for part in node.users}
-    start = 0
-    for index, value in enumerate(node.meta["val"]):
-        stop = start + value.shape[at]
+    for index, (start, stop) in enumerate(running(value.shape[at] for value in node.meta["val"])):
         if index in parts:
             seen = cut(view, at, start, stop, source)
             if seen is None:
                 yield use(parts[index], node, view)
             else:
                 yield from follow(parts[index], seen)
-        start = stop
+
+
+def dimension(node: fx.Node, position: int) -> int:
+    """The `dim` of an operator, by name or at a position."""
+    return node.kwargs.get("dim", node.args[position] if len(node.args) > position else 0)
+
+
+def running(sizes: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """(start, stop) of parts of these sizes, one after the other."""
+    stops = tuple(accumulate(sizes))
+    return tuple(zip((0, *stops), stops, strict=False))
 
 
 def use(node: fx.Node, source: fx.Node, view: View) -> Use:
