@@ -10,6 +10,7 @@ from torch import fx, nn
 from .errors import MethodError
 from .graphs import aten, cone, mode_argument, operator_name, sweep
 from .method import Method
+from .optimise import optimised
 from .uses import TRANSPOSES
 
 VIEWS = {
@@ -61,6 +62,7 @@ class Equation:
     graph:     aten operators; `result` is the node of φ, `results` are all where φ gives several
     operands:  placeholder node -> (adapter, tensor)
     trainable: nodes that depend on a trainable tensor or on an activation
+    changed:   optimising pass -> how many places of the equation it changed
     """
 
     def __init__(
@@ -69,11 +71,17 @@ class Equation:
         self.graph = graph
         self.operands = operands
         push_views(graph, through_sums=viewed)
-        self.results: tuple[fx.Node, ...] = tuple(graph.output_node().args[0])
+        self.varying = varying
+        self.changed: dict[str, int] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Results and dependences, from the graph as it is."""
+        self.results: tuple[fx.Node, ...] = tuple(self.graph.output_node().args[0])
         self.result: fx.Node = self.results[0]
         self.trainable: set[fx.Node] = set()
-        for node in graph.nodes:
-            if operands.get(node) in varying or self.trainable.intersection(node.all_input_nodes):
+        for node in self.graph.nodes:
+            if self.operands.get(node) in self.varying or self.trainable.intersection(node.all_input_nodes):
                 self.trainable.add(node)
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
@@ -209,6 +217,7 @@ def trace(
     operands: tuple[tuple[str, tuple[int, ...]], ...],
     tensors: tuple[tuple[str, tuple[tuple[str, tuple[int, ...], bool], ...]], ...],
     views: tuple[tuple, ...] = (),
+    without: frozenset[str] = frozenset(),
 ) -> Equation:
     """Trace `part` of a chain of methods.
 
@@ -216,6 +225,7 @@ def trace(
               from the method's own tensors, where the chain is one method
     tensors:  per adapter its (name, shape, trainable)
     views:    of the result: ("slice", dimension, start, stop), ("t",)
+    without:  optimising passes that are switched off
 
     Raises MethodError where the equation cannot be traced or gives another shape than it was given.
     """
@@ -261,4 +271,6 @@ def trace(
             )
     if keeps_shape and any(mode_argument(node) == "train" for node in graph.nodes):
         raise MethodError(f"The equation {part} of {names} draws random numbers: declare a `dropout` option instead.")
+    equation.changed = optimised(graph, equation, "equation", without)
+    equation.read()
     return equation

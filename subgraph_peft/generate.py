@@ -50,7 +50,8 @@ def generate(
         cast_trained(graph, own, base)
         for target in wanted:
             note = lowered.setdefault(target.chain[0][1].name, Lowered()) if not rewritten else Lowered()
-            Lowering(graph, target, dtype, captured.module.home.device, hoist, note).run()
+            device, without = captured.module.home.device, captured.module.without
+            Lowering(graph, target, dtype, device, hoist, note, without).run()
         graphs.sweep(graph)
         rewritten.append(graph)
     tensors = {**base, **own}
@@ -85,10 +86,12 @@ def rebuild(
     tensors: Mapping[str, torch.Tensor],
     rewritten: Sequence[fx.Graph] | None = None,
     moves: graphs.Moves = MappingProxyType({}),
+    without: frozenset[str] | None = None,
 ) -> GraphModel:
     """A module like the captured one with these tensors, by default its own graphs, whose literals follow `moves`.
 
-    Parameters are new objects over the same memory, tied ones tied; buffers are copies.
+    Parameters are new objects over the same memory, tied ones tied; buffers are copies. `without` switches optimising
+    passes off.
     """
     source = captured.module
     own = [graphs.clone(graph)[0] for graph in source.graphs()] if rewritten is None else list(rewritten)
@@ -111,7 +114,7 @@ def rebuild(
     module = build(
         source.signature, own[0], own[1] if len(own) > 1 else None, held, volatile, home, type(source).__name__,
         config=getattr(source, "config", None), checkpointing=source.checkpointing,
-        padding=source.padding,
+        padding=source.padding, without=source.without if without is None else without,
     )  # fmt: skip
     module.origin = source.origin
     return module.train(source.training)
@@ -122,24 +125,25 @@ def base_of(program: Program) -> Program:
     buffers that training has written."""
     if program.base is None:
         return program
-    base, own = program.base, dict(program.module.tensors())
+    base, held = program.base, dict(program.module.tensors())
     trained = {name for name, _ in program.parameters(trainable=True)}
     moves = dict(zip(base.module.home, program.module.home, strict=True))
     for name, tensor in base.module.tensors():
         if name not in trained:
-            moves.setdefault(tensor.device, own[name].device)
-            moves.setdefault(tensor.dtype, own[name].dtype)
+            moves.setdefault(tensor.device, held[name].device)
+            moves.setdefault(tensor.dtype, held[name].dtype)
 
     def current(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name not in trained:
-            return own[name]
+            return held[name]
         moved = tensor.detach().to(moves[tensor.device], moves.get(tensor.dtype, tensor.dtype))
         return nn.Parameter(moved, requires_grad=False)
 
     tensors = {name: current(name, tensor) for name, tensor in base.module.tensors()}
     module = rebuild(base, tensors, moves={old: new for old, new in moves.items() if old != new})
-    kept = program.module.checkpointing, program.module.padding
-    if (module.checkpointing, module.padding) != kept:
-        module.checkpointing, module.padding = kept
+    own = program.module
+    kept = own.checkpointing, own.padding, own.without
+    if (module.checkpointing, module.padding, module.without) != kept:
+        module.checkpointing, module.padding, module.without = kept
         module.make_runners()
     return replace(base, module=module)

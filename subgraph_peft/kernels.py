@@ -67,11 +67,13 @@ def kernels(program: "Program") -> Kernels:
     return Kernels(choose(clone(module.graph)[0], module.home, module.padding))
 
 
-def accelerate(graph: fx.Graph, home: "Home", padding: Padding | None) -> None:
+def accelerate(graph: fx.Graph, home: "Home", padding: Padding | None) -> int:
     """Give every attention its kernel, check what that takes for granted before anything is computed, remove what
-    nothing reads any more. In place."""
-    watch(graph, {name for call in choose(graph, home, padding) for name in call.promise})
+    nothing reads any more. In place. Returns how many go without a mask."""
+    calls = list(choose(graph, home, padding))
+    watch(graph, {name for call in calls for name in call.promise})
     sweep(graph)
+    return sum(call.kernel != "mask" for call in calls)
 
 
 def choose(graph: fx.Graph, home: "Home", padding: Padding | None) -> Iterator[AttentionCall]:

@@ -26,15 +26,16 @@ META = "subgraph_peft"
 
 
 def equation_of(
-    target: Target, operands: Mapping[str, tuple[int, ...]], views: tuple[tuple, ...] = ()
+    target: Target, operands: Mapping[str, tuple[int, ...]], views: tuple[tuple, ...] = (),
+    without: frozenset[str] = frozenset(),
 ) -> Equation:  # fmt: skip
-    """The traced chain of a target; of one matrix, where the weight is a stack."""
+    """The traced chain of a target, `without` some optimising passes; of one matrix, where the weight is a stack."""
     chain = tuple((adapter.name, adapter.at(site)) for adapter, site in target.chain)
     tensors = tuple(
         (adapter.name, tuple((name, t.shape, t.trainable) for name, t in adapter.entry_tensors(site).items()))
         for adapter, site in target.chain
     )
-    return trace(chain, target.part, tuple(operands.items()), tensors, views)
+    return trace(chain, target.part, tuple(operands.items()), tensors, views, without)
 
 
 class Lowering:
@@ -43,6 +44,7 @@ class Lowering:
     dtype:   of the adapters' tensors            device:  of constants in the graph
     hoist:   (target, equation, node) -> name of the buffer that holds a constant of the equation
     lowered: is told the nodes, the cost, and why something is dense
+    without: optimising passes that are switched off
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class Lowering:
         device: torch.device,
         hoist: Callable[[Target, Equation, fx.Node], str],
         lowered: Lowered,
+        without: frozenset[str] = frozenset(),
     ):
+        self.without = without
         self.graph, self.target, self.site = graph, target, (site := target.site)
         self.base_dtype, self.adapter_dtype, self.device = site.dtype, dtype, device
         self.hoist, self.lowered = hoist, lowered
@@ -82,7 +86,8 @@ class Lowering:
             self.weight_as_a_whole(weight)
 
     def weight_equation(self, views: tuple[tuple, ...] = ()) -> Equation:
-        return equation_of(self.target, {"W": (self.site.out_features, self.site.in_features)}, views)
+        shape = self.site.out_features, self.site.in_features
+        return equation_of(self.target, {"W": shape}, views, self.without)
 
     def weight_at_uses(self, weight: fx.Node, found: list[tuple[Use, type[Form]]]) -> None:
         known: dict[tuple, Values] = {}

@@ -14,7 +14,7 @@ from .checkpointing import Checkpointed, Checkpointing, checkpointed
 from .errors import CaptureError, CaptureWarning, TrainError
 from .graphs import Moves
 from .guards import compile_guards, guards_of, refusal
-from .kernels import accelerate
+from .optimise import optimised
 from .outline import outline
 from .partition import Block, cut
 from .promise import Padding
@@ -36,6 +36,7 @@ class GraphModel(Checkpointed, nn.Module):
     block_paths: modules of the source that runners call as modules
     checkpointing: modules of the source that are computed again for the backward pass
     padding: "right" where it is promised that attention masks are ones and then zeros, which runners check
+    without: optimising passes that are switched off; matches: what each pass changed, by runner
 
     `eval_graph` is the graph of eval mode where it is not the training graph with dropout and batch norm switched.
     An input that was captured may be left out; outputs that need it are then None (a loss without labels).
@@ -57,6 +58,8 @@ class GraphModel(Checkpointed, nn.Module):
         self.block_paths: tuple[str, ...] = ()
         self.checkpointing: Checkpointing | None = None
         self.padding: Padding | None = None
+        self.without: frozenset[str] = frozenset()
+        self.matches: dict[tuple[bool, frozenset[str]], dict[str, int]] = {}
         self.runners: dict[tuple[bool, frozenset[str]], Any] = {}
 
     def call(self, inputs: Mapping[str, Any]) -> Any:
@@ -97,7 +100,8 @@ class GraphModel(Checkpointed, nn.Module):
         label = " without ".join(("train" if training else "eval", *sorted(missing)))
         paths = (*self.block_paths, *(again.paths if again else ()))
         graph = self.specialise(*key)
-        accelerate(graph, self.home, self.padding)
+        self.matches[key] = optimised(graph, self, "graph", self.without)
+        graphs.sweep(graph)
         for piece in cut(graph, paths, label):
             run = graphs.compile_graph(piece.graph, f"{type(self).__name__} {piece.path}".strip())
             if again and piece.path in again.paths:
@@ -205,7 +209,7 @@ class GraphModel(Checkpointed, nn.Module):
         for name, value in self.__dict__.items():
             if name in ("graph", "eval_graph"):
                 value = value and graphs.clone(value)[0]
-            elif name == "runners":
+            elif name in ("runners", "matches"):
                 value = dict(value)
             elif name != "signature":
                 value = copy.deepcopy(value, memo)
@@ -249,13 +253,14 @@ def build(
     config: Any = None,
     checkpointing: Checkpointing | None = None,
     padding: Padding | None = None,
+    without: frozenset[str] = frozenset(),
 ) -> GraphModel:
     """A GraphModel whose attribute tree holds `tensors` (Parameters stay Parameters; `volatile` names are buffers
     that the state dict leaves out) and whose `forward` has the signature's parameters."""
     own = {"forward": compile_forward(signature.parameters), "__module__": __name__}
     cls = type(name, (GraphModel,), {**own, "broken_guard": staticmethod(compile_guards(signature.guards))})
     module = cls(signature, graph, eval_graph, home or home_of(tensors))
-    module.checkpointing, module.padding = checkpointing, padding
+    module.checkpointing, module.padding, module.without = checkpointing, padding, without
     if config is not None:
         module.config = config
     for path, tensor in tensors.items():

@@ -50,6 +50,7 @@ def module_part(module: GraphModel, tensors: Tensors) -> dict[str, Any]:
         "training": module.training,
         "blocks": list(module.block_paths),
         "padding": module.padding,
+        "without": sorted(module.without),
         "checkpointing": module.checkpointing and encoded(tuple(module.checkpointing)),
         "config": config.to_json_string(use_diff=False) if hasattr(config, "model_type") else None,
     }
@@ -80,7 +81,7 @@ def module_of(written: Mapping[str, Any], tensors: Tensors, device: str | torch.
     module = build(
         signature_of(written["signature"]), own[0], own[1] if len(own) > 1 else None, held, set(written["volatile"]),
         Home(device, home.dtype), written["class"], config_of(written["config"]),
-        again, written["padding"],
+        again, written["padding"], frozenset(written["without"]),
     )  # fmt: skip
     module.origin, module.computed = origin, frozenset(written["computed"])
     if written["blocks"]:

@@ -39,7 +39,7 @@ class Values:
     emit:    (target, args, term, adapter) -> node, inserted before the site's first call
     operand: placeholder of the equation -> node of the target graph
     hoisted: constant of the equation -> node that reads its buffer
-    dtype:   in which values are computed
+    dtype:   in which values are computed, see `dtype_of`
     stack:   how many matrices the weight holds; 0 for one. `stacked` are the nodes whose values then have that many
              entries, [stack, *shape]
     nonlinear: operand -> nonlinearity that follows its product with an activation
@@ -88,19 +88,28 @@ class Values:
                 self.note(f"{operator_name(node)} reads a full-size matrix")
         if node in equation.trainable:
             self.lowered.per_step += flops(equation, node) * (self.stack if node in self.stacked else 1)
+        dtype = self.dtype_of(node)
         if node in self.stacked:
-            made = self.lifted(node)
+            made = self.lifted(node, dtype)
         else:
-            args = fx.node.map_arg(node.args, lambda n: self.held_in(n, self.dtype))
-            kwargs = fx.node.map_arg(node.kwargs, lambda n: self.held_in(n, self.dtype))
+            args = fx.node.map_arg(node.args, lambda n: self.held_in(n, dtype))
+            kwargs = fx.node.map_arg(node.kwargs, lambda n: self.held_in(n, dtype))
             made = self.emit(node.target, args, equation.term(node), equation.adapter(node), kwargs)
-        made.meta["dtype"] = self.dtype
+        made.meta["dtype"] = dtype
         return made
 
-    def lifted(self, node: fx.Node) -> fx.Node:
+    def dtype_of(self, node: fx.Node) -> torch.dtype:
+        """In which a node is computed: a product with a matrix of the weight's size in that matrix's dtype, as a call
+        of the weight is, so that no matrix is widened each step; all else in `dtype`."""
+        sizes = {source: self.equation.numel(source) for source in node.all_input_nodes}
+        full = [source for source, size in sizes.items() if node.target in MATMULS and size >= self.full_size > 1]
+        dtypes = [self.of(source).meta["dtype"] for source in full]
+        return dtypes[0] if dtypes else self.dtype
+
+    def lifted(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """The operator for every entry of the stack."""
         sources = list(dict.fromkeys(node.all_input_nodes))
-        values = {source: self.held_in(source, self.dtype) for source in sources}
+        values = {source: self.held_in(source, dtype) for source in sources}
         inner = lift(node, tuple(source in self.stacked for source in sources), self.stack)
         mapped = dict(zip(inner.find_nodes(op="placeholder"), values.values(), strict=True))
         term, adapter = self.equation.term(node), self.equation.adapter(node)

@@ -1,0 +1,9 @@
+"""Graph passes that make training faster and change no result, one a file, in the order in which they run."""
+
+from .attention import Attention
+from .gram import Gram
+from .scalars import Scalars
+from .siblings import Siblings
+from .tidy import Tidy
+
+__all__ = ["Gram", "Attention", "Tidy", "Scalars", "Siblings"]

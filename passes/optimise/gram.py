@@ -1,0 +1,125 @@
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from subgraph_peft.equation import Equation
+from subgraph_peft.graphs import aten, sweep
+from subgraph_peft.optimise import Optimisation
+from subgraph_peft.values import MATMULS
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+class Gram(Optimisation):
+    """‖C + s B A‖² = ‖C‖² + Σ B ⊙ (2s C Aᵀ + s² B (A Aᵀ)), row by row
+
+    for the Euclidean row norms of a constant matrix C [out, in] and any number of products B [out, r], A [r, in]: ‖C‖²
+    is computed once, and no matrix of the weight's size is formed. DoRA's norm is one (Liu et al. 2024, Eq. 5). A norm
+    much smaller than ‖C‖ loses ‖C‖/‖C + s B A‖ times as many digits as it would in the sum of squares.
+    """
+
+    name: ClassVar[str] = "gram"
+    stage: ClassVar[str] = "equation"
+
+    def apply(self, graph: fx.Graph, owner: Equation) -> int:
+        changed = 0
+        for node in list(graph.nodes):
+            if not is_row_norm(node) or (found := terms(owner, node.args[0])) is None:
+                continue
+            with graph.inserting_before(node):
+                squared = Rows(graph, node).squared(*found)
+            node.replace_all_uses_with(squared)
+            graph.erase_node(node)
+            changed += 1
+        sweep(graph)
+        return changed
+
+
+@dataclass(frozen=True)
+class Product:
+    """scale · left [out, r] right [r, in]"""
+
+    scale: float
+    left: fx.Node
+    right: fx.Node
+
+
+def is_row_norm(node: fx.Node) -> bool:
+    """‖V‖ of every row of a matrix V."""
+    if node.target is not aten.linalg_vector_norm.default or node.args[0].meta["val"].ndim != 2 or node.kwargs:
+        return False
+    order, dims, *rest = (*node.args[1:], *(2, None, False)[len(node.args) - 1 :])
+    return order == 2 and dims in ([1], [-1]) and rest in ([], [False])
+
+
+def terms(equation: Equation, V: fx.Node) -> tuple[fx.Node, list[Product]] | None:
+    """(C, products) of V = C + Σ products, or None where V is no such sum."""
+    constants: list[fx.Node] = []
+    products: list[Product] = []
+    for scale, term in addends(equation, V, 1.0):
+        if term not in equation.trainable and scale == 1.0:
+            constants.append(term)
+        elif term.target in MATMULS and term.args[0].meta["val"].shape[1] < min(term.meta["val"].shape):
+            products.append(Product(scale, *term.args))
+        else:
+            return None
+    return (constants[0], products) if len(constants) == 1 and products else None
+
+
+def addends(equation: Equation, node: fx.Node, scale: float) -> Iterator[tuple[float, fx.Node]]:
+    """(number, term) of a sum; what depends on no trained tensor stays whole."""
+    left, *others = node.args or (None,)
+    if node not in equation.trainable or node.kwargs:
+        yield scale, node
+    elif node.target in (aten.add.Tensor, aten.sub.Tensor) and all(same_shape(node, term) for term in node.args):
+        yield from addends(equation, left, scale)
+        yield from addends(equation, others[0], scale if node.target is aten.add.Tensor else -scale)
+    elif node.target is aten.mul.Tensor and isinstance(others[0], (int, float)):
+        yield from addends(equation, left, scale * others[0])
+    elif node.target is aten.div.Tensor and isinstance(others[0], (int, float)):
+        yield from addends(equation, left, scale / others[0])
+    elif node.target is aten.neg.default:
+        yield from addends(equation, left, -scale)
+    else:
+        yield scale, node
+
+
+def same_shape(node: fx.Node, term: Any) -> bool:
+    return isinstance(term, fx.Node) and term.meta["val"].shape == node.meta["val"].shape
+
+
+class Rows:
+    """Adds nodes to an equation, of the same adapter as `like`."""
+
+    def __init__(self, graph: fx.Graph, like: fx.Node):
+        self.graph, self.like = graph, like
+
+    def add(self, target: Any, *args: Any) -> fx.Node:
+        node = self.graph.call_function(target, args)
+        node.meta = {**self.like.meta, "val": target(*fx.node.map_arg(args, lambda n: n.meta["val"]))}
+        return node
+
+    def dot(self, left: fx.Node, right: fx.Node, scale: float) -> fx.Node:
+        """scale · Σ over columns of left ⊙ right"""
+        summed = self.add(aten.sum.dim_IntList, self.add(aten.mul.Tensor, left, right), [1])
+        return summed if scale == 1.0 else self.add(aten.mul.Tensor, summed, scale)
+
+    def turned(self, node: fx.Node) -> fx.Node:
+        return self.add(aten.t.default, node)
+
+    def squared(self, C: fx.Node, products: list[Product]) -> fx.Node:
+        """The norm, from the inner products of all pairs of terms."""
+        total = self.dot(C, C, 1.0)
+        for index, p in enumerate(products):
+            across = self.add(aten.matmul.default, C, self.turned(p.right))
+            total = self.add(aten.add.Tensor, total, self.dot(across, p.left, 2 * p.scale))
+            for other in products[index:]:
+                gram = self.add(aten.matmul.default, p.right, self.turned(other.right))
+                inner = self.add(aten.matmul.default, p.left, gram)
+                twice = 1 if other is p else 2
+                scale = twice * p.scale * other.scale
+                total = self.add(aten.add.Tensor, total, self.dot(inner, other.left, scale))
+        return self.add(aten.sqrt.default, self.add(aten.clamp_min.default, total, TINY))

@@ -1,0 +1,66 @@
+import sys
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from subgraph_peft.graphs import aten, is_effect, is_random, mode_argument, written
+from subgraph_peft.module import GraphModel
+from subgraph_peft.optimise import Optimisation
+
+
+class Tidy(Optimisation):
+    """x[:] = x, to(to(x, d), d) = to(x, d), n + 0 = n for whole numbers n; and what a module computes twice, once
+
+    The latter in graphs that write to no tensor. Casts of floating-point values stay, even where the captured dtype is the wanted one already: under autocast it need
+    not be.
+    """
+
+    name: ClassVar[str] = "tidy"
+
+    def apply(self, graph: fx.Graph, owner: GraphModel) -> int:
+        changed = 0
+        pure = not any(list(written(node)) for node in graph.nodes)
+        known: dict[Any, fx.Node] = {}
+        for node in list(graph.nodes):
+            if node.op != "call_function":
+                continue
+            same = source(node)
+            if pure and same is None and (key := recipe(node)) is not None:
+                same = known.setdefault(key, node)
+            if same is not None and same is not node:
+                node.replace_all_uses_with(same)
+                graph.erase_node(node)
+                changed += 1
+        return changed
+
+
+def source(node: fx.Node) -> fx.Node | None:
+    """The argument that a node gives back unchanged, if it does."""
+    value = node.args[0] if node.args else None
+    if not isinstance(value, fx.Node) or node.kwargs:
+        return None
+    if node.target is aten.slice.Tensor and (len(node.args) == 4 or node.args[4:] == (1,)):
+        return value if node.args[2:4] == (0, sys.maxsize) else None
+    if node.target is aten.to.dtype and len(node.args) == 2:
+        dtype, held = node.args[1], value.meta.get("val")
+        whole = isinstance(held, torch.Tensor) and not held.is_floating_point() and held.dtype == dtype
+        return value if whole or (value.target is aten.to.dtype and value.args[1:] == (dtype,)) else None
+    if node.target is aten.add.Tensor and node.args[1:] == (0,):
+        held = value.meta.get("val")
+        return value if isinstance(held, torch.Tensor) and not held.is_floating_point() else None
+    return None
+
+
+def recipe(node: fx.Node) -> Any:
+    """What two nodes with the same value have in common, within one module; None for what may not be shared."""
+    if not isinstance(node.target, torch._ops.OpOverload) or is_effect(node) or is_random(node) or mode_argument(node):
+        return None
+
+    def frozen(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(map(frozen, value))
+        return (type(value), value) if isinstance(value, (int, float)) else value
+
+    arguments = frozen(node.args), tuple((name, frozen(value)) for name, value in node.kwargs.items())
+    return node.target, arguments, tuple(node.meta.get("nn_module_stack", {}))
