@@ -1,0 +1,95 @@
+"""AdamW over what a program trains, with gradient clipping, recorded as a CUDA graph where there is CUDA."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from .errors import TrainWarning
+from .gradients import Gradients
+from .replay import Recorded
+
+OPTIONS = ("weight_decay", "betas", "eps")
+
+
+class StepOptimizer(torch.optim.Optimizer):
+    """θ ← θ − lr (m̂ / (√v̂ + ε) + λθ) after g ← g · min(1, c / ‖g‖)
+
+    Schedulers, hooks and state dicts take it as any optimiser; `norm` is ‖g‖ of the last step. On CUDA the third step
+    is recorded, and later ones launch the recording; a changed learning rate is copied into it, any other changed
+    option records anew. Source: Loshchilov and Hutter 2019, Algorithm 2.
+
+    groups:        see `parameter_groups`          max_grad_norm: c, 0 for no clipping
+    gradients:     the buffers that are read        record:        whether to record
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        gradients: Gradients,
+        lr: float,
+        max_grad_norm: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        record: bool = False,
+    ):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.gradients, self.max_grad_norm, self.record = gradients, max_grad_norm, record
+        first = gradients.parameters[0]
+        self.norm = torch.zeros((), device=first.device)
+        cuda = first.is_cuda
+        inner = [{**group, "lr": torch.tensor(group["lr"], device=first.device)} if cuda else dict(group)
+                 for group in self.param_groups]  # fmt: skip
+        self.inner = torch.optim.AdamW(inner, fused=cuda, capturable=cuda)
+        self.inner.state = self.state
+        self.rates = [group["lr"] for group in self.param_groups]
+        self.taken = 0
+        self.recorded: Recorded | None = None
+        self.stream: torch.cuda.Stream | None = torch.cuda.Stream(first.device) if cuda and record else None
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:
+        self.follow()
+        self.gradients.attach()
+        if self.recorded is None and self.record and self.taken >= 2:
+            self.try_to_record()
+        if self.recorded is not None:
+            self.recorded({})
+        else:
+            self.update()
+        self.taken += 1
+
+    def update(self) -> None:
+        if self.max_grad_norm:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            self.norm.copy_(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
+        self.inner.step()
+
+    def follow(self) -> None:
+        """Take over what schedulers and users have set in `param_groups`."""
+        for index, (group, inner) in enumerate(zip(self.param_groups, self.inner.param_groups, strict=True)):
+            if any(group[name] != inner[name] for name in OPTIONS):
+                inner |= {name: group[name] for name in OPTIONS}
+                self.recorded = None
+            if group["lr"] != self.rates[index]:
+                self.rates[index] = group["lr"]
+                if isinstance(inner["lr"], torch.Tensor):
+                    inner["lr"].fill_(group["lr"])
+                else:
+                    inner["lr"] = group["lr"]
+
+    def try_to_record(self) -> None:
+        try:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            self.recorded = Recorded(self.update, {}, self.stream, torch.cuda.graph_pool_handle())
+        except RuntimeError as error:
+            self.record = False
+            warnings.warn(f"The optimiser's step is not recorded as a CUDA graph: {error}", TrainWarning, stacklevel=4)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            state["step"] = state["step"].to(parameter.device if self.inner.defaults["capturable"] else "cpu")
+        self.inner.state = self.state
+        self.recorded = None

@@ -1,0 +1,162 @@
+"""The training step: forward, backward, clipping and optimiser, compiled and, on CUDA, launched as recorded graphs."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .compiled import compiled
+from .errors import TrainError, TrainWarning
+from .evaluate import loss_and_logits
+from .gradients import Gradients
+from .penalty import has_penalty
+from .program import Program
+from .replay import Recorded, signature
+from .step_optimizer import StepOptimizer
+
+SHAPES = 8  # of batches that are compiled and recorded; torch.compile gives up after as many
+
+
+class TrainStep:
+    """step(batch) takes one optimiser step on what `program` trains and returns the loss, a scalar on the device.
+
+        step = sp.TrainStep(adapted, lr=1e-3)
+        schedule = adapted.schedule(step.optimizer, total_steps=100)     # and any learning rate scheduler
+        for batch in batches:
+            loss = step(batch)
+
+    The loss is the graph's, plus the penalties of its methods. Gradients of several batches add up with `accumulate`,
+    as what `backward` gives would; `step.optimizer.step()` then takes the step.
+
+    compile:       torch.compile; by default on CUDA. Where it fails, the step goes on without it, and warns
+    record:        on CUDA, launch a shape of batches as a CUDA graph once it comes a third time; by default with
+                   `compile`. At most 8 shapes are compiled and recorded. One that comes once, such as the last batch of
+                   an epoch, runs as it is
+    autocast:      dtype of torch.autocast in the forward pass
+    memory_budget: see `compiled`
+    weight_decay, max_grad_norm, betas, eps: see `parameter_groups` and `StepOptimizer`
+
+    Values that change between steps have to stay in their tensors (copy_); a program that was moved, or whose
+    parameters are other objects, needs a new TrainStep. Raises TrainError where nothing trains or there is no loss.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        lr: float = 1e-3,
+        *,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        compile: bool | None = None,
+        record: bool | None = None,
+        autocast: torch.dtype | None = None,
+        memory_budget: float = 1.0,
+    ):
+        from .train import parameter_groups
+
+        self.program, self.module, self.autocast = program, program.module, autocast
+        program.need_values("train", TrainError)
+        groups = parameter_groups(program, lr, weight_decay)
+        if not groups:
+            raise TrainError("Nothing requires gradients: rewrite the program, or name parameters with trainable=[…].")
+        self.device = self.module.home.device
+        cuda = self.device.type == "cuda"
+        self.compile = cuda if compile is None else compile
+        self.record = cuda and (self.compile if record is None else record)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.gradients = Gradients(self.parameters)
+        self.optimizer = StepOptimizer(groups, self.gradients, lr, max_grad_norm, betas, eps, self.record)
+        self.penalised = has_penalty(program)
+        self.compiled_loss = compiled(self.loss, memory_budget) if self.compile else self.loss
+        self.met: dict[tuple, int] = {}
+        self.recorded: dict[tuple, Recorded] = {}
+        self.scales: dict[float, torch.Tensor] = {}
+        self.empty = True
+        self.stream = torch.cuda.Stream(self.device) if self.record else None
+        self.pool = torch.cuda.graph_pool_handle() if self.record else None
+
+    def __call__(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        loss = self.accumulate(batch)
+        self.optimizer.step()
+        self.empty = True
+        return loss
+
+    def accumulate(self, batch: Mapping[str, Any], scale: float | torch.Tensor = 1.0) -> torch.Tensor:
+        """Add the gradients of scale · loss of one batch to those since the last step. Returns scale · loss."""
+        if self.empty:
+            self.gradients.zero()
+            self.empty = False
+        if not isinstance(scale, torch.Tensor):
+            if scale not in self.scales:
+                self.scales[scale] = torch.tensor(scale, device=self.device)
+            scale = self.scales[scale]
+        inputs = {"scale": scale, **{n: v for n, v in batch.items() if v is not None}}
+        key = signature(inputs)
+        times = self.met[key] = self.met.get(key, 0) + 1
+        if key in self.recorded:
+            return self.recorded[key](inputs)
+        inputs = {n: v.to(self.device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+        repeated = [known for known, count in self.met.items() if count > 1]
+        if times > 1 and key not in repeated[:SHAPES]:
+            self.announce(f"batches come in more than {SHAPES} shapes; further ones run uncompiled. Pad to fewer lengths")
+            return self.compute(self.loss, **inputs)
+        if times == 1 and len(self.met) > 1:
+            return self.compute(self.loss, **inputs)
+        if self.record and times > 2 and (recorded := self.recording(key, inputs)):
+            return recorded(inputs)
+        return self.apart(inputs)
+
+    def loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        loss, _ = loss_and_logits(self.module(**batch))
+        if loss is None:
+            raise TrainError("The graph gives no loss: capture the model with labels among its example inputs.")
+        return loss
+
+    def compute(self, loss_of: Any, scale: torch.Tensor, **batch: Any) -> torch.Tensor:
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            loss = loss_of(batch)
+        if self.penalised:
+            loss = loss + self.program.penalty()
+        loss = loss * scale
+        self.gradients.add(torch.autograd.grad(loss, self.parameters, allow_unused=True))
+        return loss.detach()
+
+    def apart(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """One batch as it will be recorded: compiled, and on the stream of the recordings."""
+        try:
+            if self.stream is None:
+                return self.compute(self.compiled_loss, **inputs)
+            now = torch.cuda.current_stream(self.device)
+            self.stream.wait_stream(now)
+            with torch.cuda.stream(self.stream):
+                loss = self.compute(self.compiled_loss, **inputs)
+            now.wait_stream(self.stream)
+            return loss
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self.compiled_loss == self.loss:
+                raise
+            loss = self.compute(self.loss, **inputs)
+            self.compiled_loss = self.loss
+            self.announce(f"torch.compile failed, the step runs uncompiled: {type(error).__name__}: {str(error)[:500]}")
+            return loss
+
+    def recording(self, key: tuple, inputs: Mapping[str, Any]) -> Recorded | None:
+        try:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            self.recorded[key] = Recorded(
+                lambda **given: self.compute(self.compiled_loss, **given), inputs, self.stream, self.pool
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.record = False
+            self.announce(f"the step is not recorded as a CUDA graph: {str(error)[:500]}")
+        return self.recorded.get(key)
+
+    def announce(self, text: str) -> None:
+        warnings.warn(f"{self.program.source}: {text}.", TrainWarning, stacklevel=4)
