@@ -62,12 +62,17 @@ class GraphModel(Checkpointed, nn.Module):
         self.matches: dict[tuple[bool, frozenset[str]], dict[str, int]] = {}
         self.runners: dict[tuple[bool, frozenset[str]], Any] = {}
 
-    def call(self, inputs: Mapping[str, Any]) -> Any:
+    def checked(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """The leaves of inputs that the graph can take, None where one is missing."""
         flat = self.signature.flatten(inputs)
         if (broken := self.broken_guard(inputs)) >= 0:
             raise refusal(self.signature.guards[broken])
         if self.home.device.type == "meta" and any(p.is_meta for p in self.parameters()):  # torch.func replaces them
             self.check_meta(flat)
+        return flat
+
+    def call(self, inputs: Mapping[str, Any]) -> Any:
+        flat = self.checked(inputs)
         missing = frozenset(
             name for name, value in zip(self.signature.input_names(), flat, strict=True) if value is None
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .compiled import compiled
+from .compiled import Compiled
 from .errors import TrainError, TrainWarning
 from .evaluate import loss_and_logits
 from .gradients import Gradients
@@ -34,7 +34,7 @@ class TrainStep:
                    `compile`. At most 8 shapes are compiled and recorded. One that comes once, such as the last batch of
                    an epoch, runs as it is
     autocast:      dtype of torch.autocast in the forward pass
-    memory_budget: see `compiled`
+    memory_budget: see `Compiled`
     weight_decay, max_grad_norm, betas, eps: see `parameter_groups` and `StepOptimizer`
 
     Values that change between steps have to stay in their tensors (copy_); a program that was moved, or whose
@@ -70,7 +70,7 @@ class TrainStep:
         self.gradients = Gradients(self.parameters)
         self.optimizer = StepOptimizer(groups, self.gradients, lr, max_grad_norm, betas, eps, self.record)
         self.penalised = has_penalty(program)
-        self.compiled_loss = compiled(self.loss, memory_budget) if self.compile else self.loss
+        self.compiled_loss = Compiled(self.module, memory_budget) if self.compile else self.loss
         self.met: dict[tuple, int] = {}
         self.recorded: dict[tuple, Recorded] = {}
         self.scales: dict[float, torch.Tensor] = {}
@@ -138,7 +138,7 @@ class TrainStep:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if self.compiled_loss == self.loss:
+            if not isinstance(self.compiled_loss, Compiled):
                 raise
             loss = self.compute(self.loss, **inputs)
             self.compiled_loss = self.loss
