@@ -187,7 +187,9 @@ def evaluate(node: fx.Node, read: Callable[[fx.Node], Any], known: Mapping[fx.No
                 memo[current] = read(current)
         return memo[current]
 
-    return of(node)
+    result = of(node)
+    memo.clear()  # `of` holds itself and the memo, which would live on until Python's garbage collector runs
+    return result
 
 
 def sweep(graph: fx.Graph) -> int:
