@@ -48,6 +48,10 @@ class CaptureWarning(UserWarning):
     """The captured graph is narrower than the model it came from."""
 
 
+class CacheWarning(UserWarning):
+    """A cached file is damaged, and what it held is computed again."""
+
+
 def nearest(name: str, known: Iterable[str], n: int = 3, cutoff: float = 0.0) -> list[str]:
     """The `n` known names most similar to `name`, best first."""
     return difflib.get_close_matches(name, list(known), n=n, cutoff=cutoff)

@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -50,11 +51,13 @@ class PiSSA(Method):
         U, sigma, Vh = svd(W, first + self.r, self.niter)
         U, sigma, Vh = U[:, first:], sigma[first:], Vh[first:]
         floor = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(W)
-        if not floor:
-            raise MethodError(f"{self.name} at {site.name}: W is zero, and factors that start at zero never train.")
         q = (sigma.clamp_min(floor) / self.s).sqrt()
         A, B = q[:, None] * Vh, U * q
         return {"A": A, "B": B, "A0": A, "B0": B}
+
+    def check_start(self, site: Site, values: Mapping[str, torch.Tensor]) -> None:
+        if not values["A0"].any():
+            raise MethodError(f"{self.name} at {site.name}: W is zero, and factors that start at zero never train.")
 
     def weight(
         self, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, A0: torch.Tensor, B0: torch.Tensor
