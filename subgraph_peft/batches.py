@@ -11,7 +11,8 @@ from .sites import Site
 Values = dict[str, torch.Tensor]
 Load = Callable[[Site], torch.Tensor]
 
-BATCH_BYTES = {"cuda": 2**30}  # of weights, as `prepare` sees them, in one batch; on other devices one by one
+BATCH_BYTES = {"cuda": 2**31}  # of weights, as `prepare` sees them, in one batch; on other devices one by one
+SHARE = 8  # of the free memory of a GPU, one part at most
 
 
 class Differs(Exception):
@@ -89,9 +90,11 @@ def prepare_group(group: Sequence[Job], load: Load, device: torch.device) -> Ite
 
 def batch_size(site: Site, device: torch.device) -> int:
     """How many matrices like the site's make up a batch."""
+    most = BATCH_BYTES.get(device.type, 0)
+    if device.type == "cuda":
+        most = min(most, torch.cuda.mem_get_info(device)[0] // SHARE)
     numbers = max(1, site.out_features * site.in_features)
-    wide = torch.promote_types(site.dtype, torch.float32).itemsize
-    return max(1, BATCH_BYTES.get(device.type, 0) // (numbers * wide))
+    return max(1, most // (numbers * torch.promote_types(site.dtype, torch.float32).itemsize))
 
 
 def weights(sites: Sequence[Site], load: Load) -> torch.Tensor:

@@ -14,7 +14,7 @@ SOUND = 0.1  # ‖Qᵀ Q − I‖ after one pass of CholeskyQR, up to which the 
 SMALL = 512  # rows of matrices that LAPACK decomposes, one a thread, faster than a GPU does one after the other
 
 Triplets = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-QR = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+QR = Callable[[torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 class Iterate(NamedTuple):
@@ -37,7 +37,7 @@ def subspace(W: torch.Tensor, r: int, niter: int) -> Triplets:
 
     P ← orth(Wᵀ orth(W P)), `niter` + 1 times from a random P [in, r + 8] that is the same for every matrix; then the
     singular value decomposition of R [r + 8, r + 8], where Wᵀ Q = P R. On CUDA, products with W run in tf32 in the
-    first half of the iterations, whose errors the second half takes out; everything else in W's dtype or wider.
+    first two thirds of the iterations, whose rounding the others take out; everything else in W's dtype or wider.
 
     The residual test: ‖W v − σ u‖ = sin θ ‖(I − Q Qᵀ) W w‖, with θ the angle between v and the subspace one iteration
     before, and w the direction of v outside it. The norm is taken as the smallest singular value found, and costs no
@@ -47,8 +47,9 @@ def subspace(W: torch.Tensor, r: int, niter: int) -> Triplets:
     Source: Halko et al. 2011, "Finding structure with randomness", Algorithm 4.4.
     """
     generator = torch.Generator(W.device).manual_seed(0)
-    P = torch.randn(W.shape[-1], r + OVERSAMPLING, generator=generator, device=W.device, dtype=W.dtype)
-    found = iterate(W, P.expand(len(W), -1, -1), r, niter + 1, tf32=(niter + 1) // 2)
+    P = torch.randn(1, W.shape[-1], r + OVERSAMPLING, generator=generator, device=W.device, dtype=W.dtype)
+    P, _ = cholesky_pass(P, gram(P))
+    found = iterate(W, P.expand(len(W), -1, -1), r, niter + 1, tf32=(2 * niter + 1) // 3)
     while niter < MOST_ITERATIONS and (slow := found.residual > TOLERANCE).any():
         rows = slow.nonzero()[:, 0].to(W.device)
         more = min(max(niter, 1), MOST_ITERATIONS - niter)
@@ -64,30 +65,28 @@ def _(W: torch.Tensor, r: int, niter: int) -> Triplets:
 
 
 @subspace.register_vmap
-def _(info: object, in_dims: tuple[int, None, None], W: torch.Tensor, r: int, niter: int) -> tuple[Triplets, Triplets]:
+def _(info: object, dims: tuple[int, None, None], W: torch.Tensor, r: int, niter: int) -> tuple[Triplets, tuple]:
     """A batch of stacks is one stack."""
-    batch = W.movedim(in_dims[0], 0)
+    batch = W.movedim(dims[0], 0)
     found = subspace(batch.flatten(0, 1), r, niter)
     return tuple(part.unflatten(0, batch.shape[:2]) for part in found), (0, 0, 0)
 
 
 def iterate(W: torch.Tensor, P: torch.Tensor, r: int, steps: int, tf32: int = 0, qr: QR | None = None) -> Iterate:
-    """`steps` iterations from the span of P, the first `tf32` of them in that precision. By CholeskyQR2; matrices for
+    """`steps` iterations from an orthonormal P, the first `tf32` of them in that precision. By CholeskyQR2; matrices for
     which that is not accurate start again by Householder QR."""
     orth, begin = qr or cholesky_qr2, P
     host = "cpu" if P.shape[-1] <= SMALL else W.device
     with precision("ieee"):
-        P, _, error = orth(P)
         for step in range(steps):
-            last, mode = P, "tf32" if step < tf32 else "ieee"
+            last, final, mode = P, step == steps - 1, "tf32" if step < tf32 else "ieee"
             with precision(mode):
                 Y = W @ P
-            Q, _, left = orth(Y)
+            Q, _, left = orth(Y, final)
             with precision(mode):
                 Z = W.mT @ Q
-            P, R, right = orth(Z)
-            error = torch.stack([error, left, right]).amax(0)
-        R, overlap, sound = R.mT.to(host), (last.mT @ P).to(host), (error <= SOUND).to(host)
+            P, R, right = orth(Z, final)
+        R, overlap, sound = (part.to(host) for part in (R.mT, last.mT @ P, torch.maximum(left, right) <= SOUND))
         U, sigma, Vh = small_svd(R.where(sound[:, None, None], 0))
         inside = torch.linalg.vector_norm(overlap @ Vh[:, :r].mT, dim=1).amin(1)
         residual = (1 - inside.square()).clamp_min(0).sqrt() * sigma[:, -1] / sigma[:, 0]
@@ -99,17 +98,21 @@ def iterate(W: torch.Tensor, P: torch.Tensor, r: int, steps: int, tf32: int = 0,
     return found
 
 
-def cholesky_qr2(Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Y = Q R for Y [n, m, l], by products of matrices; ‖Qᵀ Q − I‖ [n] as it was between the two passes.
+def cholesky_qr2(Y: torch.Tensor, final: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Y = Q R for Y [n, m, l] by products of matrices, and how far Q [n, m, l] is from orthonormal after the first pass,
+    ‖Qᵀ Q − I‖ [n]. A second pass, where it is `final`, makes Q orthonormal to rounding; a basis to go on from is good
+    without, and counts as exact.
 
-    R comes from the Cholesky factor of the Gram matrix, in float64: in float32 Q is orthonormal to rounding for a
-    condition of Y up to about 1e6. Sources: Fukaya et al. 2014, "CholeskyQR2"; Yamazaki et al. 2015 (wider Gram matrix).
+    R [n, l, l] is the Cholesky factor of the Gram matrix in float64: with float32 factors that serves condition numbers
+    up to about 1e6. Sources: Fukaya et al. 2014, "CholeskyQR2"; Yamazaki et al. 2015 (a wider Gram matrix).
     """
-    Q, first = cholesky_qr(Y, gram(Y))
+    Q, R = cholesky_pass(Y, gram(Y))
+    if not final:
+        return Q, R, Y.new_zeros(len(Y), dtype=torch.float64)
     G = gram(Q)
     error = torch.linalg.matrix_norm(G - torch.eye(G.shape[-1], dtype=G.dtype, device=G.device))
-    Q, second = cholesky_qr(Q, G)
-    return Q, (second @ first).to(Y.dtype), error
+    Q, second = cholesky_pass(Q, G)
+    return Q, (second @ R).to(Y.dtype), error
 
 
 def gram(Y: torch.Tensor) -> torch.Tensor:
@@ -117,7 +120,7 @@ def gram(Y: torch.Tensor) -> torch.Tensor:
     return wide.mT @ wide
 
 
-def cholesky_qr(Y: torch.Tensor, G: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def cholesky_pass(Y: torch.Tensor, G: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Q = Y R⁻¹ and R in float64, where G = Yᵀ Y = Rᵀ R; NaN where G is not positive definite."""
     L, failed = torch.linalg.cholesky_ex(G)
     L = L.masked_fill(failed[:, None, None] != 0, torch.nan)
@@ -126,7 +129,7 @@ def cholesky_qr(Y: torch.Tensor, G: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return Y @ inverse.mT.to(Y.dtype), L.mT
 
 
-def householder_qr(Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def householder_qr(Y: torch.Tensor, final: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     Q, R = torch.linalg.qr(Y)
     return Q, R, Y.new_zeros(len(Y), dtype=torch.float64)
 
