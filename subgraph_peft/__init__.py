@@ -33,9 +33,9 @@ from .unflatten import unflatten
 __version__ = "0.1.0"
 
 __all__ = [
-    "Analysis", "AnalysisError", "CacheWarning", "CaptureError", "CaptureWarning", "CheckpointError", "ConfigError", "ExportError",
-    "FoldError", "Method", "MethodError", "Pipeline", "Program", "SelectorError", "Site", "SubgraphPeftError",
-    "Tensor", "TrainError", "TrainOptions", "TrainResult", "Wrapper", "analyze", "capture", "evaluate", "fold",
-    "frozen", "kaiming_uniform", "kernels", "load", "normal", "ones", "parameter_groups", "read", "rewrite", "sites",
-    "train", "trainable", "unflatten", "zeros",
+    "Analysis", "AnalysisError", "CacheWarning", "CaptureError", "CaptureWarning", "CheckpointError", "ConfigError",
+    "ExportError", "FoldError", "Method", "MethodError", "Pipeline", "Program", "SelectorError", "Site",
+    "SubgraphPeftError", "Tensor", "TrainError", "TrainOptions", "TrainResult", "Wrapper", "analyze", "capture",
+    "evaluate", "fold", "frozen", "kaiming_uniform", "kernels", "load", "normal", "ones", "parameter_groups", "read",
+    "rewrite", "sites", "train", "trainable", "unflatten", "zeros",
 ]  # fmt: skip

@@ -64,7 +64,7 @@ def grouped(jobs: Sequence[Job]) -> list[list[Job]]:
 
 
 def prepare_group(group: Sequence[Job], load: Load, device: torch.device) -> Iterator[tuple[Site, Values]]:
-    """(site, what `prepare` gives there) for jobs that are alike; at a stack of matrices, values have the stack in front.
+    """(site, what `prepare` gives there) for jobs that are alike; at a stack of matrices, values have it in front.
 
     load: the weight of a site, [out, in] or [stack, out, in]; those of one batch are in memory at a time
 

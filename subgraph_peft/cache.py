@@ -84,10 +84,10 @@ def checksum(values: Mapping[str, torch.Tensor]) -> str:
 
 
 def content_hash(W: torch.Tensor) -> tuple[int, int]:
-    """Two 64-bit hashes of the bits of W: Σ mix(wᵢ 2³² + i, seed) mod 2⁶⁴ over its 32-bit words wᵢ, mix as in splitmix64.
+    """Two 64-bit hashes of the bits of W: Σ mix(2³² wᵢ + i, seed) mod 2⁶⁴ over its 32-bit words wᵢ, mix of splitmix64.
 
     Computed on W's device, which waits once; equal on all. As far as mix behaves like a random function, some two of n
-    different weights have the same pair with a chance of n² / 2¹²⁹: for a million weights, 10⁻²⁷.
+    different weights share their pair with a chance of n² / 2¹²⁹: for a million weights, 10⁻²⁷.
     """
     words = W.detach().contiguous().reshape(-1).view(torch.int32)
     total = torch.zeros(len(SEEDS), dtype=torch.int64, device=W.device)

@@ -282,8 +282,8 @@ def option_error(cls: type[Method], error: ValidationError) -> MethodError:
 def initial(
     method: Method, site: Site, prepared: Mapping[str, torch.Tensor], generator: torch.Generator, meta: bool = False
 ) -> dict[str, tuple[Tensor, torch.Tensor]]:
-    """(declaration, starting value) of every tensor of a method on one site: those that are `prepared`, the others drawn.
-    At a stack of matrices every entry starts by itself, and both have the stack in front."""
+    """(declaration, starting value) of every tensor of a method on one site: those `prepared`, the others drawn. At a
+    stack of matrices every entry starts by itself, and both have the stack in front."""
     if site.stack:
         entries = [{name: value[i] for name, value in prepared.items()} for i in range(site.stack)]
         each = [initial(method, site.entry, own, generator, meta) for own in entries]

@@ -73,8 +73,8 @@ def _(info: object, dims: tuple[int, None, None], W: torch.Tensor, r: int, niter
 
 
 def iterate(W: torch.Tensor, P: torch.Tensor, r: int, steps: int, tf32: int = 0, qr: QR | None = None) -> Iterate:
-    """`steps` iterations from an orthonormal P, the first `tf32` of them in that precision. By CholeskyQR2; matrices for
-    which that is not accurate start again by Householder QR."""
+    """`steps` iterations from an orthonormal P, the first `tf32` of them in that precision. By CholeskyQR2; matrices
+    for which that is not accurate start again by Householder QR."""
     orth, begin = qr or cholesky_qr2, P
     host = "cpu" if P.shape[-1] <= SMALL else W.device
     with precision("ieee"):
@@ -99,7 +99,7 @@ def iterate(W: torch.Tensor, P: torch.Tensor, r: int, steps: int, tf32: int = 0,
 
 
 def cholesky_qr2(Y: torch.Tensor, final: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Y = Q R for Y [n, m, l] by products of matrices, and how far Q [n, m, l] is from orthonormal after the first pass,
+    """Y = Q R for Y [n, m, l] by products of matrices, and how far Q [n, m, l] is from orthonormal after one pass,
     ‖Qᵀ Q − I‖ [n]. A second pass, where it is `final`, makes Q orthonormal to rounding; a basis to go on from is good
     without, and counts as exact.
 

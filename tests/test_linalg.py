@@ -39,7 +39,7 @@ SPECTRA = {
 }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     dtype=st.sampled_from(DTYPES), rows=st.integers(24, 50), columns=st.integers(24, 50), r=st.integers(1, 12),
     niter=st.integers(0, 5), spectrum=st.sampled_from([*SPECTRA]), scale=st.sampled_from([1e-12, 1.0, 1e9]),
@@ -156,10 +156,14 @@ class Net(nn.Module):
         return x
 
 
-@pytest.fixture
-def program() -> sp.Program:
+def captured() -> sp.Program:
     torch.manual_seed(0)
     return sp.capture(Net().double(), torch.randn(2, 20, dtype=torch.float64))
+
+
+@pytest.fixture(scope="module")
+def program() -> sp.Program:
+    return captured()
 
 
 @pytest.fixture
@@ -197,6 +201,23 @@ def test_batched_starting_values_are_those_of_single_sites(program, method, monk
     for (name, one), (_, two) in zip(single.module.tensors(), together.module.tensors(), strict=True):
         assert torch.allclose(one, two, rtol=1e-9, atol=1e-12), name
         assert two.untyped_storage().nbytes() == two.nbytes
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("method", [PiSSA(r=8, niter=4), PiSSA(r=8)], ids=["fast", "exact"])
+def test_cuda_agrees_with_the_cpu(method, widths):
+    torch.manual_seed(0)
+    model, x = Net().float(), torch.randn(2, 20)
+    for layer in (*model.wide, *model.back):
+        layer.weight.data = matrix(tuple(layer.weight.shape), 0.5 ** torch.arange(20), 0, torch.float32)
+    host = sp.rewrite(sp.capture(model, x), method)
+    device = sp.rewrite(sp.capture(model.cuda(), x.cuda()), method)
+    assert widths == [5, 5]
+    there = dict(device.module.tensors())
+    for site in host.adapters[0].sites:
+        paths = host.adapters[0].paths(site)
+        one, two = (t[paths["B0"]].cpu() @ t[paths["A0"]].cpu() for t in (dict(host.module.tensors()), there))
+        assert torch.allclose(one, two, rtol=0, atol=1e-5)
 
 
 def test_a_fused_weight_is_batched_by_its_row_blocks(program, batching, widths):
@@ -309,7 +330,8 @@ def test_a_rerun_finds_its_decompositions(program, tmp_path, decompositions):
     assert len(decompositions) == 21
 
 
-def test_a_changed_weight_misses(program, tmp_path, decompositions):
+def test_a_changed_weight_misses(tmp_path, decompositions):
+    program = captured()
     sp.rewrite(program, PiSSA(r=3), cache=tmp_path)
     weight = program.module.get_parameter("back.2.weight")
     weight.data[3, 4] = torch.nextafter(weight.data[3, 4], torch.tensor(9.0, dtype=torch.float64))
@@ -347,7 +369,7 @@ def test_a_cache_that_cannot_be_written_is_an_error(program, tmp_path):
         sp.rewrite(program, PiSSA(r=3), cache=tmp_path / "file")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), dtype=st.sampled_from(DTYPES), data=st.data())
 def test_the_hash_sees_every_bit_and_every_place(rows, columns, dtype, data):
     W = torch.arange(rows * columns, dtype=dtype).reshape(rows, columns)

@@ -17,7 +17,8 @@ class PiSSA(Method):
     the smallest (`components`); A and B start there. Here σ is at least ε‖W‖, ε of float32: where W is rank-deficient,
     factors would be zero and never train. The residual W − s B₀A₀ is computed once, from W itself. α defaults to r,
     hence s = 1; `niter` power iterations of a fast SVD for the largest, more where they leave too large a residual (see
-    `subspace`), exact by default. A₀ and B₀ are kept: the update is the plain LoRA s (BA − B₀A₀) of rank 2r. Source: Meng et al. 2024, "PiSSA", Eq. 2 to 4, Appendix F.
+    `subspace`), exact by default. A₀ and B₀ are kept: the update is the plain LoRA s (BA − B₀A₀) of rank 2r.
+    Source: Meng et al. 2024, "PiSSA", Eq. 2 to 4, Appendix F.
     """
 
     name: ClassVar[str] = "pissa"
