@@ -1,5 +1,6 @@
 """`prepare` is the equation of one site; here it runs over all sites with equal shapes at once."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -81,11 +82,13 @@ def prepare_group(group: Sequence[Job], load: Load, device: torch.device) -> Ite
         values = batched(method, entries, W) if count >= len(W) > 1 else None
         if values is None:
             count, values = 1, one_by_one(method, entries, W)
+        del W
         for index, entry in enumerate(entries):
             check(method, entry, {name: value[index] for name, value in values.items()})
         for index, site in enumerate(sites):
             rows = slice(index * size, (index + 1) * size) if site.stack else index
             yield site, {name: value[rows] for name, value in values.items()}
+        del values
 
 
 def batch_size(site: Site, device: torch.device) -> int:
@@ -93,7 +96,7 @@ def batch_size(site: Site, device: torch.device) -> int:
     most = BATCH_BYTES.get(device.type, 0)
     if device.type == "cuda":
         most = min(most, torch.cuda.mem_get_info(device)[0] // SHARE)
-    numbers = max(1, site.out_features * site.in_features)
+    numbers = max(1, math.prod(site.shape) // (site.stack or 1))
     return max(1, most // (numbers * torch.promote_types(site.dtype, torch.float32).itemsize))
 
 

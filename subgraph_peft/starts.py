@@ -42,9 +42,8 @@ def first_values(
         keep(path, adapter.method, path, name, declared, value)
     if not meta:
         check_finite(finite)
-    own = [path for site in adapter.sites for name, path in adapter.paths(site).items() if name not in adapter.shared]
-    shared = [path for path in values if path not in set(own)]
-    return {path: values[path] for path in (*own, *shared)}
+    paths = [path for site in adapter.sites for name, path in adapter.paths(site).items() if name not in adapter.shared]
+    return {path: values[path] for path in dict.fromkeys([*paths, *values])}
 
 
 def prepared(program: Program, adapter: Adapter, home: Home, cache: Cache | None) -> Iterator[tuple[Site, Values]]:
@@ -63,13 +62,16 @@ def prepared(program: Program, adapter: Adapter, home: Home, cache: Cache | None
         if cache is None:
             yield from prepare_group(group, load, home.device)
             continue
-        keys = {job.site.name: cache.key(job.method, job.site, load(job.site)) for job in group}
-        found = {name: cache.read(key) for name, key in keys.items()}
-        yield from ((job.site, values) for job in group if (values := found[job.site.name]) is not None)
-        if missing := [job for job in group if found[job.site.name] is None]:
-            for site, values in prepare_group(missing, load, home.device):
-                cache.write(keys[site.name], values)
-                yield site, values
+        keys, missing = {}, []
+        for job in group:
+            keys[job.site.name] = cache.key(job.method, job.site, load(job.site))
+            if (values := cache.read(keys[job.site.name])) is None:
+                missing.append(job)
+            else:
+                yield job.site, values
+        for site, values in prepare_group(missing, load, home.device) if missing else ():
+            cache.write(keys[site.name], values)
+            yield site, values
 
 
 def check_finite(finite: Mapping[tuple[str, str, str], torch.Tensor]) -> None:
