@@ -1,4 +1,5 @@
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -119,14 +120,22 @@ def test_where_cholesky_fails_householder_takes_over_for_that_matrix_alone(steps
     assert off(U) <= 1e-5 and off(Vh.mT) <= 1e-5
 
 
-def test_a_stack_and_vmap_give_what_single_matrices_give(monkeypatch):
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    former = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(former)
+
+
+def test_a_stack_and_vmap_give_what_single_matrices_give(two_threads):
     W = torch.stack([matrix((60, 45), SPECTRA[name](45), i, torch.float32) for i, name in enumerate(SPECTRA)])
     single = [svd(each, 5, niter=3) for each in W]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for U, sigma, Vh in (svd(W, 5, niter=3), torch.func.vmap(lambda each: svd(each, 5, niter=3))(W)):
         for i, (u, s, vh) in enumerate(single):
             assert torch.allclose(s, sigma[i], rtol=0, atol=1e-5 * s[0])
             assert torch.allclose((u * s) @ vh, (U[i] * sigma[i]) @ Vh[i], rtol=0, atol=1e-4 * s[0])
+    assert torch.get_num_threads() == 2
     nested = torch.func.vmap(lambda each: svd(each, 5, niter=3)[1])(W[:6].unflatten(0, (2, 3)))
     assert torch.allclose(nested.flatten(0, 1), torch.stack([s for _, s, _ in single[:6]]), atol=1e-5)
 

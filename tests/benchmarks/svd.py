@@ -1,7 +1,7 @@
 """Decompositions that PiSSA starts from, beside the peft library's: seconds, and how far they are from the exact ones.
 
-    python -m tests.benchmarks.svd --device cuda --json results.json       less than two minutes on an H200
-    python -m tests.benchmarks.svd --tiny                                  a rehearsal in a minute
+    python -m tests.benchmarks.svd --device cuda --json results.json       on a GPU with 80 GB
+    python -m tests.benchmarks.svd --tiny                                  a rehearsal
 
 First, matrices one at a time: iterations × rank. Then the whole job: all seven linears of a Llama of 7 G parameters in
 bfloat16, r = 128 and 4 iterations, by `sp.rewrite` and by `peft.get_peft_model`, which take turns; numbers are medians.
