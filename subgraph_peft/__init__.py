@@ -6,6 +6,7 @@ from .capture import capture
 from .checkpoint import load
 from .errors import (
     AnalysisError,
+    CacheWarning,
     CaptureError,
     CaptureWarning,
     CheckpointError,
@@ -35,10 +36,9 @@ from .unflatten import unflatten
 __version__ = "0.1.0"
 
 __all__ = [
-    "Analysis", "AnalysisError", "CaptureError", "CaptureWarning", "CheckpointError", "ConfigError", "ExportError",
-    "FoldError", "Method", "MethodError", "Pipeline", "Program", "SelectorError", "Site", "SubgraphPeftError",
-    "Tensor", "TrainError", "TrainOptions", "TrainResult", "TrainStep", "TrainWarning", "Wrapper", "analyze",
-    "capture", "evaluate", "fold", "frozen", "kaiming_uniform", "kernels", "load", "normal", "ones", "optimise",
-    "parameter_groups", "read", "rewrite", "sites",
-    "train", "trainable", "unflatten", "zeros",
+    "Analysis", "AnalysisError", "CacheWarning", "CaptureError", "CaptureWarning", "CheckpointError", "ConfigError",
+    "ExportError", "FoldError", "Method", "MethodError", "Pipeline", "Program", "SelectorError", "Site",
+    "SubgraphPeftError", "Tensor", "TrainError", "TrainOptions", "TrainResult", "TrainStep", "TrainWarning", "Wrapper",
+    "analyze", "capture", "evaluate", "fold", "frozen", "kaiming_uniform", "kernels", "load", "normal", "ones",
+    "optimise", "parameter_groups", "read", "rewrite", "sites", "train", "trainable", "unflatten", "zeros",
 ]  # fmt: skip

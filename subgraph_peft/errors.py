@@ -52,6 +52,10 @@ class TrainWarning(UserWarning):
     """Training runs, but slower than was asked for."""
 
 
+class CacheWarning(UserWarning):
+    """A cached file is damaged, and what it held is computed again."""
+
+
 def nearest(name: str, known: Iterable[str], n: int = 3, cutoff: float = 0.0) -> list[str]:
     """The `n` known names most similar to `name`, best first."""
     return difflib.get_close_matches(name, list(known), n=n, cutoff=cutoff)

@@ -5,30 +5,28 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .errors import MethodError
 from .sites import Site
+from .subspace import OVERSAMPLING, subspace
 
 
 def svd(
     W: torch.Tensor, r: int | None = None, niter: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U [out, r], σ [r], Vh [r, in] of W ≈ U diag(σ) Vh, in float32 or wider.
+    """U [out, r], σ [r], Vh [r, in] of W ≈ U diag(σ) Vh, in float32 or wider; of every matrix of W [..., out, in].
 
-    niter: None for the exact decomposition; else randomised subspace iteration with that many power iterations and 8
-           columns of oversampling (Halko et al. 2011, Algorithm 4.4)
+    niter: None for the exact decomposition; else randomised subspace iteration with that many power iterations, and
+           more where its residual test asks for them: see `subspace`. Exact also where r + 8 ≥ min(out, in)
+
+    Under torch.func.vmap the batch is decomposed as one stack.
     """
     W = W.to(torch.promote_types(W.dtype, torch.float32))
-    k = min(W.shape)
+    k = min(W.shape[-2:])
     r = k if r is None else r
-    if niter is None or r == k:
+    if niter is None or r + OVERSAMPLING >= k:
         U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
-        return U[:, :r], sigma[:r], Vh[:r]
-    generator = torch.Generator(W.device).manual_seed(0)
-    Q = torch.randn(W.shape[1], min(r + 8, k), generator=generator, device=W.device, dtype=W.dtype)
-    for _ in range(niter):
-        Q = torch.linalg.qr(W @ Q).Q
-        Q = torch.linalg.qr(W.T @ Q).Q
-    Q = torch.linalg.qr(W @ Q).Q
-    U, sigma, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
-    return (Q @ U)[:, :r], sigma[:r], Vh[:r]
+        return U[..., :r], sigma[..., :r], Vh[..., :r, :]
+    stack = W.shape[:-2]
+    U, sigma, Vh = subspace(W.reshape(-1, *W.shape[-2:]), r, niter)
+    return tuple(part.reshape(*stack, *part.shape[1:]) for part in (U, sigma, Vh))
 
 
 def check_rank(method: str, site: Site, r: int) -> None:

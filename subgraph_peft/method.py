@@ -114,8 +114,14 @@ class Method(BaseModel):
         return {}
 
     def prepare(self, site: Site, W: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Starting values by tensor name, from the loaded weight W [out, in] (float32 or wider)."""
+        """Starting values by tensor name, from the loaded weight W [out, in] (float32 or wider).
+
+        Where it is ordinary torch without branches on values, it runs once for many sites, under torch.func.vmap.
+        """
         return {}
+
+    def check_start(self, site: Site, values: Mapping[str, torch.Tensor]) -> None:
+        """Raises MethodError where no training can start from what `prepare` gave at a site."""
 
     @property
     def reads_weight(self) -> bool:
@@ -274,17 +280,15 @@ def option_error(cls: type[Method], error: ValidationError) -> MethodError:
 
 
 def initial(
-    method: Method, site: Site, W: torch.Tensor | None, generator: torch.Generator, meta: bool = False
+    method: Method, site: Site, prepared: Mapping[str, torch.Tensor], generator: torch.Generator, meta: bool = False
 ) -> dict[str, tuple[Tensor, torch.Tensor]]:
-    """(declaration, starting value) of every tensor of a method on one site. W is the matrix in float32 or wider, or
-    None where the method does not read it. At a stack of matrices, W [stack, out, in], every entry starts by itself and
-    the values are stacked."""
+    """(declaration, starting value) of every tensor of a method on one site: those `prepared`, the others drawn. At a
+    stack of matrices every entry starts by itself, and both have the stack in front."""
     if site.stack:
-        entries = [None] * site.stack if W is None else W
-        each = [initial(method, site.entry, entry, generator, meta) for entry in entries]
+        entries = [{name: value[i] for name, value in prepared.items()} for i in range(site.stack)]
+        each = [initial(method, site.entry, own, generator, meta) for own in entries]
         return {name: (tensor, torch.stack([own[name][1] for own in each])) for name, (tensor, _) in each[0].items()}
     declared = method.tensors(site)
-    prepared = {} if W is None or meta else method.prepare(site, W)
     if unknown := set(prepared) - set(declared):
         raise MethodError(
             f"{method.name}.prepare gives {', '.join(sorted(unknown))}, which tensors() does not declare."
@@ -299,7 +303,7 @@ def starting(
     method: Method, where: str, name: str, tensor: Tensor, value: torch.Tensor | None, generator: torch.Generator,
     meta: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """The starting value of one tensor, drawn where `value` is None, and checked."""
+    """The starting value of one tensor, drawn where `value` is None, with its shape checked."""
     if meta:
         return torch.empty(tensor.shape, device="meta")
     value = tensor.init(tensor.shape, generator) if value is None else value
@@ -308,6 +312,4 @@ def starting(
             f"{method.name} at {where}: tensor {name!r} is declared {list(tensor.shape)}, "
             f"its value is {list(value.shape)}."
         )
-    if not torch.isfinite(value).all():
-        raise MethodError(f"{method.name} at {where}: the starting value of {name!r} is not finite.")
     return value

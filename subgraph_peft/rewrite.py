@@ -1,8 +1,8 @@
 """Rewrite a program by a method: choose sites, make tensors, generate the training graph from the captured one."""
 
+import os
 import warnings
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -11,19 +11,18 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from . import selectors
-from .adapter import PARTS, Adapter, Target, identifier, targets
+from .adapter import PARTS, Adapter, identifier
 from .at_rows import RowBlocks
 from .budget import choose
-from .entry import rows
 from .errors import CaptureWarning, MethodError, SelectorError, nearest
 from .generate import base_of, generate, rebuild
 from .graphs import aten, cone, flat_outputs
-from .method import Method, Tensor, initial, starting
-from .module import Home
+from .method import Method
 from .places import candidates, unusable, what
 from .program import Program
 from .selectors import Where, describe, select
-from .sites import PLACES, VECTORS, Site
+from .sites import Site
+from .starts import first_values
 from .variants import Patterns, variants
 
 Tied = Literal["refuse", "untie"]
@@ -43,6 +42,7 @@ def rewrite(
     budget: str | float | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
+    cache: str | os.PathLike | None = None,
 ) -> Program:
     """φ(W) at every site that `where` selects. Returns a new Program; `program` stays as it is.
 
@@ -55,6 +55,8 @@ def rewrite(
                 a method without one, the sites
     dtype:      of the adapter's tensors; float32 by default, float64 in a float64 model
     seed:       of the starting values; every site draws from a generator of its own
+    cache:      folder in which to keep what a method computes from the weights (decompositions), by their content, and
+                to find it again: see `Cache`
 
     Raises SelectorError, MethodError.
     """
@@ -105,7 +107,7 @@ def rewrite(
             f"{sorted(clash)[0]} has an adapter already and cannot be trained in full beside it; "
             "leave it out of `trainable`."
         )
-    added = first_values(program, adapter, captured.module.home, dtype, seed)
+    added = first_values(program, adapter, captured.module.home, dtype, seed, cache)
     kept = {n: p.detach().clone() for n, p in program.parameters(trainable=True)}
     kept |= {
         path: tensors[path].detach().clone()
@@ -152,35 +154,6 @@ def at_blocks(method: Method, site: Site, only: Sequence[str]) -> Method:
     """The method at some row blocks of a fused weight."""
     names, sizes = zip(*((name, stop - start) for name, start, stop in site.blocks), strict=True)
     return RowBlocks(of=method, only=tuple(only), names=names, sizes=sizes)
-
-
-@torch.no_grad()
-def first_values(
-    program: Program, adapter: Adapter, home: Home, dtype: torch.dtype, seed: int
-) -> dict[str, nn.Parameter]:
-    """Starting values of an adapter's tensors by qualified name, from the weights under the adapters there already."""
-    tensors = dict(program.module.tensors())
-    values: dict[str, nn.Parameter] = {}
-    meta = home.device.type == "meta"
-
-    def keep(path: str, declared: Tensor, value: torch.Tensor) -> None:
-        value = value.detach().to(device=home.device, dtype=dtype, copy=True).contiguous()
-        values[path] = nn.Parameter(value, requires_grad=declared.trainable)
-
-    for site in adapter.sites:
-        method = adapter.at(site)
-        W = current_weight(program, site, tensors) if method.reads_weight else None
-        for name, (declared, value) in initial(method, site, W, draws(seed, site.name), meta).items():
-            keep(adapter.path(site, name), declared, value)
-    for name, declared in adapter.shared.items():
-        path, generator = adapter.path(adapter.sites[0], name), draws(seed, f"{adapter.name} {name}")
-        keep(path, declared, starting(adapter.method, path, name, declared, None, generator, meta))
-    return values
-
-
-def draws(seed: int, name: str) -> torch.Generator:
-    """A generator of its own for every site, so that starting values do not hang on the order of sites."""
-    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
 
 
 def check_arguments(program: Program, method: Method) -> None:
@@ -273,15 +246,3 @@ def named_parameters(program: Program, wanted: str | Sequence[str]) -> set[str]:
 def ancestors(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
-
-
-def current_weight(program: Program, site: Site, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The matrix φ(W) under the adapters that are there already, float32 or wider; the vector of a vector site. A place
-    has none and gets an empty matrix."""
-    if site.kind in PLACES:
-        home = program.module.home
-        return torch.empty(0, 0, device=home.device, dtype=torch.promote_types(torch.float32, home.dtype))
-    part = "bias" if site.kind in VECTORS else "weight"
-    there = [target for target in targets(program.adapters) if (target.part, target.name) == (part, site.name)]
-    current = (there[0] if there else Target(part, site.name, site, ())).evaluate(tensors)
-    return current if site.kind != "sequence" else rows(program, site, current.T).T

@@ -61,6 +61,7 @@ class Rewrite(Pass):
     tied: Literal["refuse", "untie"] = "refuse"
     patterns: dict[str, dict[str, Any]] | None = None
     budget: str | float | None = Field(None, description='of trained numbers: "0.02%", a share below 1 or a count')
+    cache: str | None = Field(None, description="folder for decompositions of weights, to be found again by a rerun")
 
     def requires(self, state: State) -> None:
         if state.program is None:
@@ -70,6 +71,7 @@ class Rewrite(Pass):
         program = rewrite(
             state.program, self.method, self.where, exclude=self.exclude, kinds=self.kinds, name=self.as_,
             trainable=self.trainable, tied=self.tied, patterns=self.patterns, budget=self.budget, seed=state.seed,
+            cache=None if self.cache is None else state.resolve(self.cache),
         )  # fmt: skip
         adapter = program.adapters[-1]
         trainable, everything = program.counts()

@@ -43,9 +43,11 @@ def seed() -> None:
 
 
 def started(method: sp.Method, W: torch.Tensor) -> dict[str, torch.Tensor]:
+    from subgraph_peft.batches import Job, prepare_group
     from subgraph_peft.method import initial
 
-    values = initial(method, SITE, W, torch.Generator().manual_seed(0))
+    _, prepared = next(prepare_group([Job(method, SITE)], lambda site: W, W.device))
+    values = initial(method, SITE, prepared, torch.Generator().manual_seed(0))
     return {name: value.double().clone() for name, (_, value) in values.items()}
 
 
@@ -93,7 +95,7 @@ def test_a_rank_deficient_weight_leaves_no_factor_dead(method):
     least = math.sqrt(torch.finfo(torch.float32).eps)
     assert start["A"].grad.norm(dim=1).min() > least and start["B"].grad.norm(dim=0).min() > least
     with pytest.raises(sp.MethodError, match=f"{method.name} at w: W is zero"):
-        method.prepare(SITE, torch.zeros(OUT, IN))
+        started(method, torch.zeros(OUT, IN))
 
 
 # SAM-PARSER, SVDiff, Spectral Adapter

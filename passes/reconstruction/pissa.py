@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,8 +16,9 @@ class PiSSA(Method):
     A₀ = diag(√(σ/s)) Vh [r, in] and B₀ = U diag(√(σ/s)) [out, r] from r singular triplets: the largest, the middle or
     the smallest (`components`); A and B start there. Here σ is at least ε‖W‖, ε of float32: where W is rank-deficient,
     factors would be zero and never train. The residual W − s B₀A₀ is computed once, from W itself. α defaults to r,
-    hence s = 1; `niter` power iterations of a fast SVD for the largest, exact by default. A₀ and B₀ are kept: the
-    update is the plain LoRA s (BA − B₀A₀) of rank 2r. Source: Meng et al. 2024, "PiSSA", Eq. 2 to 4, Appendix F.
+    hence s = 1; `niter` power iterations of a fast SVD for the largest, more where they leave too large a residual (see
+    `subspace`), exact by default. A₀ and B₀ are kept: the update is the plain LoRA s (BA − B₀A₀) of rank 2r.
+    Source: Meng et al. 2024, "PiSSA", Eq. 2 to 4, Appendix F.
     """
 
     name: ClassVar[str] = "pissa"
@@ -50,11 +52,13 @@ class PiSSA(Method):
         U, sigma, Vh = svd(W, first + self.r, self.niter)
         U, sigma, Vh = U[:, first:], sigma[first:], Vh[first:]
         floor = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(W)
-        if not floor:
-            raise MethodError(f"{self.name} at {site.name}: W is zero, and factors that start at zero never train.")
         q = (sigma.clamp_min(floor) / self.s).sqrt()
         A, B = q[:, None] * Vh, U * q
         return {"A": A, "B": B, "A0": A, "B0": B}
+
+    def check_start(self, site: Site, values: Mapping[str, torch.Tensor]) -> None:
+        if not values["A0"].any():
+            raise MethodError(f"{self.name} at {site.name}: W is zero, and factors that start at zero never train.")
 
     def weight(
         self, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, A0: torch.Tensor, B0: torch.Tensor
