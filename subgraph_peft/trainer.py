@@ -1,6 +1,7 @@
 """transformers.Trainer over a Program: exact resumption, exact accumulation over batches and processes, its own
 evaluation, no chatter."""
 
+import logging
 import math
 import signal
 import sys
@@ -108,9 +109,9 @@ class ProgramTrainer(Trainer):
         Trainer divides by the number of batches and gradients are averaged over processes: hence their product.
         """
         batches = list(islice(epoch_iterator, num_batches))
-        if self.args.gradient_accumulation_steps * processes.world() == 1 or not batches:
-            return batches, None
         counts = [self.weight(batch) for batch in batches]
+        if self.args.gradient_accumulation_steps * processes.world() == 1 and all(counts) or not batches:
+            return batches, None
         if self.order.idle(self.state.global_step):
             counts[-1] = 0
         held = torch.tensor(counts, dtype=torch.float64, pin_memory=self.args.dataloader_pin_memory)
@@ -123,7 +124,8 @@ class ProgramTrainer(Trainer):
 
     def weight(self, batch: Mapping[str, Any]) -> int:
         """What the loss of a batch is a mean over: labels, or examples where it has none."""
-        return scored(batch["labels"], self.shifted).numel() if "labels" in batch else examples(batch)
+        labels = batch.get("labels")
+        return scored(labels, self.shifted).numel() if isinstance(labels, torch.Tensor) else examples(batch)
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -311,10 +313,13 @@ def examples(batch: Mapping[str, Any]) -> int:
 def run_trainer(trainer: ProgramTrainer, folder: Path | None, progress: bool | None) -> None:
     """Train to the end; on an interrupt save, if the last step is whole, and raise."""
     record, bar = trainer.record, None
+    library = logging.getLogger("transformers.trainer_utils")  # warns of a batch size that may be another one
+    level = library.level
     if progress or (progress is None and sys.stderr.isatty()):
         bar = Bar(trainer.args.max_steps, resume.step_of(folder) if folder else 0)
         trainer.add_callback(bar)
     try:
+        library.setLevel(logging.ERROR)
         with signals(record):
             if folder and resume.step_of(folder) >= trainer.args.max_steps:
                 trainer.finished(folder)
@@ -331,5 +336,6 @@ def run_trainer(trainer: ProgramTrainer, folder: Path | None, progress: bool | N
         where = f"the checkpoint {kept} resumes it" if kept else "nothing had been saved"
         raise KeyboardInterrupt(f"Training was interrupted after step {step}; {where}.") from None
     finally:
+        library.setLevel(level)
         if bar is not None:
             bar.bar.close()
