@@ -14,7 +14,7 @@ from torch import fx
 from .errors import TrainError
 from .graphs import argument, schema, viewed, written
 from .module import GraphModel
-from .processes import world
+from .processes import host, world
 from .program import Program
 
 SAMPLED = 256
@@ -44,6 +44,7 @@ def start(program: Program) -> None:
             )
     for tensors in by_kind(given.values()).values():
         flat = torch.cat([tensor.flatten() for tensor in tensors])
+        flat = flat if flat.is_cuda else flat.to(host())
         dist.broadcast(flat, 0)
         spread(flat, tensors)
 

@@ -52,7 +52,7 @@ def join() -> bool:
 
 
 def host() -> torch.device:
-    """Where numbers that Python reads are reduced: the CPU, so that no GPU is waited for, if the group can do that."""
+    """Where what is on no GPU is exchanged: the CPU, so that no GPU is waited for, if the group can do that."""
     return torch.device("cpu" if "cpu:" in dist.get_backend_config() else "cuda")
 
 

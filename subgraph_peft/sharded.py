@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from .errors import ConfigError, SelectorError
 from .module import GraphModel, container
@@ -93,7 +94,7 @@ def put(view: GraphModel, name: str, tensor: torch.Tensor) -> None:
 
 
 def held_bytes(module: nn.Module) -> int:
-    """Bytes of the frozen parameters that this process holds, shards counted as such."""
-    frozen = (parameter for parameter in module.parameters() if not parameter.requires_grad)
-    local = (getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in frozen)
+    """Bytes that this process holds of what does not train, shards counted as such."""
+    frozen = (tensor for tensor in (*module.parameters(), *module.buffers()) if not tensor.requires_grad)
+    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in frozen)
     return sum(tensor.numel() * tensor.element_size() for tensor in local)

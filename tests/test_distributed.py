@@ -238,7 +238,8 @@ def test_a_sharded_base_takes_the_same_steps_in_half_the_memory(two, job):
         expected = alone(name, two[0]["folder"])
     for found in two:
         alike(found[job], expected)
-        assert 0.5 * expected["bytes"] <= found[job]["bytes"] <= (0.9 if name == "pissa" else 0.55) * expected["bytes"]
+        share = found[job]["bytes"] / expected["bytes"]
+        assert share == pytest.approx(0.5, abs=0.01)
 
 
 def test_a_checkpoint_resumes_on_another_number_of_processes(two):
@@ -314,7 +315,7 @@ def pipeline(folder: Path, *changes: tuple[str, str]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("shard", ["false", "true"])
+@pytest.mark.parametrize("shard", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_the_whole_pipeline_writes_one_set_of_files(tmp_path, shard):
     path = pipeline(tmp_path, ("batch_size: 4", f"batch_size: 4\n      shard: {shard}"))
     done = launch("-m", "subgraph_peft.cli", "run", str(path))
@@ -333,11 +334,11 @@ def test_the_whole_pipeline_writes_one_set_of_files(tmp_path, shard):
 
 def fails_in_the_second():
     if processes.rank():
-        raise ValueError("no such model")
+        raise ConfigError("This process has no model.")
     return bert()[0]
 
 
-@pytest.mark.parametrize("where", ["model", "everywhere"])
+@pytest.mark.parametrize("where", ["model", pytest.param("everywhere", marks=pytest.mark.slow)])
 def test_an_error_ends_all_and_is_told_once(tmp_path, where):
     if where == "model":
         path = pipeline(tmp_path, ("tests.test_cli:tiny", "tests.test_distributed:fails_in_the_second"))
@@ -346,7 +347,7 @@ def test_an_error_ends_all_and_is_told_once(tmp_path, where):
     done = launch("-m", "subgraph_peft.cli", "run", str(path))
     text = done.stdout + done.stderr
     assert done.returncode == 1
-    assert text.count("no such model" if where == "model" else "matches none of") == 1, text
+    assert text.count("This process has no model." if where == "model" else "matches none of") == 1, text
     assert not (tmp_path / "out/adapter").exists()
 
 
