@@ -57,6 +57,7 @@ class ProgramTrainer(Trainer):
     ):
         self.program, self.options, self.metrics, self.record, self.run = program, options, metrics, record, run
         self.shifted, self.penalised = shifts_labels(program), has_penalty(program)
+        self.trained = [parameter for _, parameter in program.parameters(trainable=True)]
         self.statistics = distributed.statistics(module)
         train, held_out = data
         lengths = [len(train[i]["input_ids"]) for i in range(len(train))] if options.group_by_length else None
@@ -148,7 +149,7 @@ class ProgramTrainer(Trainer):
 
     def reduce_gradients(self) -> None:
         """After the last backward pass of a step, before its gradients are clipped."""
-        distributed.average_gradients([parameter for _, parameter in self.program.parameters(trainable=True)])
+        distributed.average_gradients(self.trained)
         distributed.average_statistics(self.model, self.statistics)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
@@ -156,8 +157,9 @@ class ProgramTrainer(Trainer):
             return {}
         with self.record.apart():
             values = evaluate(
-                replace(self.program, module=self.model), self.eval_dataset, metrics=self.metrics, batch_size=self.args.eval_batch_size,
-                collate=self.data_collator, each=self.record.check_signal if processes.world() == 1 else None,
+                replace(self.program, module=self.model), self.eval_dataset, metrics=self.metrics,
+                batch_size=self.args.eval_batch_size, collate=self.data_collator,
+                each=self.record.check_signal if processes.world() == 1 else None,
             )  # fmt: skip
         self.record.evaluations.append((self.state.global_step, values))
         named = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
