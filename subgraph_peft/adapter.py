@@ -113,7 +113,7 @@ class Target:
         value = stored.to(torch.promote_types(dtype, stored.dtype))
         value = self.site.matrix(value) if self.part == "weight" else value
         for adapter, site in self.chain:
-            given = {name: tensors[path].detach().to(value.dtype) for name, path in adapter.paths(site).items()}
+            given = {name: tensors[path].detach().to(value) for name, path in adapter.paths(site).items()}
             value = adapter.evaluate(site, self.part, value, given)
         return value
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from . import __version__
 from .errors import SubgraphPeftError
+from .processes import processes
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,6 +57,14 @@ def refusals() -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """One of the processes of torchrun or accelerate launch, of which the first prints."""
+    with refusals(), processes() as speaks:
+        out.quiet = not speaks
+        yield
+
+
 def announce(text: str) -> None:
     out.print(escape(text), highlight=False, soft_wrap=True)
 
@@ -83,10 +92,13 @@ def until(config, last: str):
 
 @app.command()
 def run(pipeline: Config, set_: Set = [], output: Output = None) -> None:  # noqa: B006
-    """Run a whole pipeline: capture, rewrite, train, fold, export; writes a folder with a report."""
+    """Run a whole pipeline: capture, rewrite, train, fold, export; writes a folder with a report.
+
+    On several GPUs: torchrun --nproc_per_node=GPUS -m subgraph_peft.cli run PIPELINE
+    """
     from .run import run as run_
 
-    with refusals():
+    with together():
         config = configured(pipeline, set_, output)
         run_(config, announce)
         out.print(f"\nReport: {config.output}/report.md")
@@ -94,10 +106,10 @@ def run(pipeline: Config, set_: Set = [], output: Output = None) -> None:  # noq
 
 @app.command()
 def train(pipeline: Config, set_: Set = [], output: Output = None) -> None:  # noqa: B006
-    """Run a pipeline up to its training; the adapter is saved."""
+    """Run a pipeline up to its training; the adapter is saved. Under torchrun too."""
     from .run import run as run_
 
-    with refusals():
+    with together():
         config = until(configured(pipeline, set_, output), "train")
         run_(config, announce)
         out.print(f"\nAdapter: {config.output}/adapter")
@@ -368,3 +380,7 @@ def print_rows(title: str, rows: list[tuple[str, str]]) -> None:
 
 def main() -> None:
     app()
+
+
+if __name__ == "__main__":
+    main()

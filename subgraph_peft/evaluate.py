@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from .data import IGNORED, Padding
 from .errors import TrainError, suggestion
+from .processes import rank, world
 from .program import Program
 
 NAMED = ("accuracy", "mse", "pearson", "spearman", "perplexity")
@@ -37,22 +39,27 @@ def evaluate(
     process takes a share of the examples, and all get the result.
     """
     program.need_values("evaluate", TrainError)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share = Subset(data, range(rank, len(data), world))
-    loader = DataLoader(share, batch_size, collate_fn=collate or Padding())
+    own = range(rank(), len(data), world())
+    batches = [list(own[at : at + batch_size]) for at in range(0, len(own), batch_size)]
+    counted, rounds = len(batches), math.ceil(math.ceil(len(data) / world()) / batch_size)
+    if isinstance(program.module, FSDPModule):  # which computes in all processes at once
+        batches += [[0]] * (rounds - counted)
+    loader = DataLoader(data, batch_sampler=batches, collate_fn=collate or Padding())
     module, training = program.module, program.module.training
     tally = Tally(metrics, shifts_labels(program))
     try:
         module.eval()
         with torch.no_grad():
-            for batch in loader:
+            for index, batch in enumerate(loader):
                 batch = pytree.tree_map_only(torch.Tensor, lambda t: t.to(module.home.device), dict(batch))
-                tally.add(*loss_and_logits(module(**batch)), batch.get("labels"))
+                outputs = loss_and_logits(module(**batch))
+                if index < counted:
+                    tally.add(*outputs, batch.get("labels"))
                 if each is not None:
                     each()
     finally:
         module.train(training)
-    return tally.gathered(world).result()
+    return tally.gathered().result()
 
 
 def shifts_labels(program: Program) -> bool:
@@ -111,13 +118,15 @@ class Tally:
     def names(self) -> Sequence[str]:
         return [self.metrics] if isinstance(self.metrics, str) else () if callable(self.metrics) else self.metrics
 
-    def gathered(self, world: int) -> "Tally":
+    def gathered(self) -> "Tally":
         """This tally and those of the other processes as one."""
-        if world == 1:
+        if world() == 1:
             return self
-        tallies: list[Any] = [None] * world
-        dist.all_gather_object(tallies, (self.labels, self.correct, self.losses, self.pairs))
-        labels, correct, losses, pairs = zip(*tallies, strict=True)
+        tallies: list[Any] = [None] * world()
+        names = None if callable(self.metrics) else self.metrics
+        dist.all_gather_object(tallies, (names, self.labels, self.correct, self.losses, self.pairs))
+        named, labels, correct, losses, pairs = zip(*tallies, strict=True)
+        self.metrics = self.metrics or next(filter(None, named), ())  # a process without examples knows none
         self.labels, self.correct = sum(labels), sum(correct)
         self.losses, self.pairs = [x for part in losses for x in part], [x for part in pairs for x in part]
         return self

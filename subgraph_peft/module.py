@@ -164,6 +164,18 @@ class GraphModel(Checkpointed, nn.Module):
         for first, *others in ties.values():
             for other in others:
                 attach(self, other, self.get_parameter(first))
+        self.follow(moves)
+        if lost and self.home.device.type != "meta":
+            warnings.warn(
+                f"{type(self).__name__} left the meta device, where tensors have no values, and its state dict does "
+                f"not hold {', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}. Set them from a loaded model.",
+                CaptureWarning,
+                stacklevel=4,
+            )
+        return self
+
+    def follow(self, moves: Moves) -> None:
+        """Let the literals of the graphs follow tensors that have moved."""
         self.home = Home(*(moves[literal] for literal in self.home))
         if moves := {literal: moved for literal, moved in moves.items() if moved != literal}:
             for graph in self.graphs():
@@ -174,14 +186,6 @@ class GraphModel(Checkpointed, nn.Module):
             self.make_runners()
             if self.recompute and self.home.device.type != "meta" and any(isinstance(m, torch.dtype) for m in moves):
                 self.recompute(self)
-        if lost and self.home.device.type != "meta":
-            warnings.warn(
-                f"{type(self).__name__} left the meta device, where tensors have no values, and its state dict does "
-                f"not hold {', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}. Set them from a loaded model.",
-                CaptureWarning,
-                stacklevel=4,
-            )
-        return self
 
     def moves(self, fn: Any) -> Moves:
         """What `fn` makes of every device, and of every floating-point dtype, that the module holds."""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from . import resume
+from . import processes, resume
 from .errors import TrainError
 
 if TYPE_CHECKING:
@@ -58,11 +58,8 @@ class Record(TrainerCallback):
             self.aside += time.perf_counter() - start
 
     def check_signal(self) -> None:
-        """Stop if a signal came; under torch.distributed all processes stop at the same step."""
-        if dist.is_initialized():
-            asked = torch.tensor(self.signal or 0, device=self.trainer.args.device)
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-            self.signal = int(asked) or None
+        """Stop if a signal came; all processes stop at the same step."""
+        self.signal = processes.agreed(self.signal or 0) or None
         if self.signal is not None:
             raise KeyboardInterrupt
 
@@ -80,6 +77,7 @@ class Record(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step, last = state.global_step, state.global_step >= state.max_steps
+        self.examples += self.trainer.order.size(step - 1)
         self.pending.append((step, torch.stack(self.current).sum()))
         self.current.clear()
         self.random, self.whole = resume.random_state(), True
@@ -94,9 +92,9 @@ class Record(TrainerCallback):
         if not self.pending:
             return
         values = torch.stack([loss for _, loss in self.pending])
-        if dist.is_initialized():
+        if processes.world() > 1:
             dist.all_reduce(values)
-            values /= dist.get_world_size()
+            values /= processes.world()
         read = [(step, value) for (step, _), value in zip(self.pending, values.tolist(), strict=True)]
         self.pending.clear()
         for step, value in read:

@@ -12,18 +12,21 @@ from .data import load_data
 from .errors import ConfigError
 from .files import write_text
 from .pipeline import Result, State
+from .processes import on_first
 from .report import write_report
 from .sources import load_model, load_tokenizer
+from .steps import Train
 
 Announce = Callable[[str], None]
 
 
 def prepare(config: PipelineConfig, output: Path, announce: Announce) -> State:
-    """Data, tokenizer and model."""
+    """Data, tokenizer and model, which stays on the CPU where training is to shard it."""
     tokenizer = load_tokenizer(config.model)
     data = load_data(config.data, tokenizer, config.model.task) if config.data is not None else None
     loaded = load_model(config.model, data.labels if data is not None else ())
-    model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    shard = any(item.shard for item in config.pipeline().passes if isinstance(item, Train))
+    model = loaded.model.to("cuda" if torch.cuda.is_available() and not shard else "cpu")
     sizes = f", {len(data.train):,} examples to train" if data is not None else ""
     sizes += f", {len(data.eval):,} held out" if data is not None and data.eval is not None else ""
     announce(f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters{sizes}")
@@ -46,7 +49,7 @@ def spelled(config: PipelineConfig) -> str:
 def run_pipeline(config: PipelineConfig, state: State, announce: Announce) -> list[Result]:
     """The results of every pass, in order. A folder that cannot be written to stops the run before it starts."""
     folder = Path(config.output)
-    write_text(folder / "config.yaml", spelled(config), ConfigError)
+    on_first(lambda: write_text(folder / "config.yaml", spelled(config), ConfigError))
     results = []
     for result in config.pipeline().run(replace(state, folder=folder, seed=config.seed)):
         announce(f"{result.pass_.spelled()}  {result.summary}  ({result.seconds:.1f} s)")
@@ -58,5 +61,5 @@ def run(config: PipelineConfig, announce: Announce) -> list[Result]:
     """Everything that `subgraph-peft run` does. The folder then holds config.yaml, adapter/, merged/, model.onnx,
     report.json, report.md, loss.png and graph.diff, as far as the passes made them."""
     results = run_pipeline(config, prepare(config, Path(config.output), announce), announce)
-    write_report(results, Path(config.output))
+    on_first(lambda: write_report(results, Path(config.output)))
     return results

@@ -126,7 +126,8 @@ def site_steps(program: Program, adapter: Adapter, layer: Method) -> list[SiteSt
             target = next(t for t in targets(earlier) if t.part in ("weight", "bias") and t.name == site.name)
             rest = tuple((a, s) for a, s in target.chain if a is not adapter)
             found = type(target)(target.part, target.name, target.site, rest).evaluate(dict(program.module.tensors()))
-            return reduce(lambda matrix, rows: matrix[rows], parts, found)
+            own = program.module.get_parameter(next(iter(adapter.paths(site).values())))
+            return reduce(lambda matrix, rows: matrix[rows], parts, found).to(own.device)  # a sharded base is elsewhere
 
         return weight
 

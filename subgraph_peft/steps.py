@@ -17,6 +17,7 @@ from .evaluate import evaluate
 from .fold import fold
 from .method import Method
 from .pipeline import Pass, State
+from .processes import on_first
 from .rewrite import rewrite
 from .tables import difference_text
 from .train import TrainOptions, train
@@ -142,7 +143,7 @@ class Train(Pass, TrainOptions):
             options=options,
             collate=data.collate,
         )
-        state.program.save(state.folder / "adapter")
+        on_first(lambda: state.program.save(state.folder / "adapter"))
         summary = f"{result.steps} steps in {result.seconds:.1f} s"
         if result.evaluations:
             before, after = result.evaluations[0][1], result.evaluations[-1][1]
@@ -195,9 +196,13 @@ class Export(Pass):
         from .export import to_onnx
         from .merged import save_merged
 
-        report = to_onnx(state.program, state.resolve(self.file), outputs=self.outputs, opset=self.opset)
-        if self.weights and state.folder is not None and not state.program.adapters:
-            save_merged(state.program, state.model, state.tokenizer, state.folder / "merged")
+        def write() -> Any:
+            report = to_onnx(state.program, state.resolve(self.file), outputs=self.outputs, opset=self.opset)
+            if self.weights and state.folder is not None and not state.program.adapters:
+                save_merged(state.program, state.model, state.tokenizer, state.folder / "merged")
+            return report
+
+        report = on_first(write)
         drift = max((d.absolute for d in report.drift.values()), default=0.0)
         size = f"{report.nodes} nodes, {report.bytes / 2**20:.1f} MiB"
         summary = f"{report.path}: {size}, drift {drift:.1e} on {report.provider}"

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch.utils.data import Dataset
 
-from . import resume
+from . import processes, resume
 from .errors import ConfigError, TrainError
 from .evaluate import Metrics, evaluate
 from .program import Program
@@ -30,6 +31,8 @@ class TrainOptions(BaseModel):
     eval_every, save_every: steps, "epoch", or None; the start (evaluation only) and the end always count
     resume:         "auto" goes on from the newest checkpoint in the output folder; False removes those and starts anew
     device:         "auto" is CUDA where there is one
+    shard:          every process holds a share of the frozen weights on its device (FSDP2), which layers gather when
+                    they compute; a program on the CPU stays there. Needs a launcher
     report:         where Trainer logs to beside the result
     """
 
@@ -54,6 +57,7 @@ class TrainOptions(BaseModel):
     keep_checkpoints: PositiveInt = 2
     resume: Literal["auto", False] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    shard: bool = False
     report: Literal["none", "tensorboard"] = "none"
 
     def warmup_steps(self, steps: int) -> int:
@@ -113,22 +117,30 @@ def train(
     or SystemExit(143) is raised. Calling `train` again goes on from there, to the same weights and losses bit for bit
     on the same machine, provided that `collate` draws no random numbers. A second interrupt stops without saving.
 
-    Raises TrainError if there is nothing to train or the loss is not finite, CheckpointError if the output folder holds
-    checkpoints of another run, ConfigError for a device or a library that is not there.
+    Under torchrun or accelerate launch, every process calls this with the same arguments and trains on its GPU. A step
+    is that of one process with as many examples: the loss is the mean over all labels, and gradients are averaged once,
+    before they are clipped. (Batch norm takes the statistics of a process's own batch; running ones are averaged.) A
+    checkpoint resumes on any number of processes with the same number of examples per step: batch_size ·
+    gradient_accumulation · processes. Divided as before, it goes on bit for bit; otherwise to rounding, and with other
+    random numbers in processes that are new.
+
+    Raises TrainError if there is nothing to train, the loss is not finite or processes differ, CheckpointError if the
+    output folder holds checkpoints of another run, ConfigError for a device or a library that is not there.
     """
     from .trainer import build_trainer, run_trainer
 
+    processes.join()
     check(program, train_data, options)
     output = Path(output)
-    prepare_output(output, options)
-    folder = next(reversed(resume.found(output)), None)
+    folder = processes.on_first(lambda: prepare_output(output, options))
     module, attributes = program.module, set(program.module.__dict__)
     training, config = module.training, getattr(module, "config", None)
     use_cache = getattr(config, "use_cache", None)
     try:
-        data = (train_data, eval_data)
-        trainer = build_trainer(program, data, output, options, collate, metrics, callbacks, folder)
-        run_trainer(trainer, folder, progress)
+        with ExitStack() as stack:
+            data = (train_data, eval_data)
+            trainer = build_trainer(program, data, output, options, collate, metrics, callbacks, folder, stack)
+            run_trainer(trainer, folder, progress if processes.rank() == 0 else False)
     finally:
         for name in set(module.__dict__) - attributes:  # accelerate's, such as a forward under autocast
             del module.__dict__[name]
@@ -192,7 +204,8 @@ def check(program: Program, data: Dataset, options: TrainOptions) -> None:
         raise ConfigError("group_by_length needs examples with input_ids.")
 
 
-def prepare_output(output: Path, options: TrainOptions) -> None:
+def prepare_output(output: Path, options: TrainOptions) -> Path | None:
+    """Make the folder. Returns the checkpoint in it to go on from; without resumption those there are removed."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         if not os.access(output, os.W_OK):
@@ -201,7 +214,8 @@ def prepare_output(output: Path, options: TrainOptions) -> None:
         raise TrainError(f"The output folder {output} cannot be written: {error.strerror}. Choose another.") from error
     if options.resume is False:
         for folder in resume.found(output):
-            shutil.rmtree(folder, ignore_errors=True)  # another process of this run may be faster
+            shutil.rmtree(folder, ignore_errors=True)
+    return next(reversed(resume.found(output)), None)
 
 
 __all__ = ["TrainOptions", "TrainResult", "evaluate", "parameter_groups", "train"]

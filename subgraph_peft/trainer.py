@@ -1,23 +1,29 @@
-"""transformers.Trainer over a Program: exact resumption, exact accumulation, its own evaluation, no chatter."""
+"""transformers.Trainer over a Program: exact resumption, exact accumulation over batches and processes, its own
+evaluation, no chatter."""
 
+import logging
 import math
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from . import resume
+from . import distributed, processes, resume
 from .data import Padding
-from .errors import CheckpointError, TrainError
+from .errors import CheckpointError, ConfigError, TrainError
 from .evaluate import Metrics, evaluate, loss_and_logits, scored, shifts_labels
+from .module import GraphModel
 from .order import Order
 from .penalty import has_penalty
 from .program import Program
@@ -26,16 +32,20 @@ from .train import TrainOptions, parameter_groups
 
 NEUTRAL = {
     "epochs", "max_steps", "eval_batch_size", "eval_every", "save_every", "logging_every", "keep_checkpoints", "resume",
-    "device", "report",
+    "device", "report", "shard", "batch_size", "gradient_accumulation",
 }  # fmt: skip
 
 
 class ProgramTrainer(Trainer):
-    """Trainer with its hooks for data order, loss, optimizer, evaluation and checkpoints set to those of a Program."""
+    """Trainer with its hooks for data order, loss, optimizer, evaluation and checkpoints set to those of a Program.
+
+    module: what computes: the program's own module, or a sharded view of it
+    """
 
     def __init__(
         self,
         program: Program,
+        module: GraphModel,
         arguments: TrainingArguments,
         options: TrainOptions,
         data: tuple[Dataset, Dataset | None],
@@ -47,23 +57,44 @@ class ProgramTrainer(Trainer):
     ):
         self.program, self.options, self.metrics, self.record, self.run = program, options, metrics, record, run
         self.shifted, self.penalised = shifts_labels(program), has_penalty(program)
+        self.trained = [parameter for _, parameter in program.parameters(trainable=True)]
+        self.statistics = distributed.statistics(module)
         train, held_out = data
         lengths = [len(train[i]["input_ids"]) for i in range(len(train))] if options.group_by_length else None
-        self.order = Order(len(train), options.seed, options.batch_size, lengths)
+        self.order = Order(
+            len(train), options.seed, options.batch_size, options.gradient_accumulation, processes.rank(),
+            processes.world(), lengths,
+        )  # fmt: skip
         record.trainer = self
         super().__init__(
-            program.module, arguments, collate, train_dataset=train, eval_dataset=held_out,
+            module, arguments, collate, train_dataset=train, eval_dataset=held_out,
             callbacks=[record, *callbacks],
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False
+        if processes.rank():
+            set_seed(options.seed + processes.rank())  # masks of dropout of its own
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Autocast is accelerate's; gradients are averaged here, so that nothing is wrapped in DDP."""
+        super().create_accelerator_and_postprocess()
+        prepare = self.accelerator.prepare_model
+        self.accelerator.prepare_model = lambda model, **_: prepare(model, device_placement=False, evaluation_mode=True)
+
+    def _move_model_to_device(self, model: GraphModel, device: torch.device) -> None:
+        if model is self.program.module:
+            model.to(device)
 
     def get_train_dataloader(self) -> DataLoader:
-        loader = DataLoader(
-            self.train_dataset, self.args.train_batch_size, sampler=self.order, collate_fn=self.data_collator,
+        return DataLoader(
+            self.train_dataset, batch_sampler=self.order, collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
         )  # fmt: skip
-        return self.accelerator.prepare(loader)
+
+    def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return pytree.tree_map_only(
+            torch.Tensor, lambda tensor: tensor.to(self.args.device, non_blocking=True), dict(inputs)
+        )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         groups = parameter_groups(self.program, self.args.learning_rate, self.options.weight_decay)
@@ -74,20 +105,37 @@ class ProgramTrainer(Trainer):
     # the loss of a step is the mean over all its labels, however they are spread over batches and processes
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, Any]:
+        """The batches of a step, and an iterator over the factor of each one's loss; None where it is 1.
+
+        Trainer divides by the number of batches and gradients are averaged over processes: hence their product.
+        """
         batches = list(islice(epoch_iterator, num_batches))
-        alone = self.args.gradient_accumulation_steps * self.args.world_size == 1
-        if alone or not batches or "labels" not in batches[0]:
+        counts = [self.weight(batch) for batch in batches]
+        if self.args.gradient_accumulation_steps * processes.world() == 1 and all(counts) or not batches:
             return batches, None
-        count = sum(scored(batch["labels"], self.shifted).numel() for batch in batches)
-        return batches, self.accelerator.reduce(torch.tensor(count, device=device), "sum")
+        if self.order.idle(self.state.global_step):
+            counts[-1] = 0
+        held = torch.tensor(counts, dtype=torch.float64, pin_memory=self.args.dataloader_pin_memory)
+        held = held.to(device, non_blocking=True)
+        total = held.sum()
+        if processes.world() > 1:
+            dist.all_reduce(total)
+        factors = held * (len(batches) * processes.world() / total)
+        return batches, iter([factor if count else None for factor, count in zip(factors, counts, strict=True)])
+
+    def weight(self, batch: Mapping[str, Any]) -> int:
+        """What the loss of a batch is a mean over: labels, or examples where it has none."""
+        labels = batch.get("labels")
+        return scored(labels, self.shifted).numel() if isinstance(labels, torch.Tensor) else examples(batch)
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss, logits = loss_and_logits(model(**inputs))
         if num_items_in_batch is not None:
-            share = scored(inputs["labels"], self.shifted).numel() / num_items_in_batch
-            loss = loss * share * self.current_gradient_accumulation_steps * self.args.world_size
+            factor = next(num_items_in_batch)
+            # a mean over no labels is not a number, nor is its gradient
+            loss = loss * factor.to(loss.dtype) if factor is not None else (logits * 0).sum().to(loss.dtype)
         if self.penalised:
             loss = loss + self.program.penalty()
         return (loss, logits) if return_outputs else loss
@@ -95,17 +143,23 @@ class ProgramTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.record.current.append(loss)
-        first = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
-        self.record.examples += len(first) * self.args.world_size
+        if self.accelerator.sync_gradients:
+            self.reduce_gradients()
         return loss
+
+    def reduce_gradients(self) -> None:
+        """After the last backward pass of a step, before its gradients are clipped."""
+        distributed.average_gradients(self.trained)
+        distributed.average_statistics(self.model, self.statistics)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         if self.eval_dataset is None:
             return {}
         with self.record.apart():
             values = evaluate(
-                self.program, self.eval_dataset, metrics=self.metrics, batch_size=self.args.eval_batch_size,
-                collate=self.data_collator, each=self.record.check_signal if self.args.world_size == 1 else None,
+                replace(self.program, module=self.model), self.eval_dataset, metrics=self.metrics,
+                batch_size=self.args.eval_batch_size, collate=self.data_collator,
+                each=self.record.check_signal if processes.world() == 1 else None,
             )  # fmt: skip
         self.record.evaluations.append((self.state.global_step, values))
         named = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
@@ -117,10 +171,9 @@ class ProgramTrainer(Trainer):
 
     def finished(self, folder: Path) -> None:
         """Take up a run whose last step is in `folder`; an interrupt may have kept it from its last evaluation."""
-        self.program.load(folder)
         self.state.global_step = resume.step_of(folder)
         if not any(step == self.state.global_step for step, _ in self.record.evaluations):
-            self.accelerator.prepare_model(self.model, evaluation_mode=True)
+            self.accelerator.prepare_model(self.model)
             self.evaluate()
 
     def checkpoint(self) -> Path | None:
@@ -142,22 +195,23 @@ class ProgramTrainer(Trainer):
             if not torch.isfinite(parameter).all():
                 raise TrainError(f"{name} is not finite after step {step}. {self.rescue()}")
         start = time.perf_counter()
-        states = [self.record.random]
-        if dist.is_initialized():
-            states = [None] * self.args.world_size
+        states = [self.record.random] * processes.world()
+        if processes.world() > 1:
             dist.all_gather_object(states, self.record.random)
-        if self.is_world_process_zero():
+
+        def write() -> None:
             run = {
                 "run": self.run, "scheduler": self.lr_scheduler.state_dict(), "random": states, **self.record.as_json(),
             }  # fmt: skip
             folder = output / f"{resume.PREFIX}{step}"
             resume.write(folder, self.program, self.optimizer, self.schedule, self.state, run)
             resume.rotate(output, self.options.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+
+        processes.on_first(write)
         self.record.aside += time.perf_counter() - start
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.program.load(resume_from_checkpoint)
+        """The program has been loaded before it was sharded."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -167,8 +221,12 @@ class ProgramTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            self.record.random = resume.read_run(Path(checkpoint))["random"][self.args.process_index]
-            resume.set_random_state(self.record.random)
+            states = resume.read_run(Path(checkpoint))["random"]
+            if processes.rank() < len(states):
+                resume.set_random_state(states[processes.rank()])
+            else:
+                set_seed(self.options.seed + processes.rank() + self.state.global_step * processes.world())
+            self.record.random = resume.random_state()
 
 
 def build_trainer(
@@ -180,11 +238,15 @@ def build_trainer(
     metrics: Metrics | None,
     callbacks: Sequence[TrainerCallback],
     folder: Path | None,
+    stack: ExitStack,
 ) -> ProgramTrainer:
-    """A trainer that starts anew, or goes on from the checkpoint `folder` if that is of the same run."""
+    """A trainer that starts anew, or goes on from the checkpoint `folder` if that is of the same run.
+
+    stack: closed after training
+    """
     arguments = training_arguments(options, output)
-    batches = math.ceil(len(data[0]) / (options.batch_size * arguments.world_size))
-    steps_per_epoch = math.ceil(batches / options.gradient_accumulation)
+    together = options.batch_size * options.gradient_accumulation * processes.world()
+    steps_per_epoch = math.ceil(len(data[0]) / together)
     arguments.max_steps = options.max_steps or math.ceil(options.epochs * steps_per_epoch)
     arguments.warmup_steps = options.warmup_steps(arguments.max_steps)
     run = {
@@ -192,7 +254,7 @@ def build_trainer(
         "steps": arguments.max_steps,
         "examples": len(data[0]),
         "data": getattr(data[0], "digest", None),
-        "processes": arguments.world_size,
+        "examples per step (batch_size · gradient_accumulation · processes)": together,
     }
     past = resume.read_run(folder) if folder else {}
     if folder and past["run"] != run:
@@ -202,9 +264,17 @@ def build_trainer(
             f"{folder} belongs to another run: {'; '.join(differs)}. Choose another output folder, or resume=False to "
             "remove it and start anew."
         )
+    if folder:
+        program.load(folder)
+    distributed.start(program)
+    module = program.module
+    if options.shard:
+        from .sharded import sharded
+
+        module = stack.enter_context(sharded(program, arguments.device))
     record = Record(options, steps_per_epoch, past)
     collate = collate or Padding()
-    return ProgramTrainer(program, arguments, options, data, collate, metrics, record, run, callbacks)
+    return ProgramTrainer(program, module, arguments, options, data, collate, metrics, record, run, callbacks)
 
 
 def training_arguments(options: TrainOptions, output: Path) -> TrainingArguments:
@@ -230,16 +300,28 @@ def training_arguments(options: TrainOptions, output: Path) -> TrainingArguments
         report_to=options.report,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for several processes
+    if arguments.world_size != processes.world():
+        raise ConfigError(
+            f"torch.distributed has {processes.world()} processes, accelerate finds {arguments.world_size}: start them "
+            "with torchrun or accelerate launch, or set RANK, WORLD_SIZE and LOCAL_RANK in each."
+        )
     return arguments
+
+
+def examples(batch: Mapping[str, Any]) -> int:
+    return len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
 
 
 def run_trainer(trainer: ProgramTrainer, folder: Path | None, progress: bool | None) -> None:
     """Train to the end; on an interrupt save, if the last step is whole, and raise."""
     record, bar = trainer.record, None
+    library = logging.getLogger("transformers.trainer_utils")  # warns of a batch size that may be another one
+    level = library.level
     if progress or (progress is None and sys.stderr.isatty()):
         bar = Bar(trainer.args.max_steps, resume.step_of(folder) if folder else 0)
         trainer.add_callback(bar)
     try:
+        library.setLevel(logging.ERROR)
         with signals(record):
             if folder and resume.step_of(folder) >= trainer.args.max_steps:
                 trainer.finished(folder)
@@ -256,5 +338,6 @@ def run_trainer(trainer: ProgramTrainer, folder: Path | None, progress: bool | N
         where = f"the checkpoint {kept} resumes it" if kept else "nothing had been saved"
         raise KeyboardInterrupt(f"Training was interrupted after step {step}; {where}.") from None
     finally:
+        library.setLevel(level)
         if bar is not None:
             bar.bar.close()

@@ -400,10 +400,11 @@ def test_weight_decay_spares_what_multiplies(captured):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=300), st.integers(1, 9), st.integers(0, 5))
 def test_order_is_a_permutation_in_batches_of_similar_length(lengths, batch, epoch):
-    grouped, plain = Order(len(lengths), 7, batch, lengths), Order(len(lengths), 7, batch)
+    grouped, plain = Order(len(lengths), 7, batch, lengths=lengths), Order(len(lengths), 7, batch)
     grouped.epoch = plain.epoch = epoch
-    assert sorted(grouped) == sorted(plain) == list(range(len(lengths)))
     assert list(grouped) == list(grouped)
+    grouped, plain = ([i for batch in order for i in batch] for order in (grouped, plain))
+    assert sorted(grouped) == sorted(plain) == list(range(len(lengths)))
 
     def padding(order: list[int]) -> int:
         rows = [[lengths[i] for i in order[at : at + batch]] for at in range(0, len(order), batch)]
