@@ -41,7 +41,8 @@ class Optimisation:
 @cache
 def optimisations() -> Mapping[str, Optimisation]:
     """Every installed pass by its name, in the order in which they run."""
-    found = [getattr(module, name)() for p in entry_points(group=GROUP) for module in [p.load()] for name in module.__all__]
+    modules = [point.load() for point in entry_points(group=GROUP)]
+    found = [getattr(module, name)() for module in modules for name in module.__all__]
     return {item.name: item for item in found}
 
 
@@ -53,6 +54,15 @@ def optimised(
     return {p.name: p.apply(graph, owner) for p in running}
 
 
+def check_switches(switches: Mapping[str, object]) -> None:
+    known = optimisations()
+    for name, value in switches.items():
+        if name not in known:
+            raise ConfigError(f"optimise: unknown option {name!r}.{suggestion(name, known)} Options: {', '.join(known)}.")
+        if not isinstance(value, bool):
+            raise ConfigError(f"optimise: option {name!r} is true or false, not {value!r}.")
+
+
 def optimise(program: "Program", **switches: bool) -> "Program":
     """The same program, sharing the memory of all tensors, with optimising passes switched: `siblings=False`.
 
@@ -60,13 +70,9 @@ def optimise(program: "Program", **switches: bool) -> "Program":
     """
     from .generate import base_of, generate, rebuild
 
-    known = optimisations()
-    for name, value in switches.items():
-        if name not in known:
-            raise ConfigError(f"Unknown optimisation {name!r}.{suggestion(name, known)} There are: {', '.join(known)}.")
-        if not isinstance(value, bool):
-            raise ConfigError(f"The optimisation {name!r} is switched on or off (true, false), not {value!r}.")
-    without = program.module.without - {n for n, on in switches.items() if on} | {n for n, on in switches.items() if not on}
+    check_switches(switches)
+    on = {name for name, value in switches.items() if value}
+    without = (program.module.without - on) | (switches.keys() - on)
     if without == program.module.without:
         return program
     captured = base_of(program)

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from . import registry
 from .capture import capture
@@ -16,6 +16,7 @@ from .errors import ConfigError, suggestion
 from .evaluate import evaluate
 from .fold import fold
 from .method import Method
+from .optimise import check_switches, optimisations, optimise
 from .pipeline import Pass, State
 from .processes import on_first
 from .rewrite import rewrite
@@ -119,6 +120,36 @@ class Rewrite(Pass):
         return {(field.alias or name) for name, field in cls.model_fields.items()} - {"method"}
 
 
+class Optimise(Pass):
+    """Switch optimising passes, which are all on, by name; for the whole of the pipeline from here on."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", json_schema_extra=lambda schema: schema.update(switches()))
+
+    name: ClassVar[str] = "optimise"
+
+    def model_post_init(self, context: Any) -> None:
+        check_switches(self.options())
+
+    def requires(self, state: State) -> None:
+        if state.program is None:
+            raise ConfigError("optimise switches passes of a captured program: put `capture` before it.")
+
+    def apply(self, state: State) -> tuple[State, str]:
+        program = optimise(state.program, **self.options())
+        changed = program.module.matches[True, frozenset()]
+        places = ", ".join(f"{name} {count}" for name, count in changed.items())
+        off = f"off: {', '.join(sorted(program.module.without))}" if program.module.without else "all on"
+        return replace(state, program=program), f"{off}; places changed in the training graph: {places or 'none'}"
+
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+def switches() -> dict[str, Any]:
+    described = {n: (type(p).__doc__ or "").partition("\n")[0] for n, p in optimisations().items()}
+    return {"properties": {n: {"type": "boolean", "default": True, "description": d} for n, d in described.items()}}
+
+
 class Train(Pass, TrainOptions):
     """Train what requires gradients, and evaluate before and after."""
 
@@ -211,7 +242,7 @@ class Export(Pass):
         return state.with_record("export", report), summary
 
 
-STEPS: dict[str, type[Pass]] = {step.name: step for step in (Capture, Train, Fold, Export)}
+STEPS: dict[str, type[Pass]] = {step.name: step for step in (Capture, Optimise, Train, Fold, Export)}
 
 
 @cache

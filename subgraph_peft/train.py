@@ -28,6 +28,10 @@ class TrainOptions(BaseModel):
     batch_size:     examples a forward pass and process; a step takes `gradient_accumulation` of them
     warmup:         steps if whole, share of all steps if below 1
     bf16:           autocast; the adapter's tensors keep their own dtype
+    compile:        `TrainStep`: torch.compile and, on CUDA, recorded graphs; "auto" on CUDA, not with `shard`
+    memory_budget:  share of the activations that compiled code may keep, see `Compiled`
+    lengths:        how many lengths batches are padded to, so that few shapes come; 0 pads each to its longest item;
+                    "auto" is 8 where the step is compiled. For the package's own collation
     eval_every, save_every: steps, "epoch", or None; the start (evaluation only) and the end always count
     resume:         "auto" goes on from the newest checkpoint in the output folder; False removes those and starts anew
     device:         "auto" is CUDA where there is one
@@ -59,6 +63,13 @@ class TrainOptions(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     shard: bool = False
     report: Literal["none", "tensorboard"] = "none"
+    compile: bool | Literal["auto"] = "auto"
+    memory_budget: float = Field(1.0, ge=0, le=1)
+    lengths: NonNegativeInt | Literal["auto"] = "auto"
+
+    def compiles(self, device: torch.device) -> bool:
+        """Whether the step is compiled on this device."""
+        return (device.type == "cuda" and not self.shard) if self.compile == "auto" else self.compile
 
     def warmup_steps(self, steps: int) -> int:
         return int(self.warmup) if self.warmup >= 1 else math.ceil(self.warmup * steps)
@@ -200,6 +211,8 @@ def check(program: Program, data: Dataset, options: TrainOptions) -> None:
         raise ConfigError("report: tensorboard needs that package: pip install tensorboard.")
     if options.warmup > 1 and options.warmup != int(options.warmup):
         raise ConfigError(f"warmup is {options.warmup}: a whole number of steps, or a share below 1.")
+    if options.compile is True and options.shard:
+        raise ConfigError("shard: true gathers weights layer by layer, which is not compiled: leave out compile.")
     if options.group_by_length and "input_ids" not in data[0]:
         raise ConfigError("group_by_length needs examples with input_ids.")
 

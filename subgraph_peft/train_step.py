@@ -15,6 +15,7 @@ from .program import Program
 from .replay import Recorded, signature
 from .step_optimizer import StepOptimizer
 
+FACTOR, SHARE = "loss factor", "share of the step"  # inputs beside a batch's, by names that no argument has
 SHAPES = 8  # of batches that are compiled and recorded; torch.compile gives up after as many
 
 
@@ -27,7 +28,8 @@ class TrainStep:
             loss = step(batch)
 
     The loss is the graph's, plus the penalties of its methods. Gradients of several batches add up with `accumulate`,
-    as what `backward` gives would; `step.optimizer.step()` then takes the step.
+    as what `backward` gives would; `step.optimizer.step()` then takes the step. Random numbers and results are those of
+    the graph that runs, so that equal steps give equal results on one machine.
 
     compile:       torch.compile; by default on CUDA. Where it fails, the step goes on without it, and warns
     record:        on CUDA, launch a shape of batches as a CUDA graph once it comes a third time; by default with
@@ -73,27 +75,29 @@ class TrainStep:
         self.compiled_loss = Compiled(self.module, memory_budget) if self.compile else self.loss
         self.met: dict[tuple, int] = {}
         self.recorded: dict[tuple, Recorded] = {}
-        self.scales: dict[float, torch.Tensor] = {}
-        self.empty = True
+        self.numbers: dict[float, torch.Tensor] = {}
+        self.at = -1
         self.stream = torch.cuda.Stream(self.device) if self.record else None
         self.pool = torch.cuda.graph_pool_handle() if self.record else None
 
     def __call__(self, batch: Mapping[str, Any]) -> torch.Tensor:
         loss = self.accumulate(batch)
         self.optimizer.step()
-        self.empty = True
         return loss
 
-    def accumulate(self, batch: Mapping[str, Any], scale: float | torch.Tensor = 1.0) -> torch.Tensor:
-        """Add the gradients of scale · loss of one batch to those since the last step. Returns scale · loss."""
-        if self.empty:
+    def accumulate(
+        self, batch: Mapping[str, Any] | None, factor: float | torch.Tensor = 1.0, share: float = 1.0
+    ) -> torch.Tensor:  # fmt: skip
+        """Add the gradients of share · (factor · loss + penalties) of one batch to those since the last step of the
+        optimiser; without a batch, those of the penalties. Returns that number."""
+        if self.at != self.optimizer.taken:
+            self.at = self.optimizer.taken
             self.gradients.zero()
-            self.empty = False
-        if not isinstance(scale, torch.Tensor):
-            if scale not in self.scales:
-                self.scales[scale] = torch.tensor(scale, device=self.device)
-            scale = self.scales[scale]
-        inputs = {"scale": scale, **{n: v for n, v in batch.items() if v is not None}}
+            self.gradients.attach()
+        if batch is None:
+            return self.add(share * self.program.penalty())
+        inputs = {n: v for n, v in batch.items() if v is not None}
+        inputs |= {FACTOR: self.number(factor), SHARE: self.number(share)}
         key = signature(inputs)
         times = self.met[key] = self.met.get(key, 0) + 1
         if key in self.recorded:
@@ -115,13 +119,26 @@ class TrainStep:
             raise TrainError("The graph gives no loss: capture the model with labels among its example inputs.")
         return loss
 
-    def compute(self, loss_of: Any, scale: torch.Tensor, **batch: Any) -> torch.Tensor:
+    def number(self, value: float | torch.Tensor) -> torch.Tensor:
+        """A scalar on the device; plain numbers are copied there once."""
+        if isinstance(value, torch.Tensor):
+            return value.to(torch.float32)
+        if value not in self.numbers:
+            self.numbers[value] = torch.tensor(value, device=self.device)
+        return self.numbers[value]
+
+    def compute(self, loss_of: Any, **inputs: Any) -> torch.Tensor:
+        factor, share = inputs.pop(FACTOR), inputs.pop(SHARE)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            loss = loss_of(batch)
+            loss = loss_of(inputs)
+        loss = loss * factor.to(loss.dtype)
         if self.penalised:
             loss = loss + self.program.penalty()
-        loss = loss * scale
-        self.gradients.add(torch.autograd.grad(loss, self.parameters, allow_unused=True))
+        return self.add(loss * share.to(loss.dtype))
+
+    def add(self, loss: torch.Tensor) -> torch.Tensor:
+        if loss.requires_grad:
+            self.gradients.add(torch.autograd.grad(loss, self.parameters, allow_unused=True))
         return loss.detach()
 
     def apart(self, inputs: Mapping[str, Any]) -> torch.Tensor:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from . import distributed, processes, resume
-from .data import Padding
+from .data import Padding, spread
 from .errors import CheckpointError, ConfigError, TrainError
 from .evaluate import Metrics, evaluate, loss_and_logits, scored, shifts_labels
 from .module import GraphModel
@@ -29,6 +29,7 @@ from .penalty import has_penalty
 from .program import Program
 from .record import Bar, Record, signals
 from .train import TrainOptions, parameter_groups
+from .train_step import TrainStep
 
 NEUTRAL = {
     "epochs", "max_steps", "eval_batch_size", "eval_every", "save_every", "logging_every", "keep_checkpoints", "resume",
@@ -40,6 +41,7 @@ class ProgramTrainer(Trainer):
     """Trainer with its hooks for data order, loss, optimizer, evaluation and checkpoints set to those of a Program.
 
     module: what computes: the program's own module, or a sharded view of it
+    fast:   the compiled step, which then takes the place of Trainer's forward, backward, clipping and optimiser
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class ProgramTrainer(Trainer):
         self.program, self.options, self.metrics, self.record, self.run = program, options, metrics, record, run
         self.shifted, self.penalised = shifts_labels(program), has_penalty(program)
         self.trained = [parameter for _, parameter in program.parameters(trainable=True)]
+        self.fast: TrainStep | None = None
         self.statistics = distributed.statistics(module)
         train, held_out = data
         lengths = [len(train[i]["input_ids"]) for i in range(len(train))] if options.group_by_length else None
@@ -97,8 +100,15 @@ class ProgramTrainer(Trainer):
         )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        groups = parameter_groups(self.program, self.args.learning_rate, self.options.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate)
+        lr, options = self.args.learning_rate, self.options
+        if options.compiles(self.args.device):
+            self.fast = TrainStep(
+                self.program, lr, weight_decay=options.weight_decay, max_grad_norm=options.max_grad_norm, compile=True,
+                autocast=torch.bfloat16 if options.bf16 else None, memory_budget=options.memory_budget,
+            )  # fmt: skip
+            self.optimizer = self.fast.optimizer
+        else:
+            self.optimizer = torch.optim.AdamW(parameter_groups(self.program, lr, options.weight_decay), lr=lr)
         self.schedule = self.program.schedule(self.optimizer, self.args.max_steps)
         return self.optimizer
 
@@ -141,11 +151,28 @@ class ProgramTrainer(Trainer):
         return (loss, logits) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.fast is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            model.train()
+            loss = self.fast_step(inputs, 1.0 if num_items_in_batch is None else next(num_items_in_batch))
         self.record.current.append(loss)
         if self.accelerator.sync_gradients:
             self.reduce_gradients()
         return loss
+
+    def fast_step(self, inputs: Mapping[str, Any], factor: float | torch.Tensor | None) -> torch.Tensor:
+        """Forward and backward of a batch; one without labels gives no gradient but that of the penalties."""
+        share = 1 / self.current_gradient_accumulation_steps
+        if factor is None:
+            return self.fast.accumulate(None, share=share)
+        return self.fast.accumulate(self._prepare_inputs(inputs), factor, share)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Of a compiled step the tensor that the optimiser's step will write the norm to, before it is logged."""
+        if self.fast is None:
+            return super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.fast.optimizer.norm if self.options.max_grad_norm else None
 
     def reduce_gradients(self) -> None:
         """After the last backward pass of a step, before its gradients are clipped."""
@@ -274,6 +301,13 @@ def build_trainer(
         module = stack.enter_context(sharded(program, arguments.device))
     record = Record(options, steps_per_epoch, past)
     collate = collate or Padding()
+    compiles = options.compiles(arguments.device)
+    count = (8 if compiles else 0) if options.lengths == "auto" else options.lengths
+    if count and isinstance(collate, Padding) and "input_ids" in data[0][0]:
+        lengths = [len(data[0][i]["input_ids"]) for i in range(len(data[0]))]
+        collate = replace(collate, lengths=spread(lengths, count))
+    if compiles:
+        arguments.max_grad_norm = 0.0  # the step's own optimiser clips
     return ProgramTrainer(program, module, arguments, options, data, collate, metrics, record, run, callbacks)
 
 
