@@ -66,7 +66,8 @@ class Compiled:
     def plan(self, missing: frozenset[str]) -> tuple[fx.Graph, list[Part]]:
         module = self.module
         graph = module.specialise(True, missing)
-        module.matches[True, missing] = optimised(graph, module, "graph", module.without)
+        for stage in ("graph", "compiled"):
+            module.matches.setdefault((True, missing), {}).update(optimised(graph, module, stage, module.without))
         loss = graphs.flat_outputs(graph)[0]
         graph.output_node().args = ((loss,),)
         graphs.sweep(graph)
@@ -77,7 +78,8 @@ class Compiled:
         text = graphs.show(own)
         if text not in self.functions:
             run = graphs.compile_graph(own, f"{type(self.module).__name__} {unit[0] if unit else 'around layers'}")
-            self.functions[text] = torch.compile(run, fullgraph=True)
+            cuda = self.module.home.device.type == "cuda"
+            self.functions[text] = torch.compile(run, fullgraph=True, options={"combo_kernels": True} if cuda else None)
         run, again = self.functions[text], self.module.checkpointing
         if again and unit and unit[0] in again.paths:
             run = checkpointed(run, again.options)

@@ -19,19 +19,22 @@ if TYPE_CHECKING:
     from .program import Program
 
 GROUP = "subgraph_peft.optimise"
+Stage = Literal["equation", "graph", "compiled"]
 
 
 class Optimisation:
     """Base of optimising passes. A subclass says in its docstring what becomes what, and gives `apply`.
 
     stage: "equation" passes see an equation before it is distributed over the calls of a weight;
-           "graph" passes see the graph that a module is about to run. Rewrites, folding and export see neither
+           "graph" passes see the graph that a module is about to run;
+           "compiled" passes see it after these, where it is going to be compiled. Rewrites, folding and export see the
+           graph as it was
 
     Nodes that a pass adds carry the metadata of those they replace.
     """
 
     name: ClassVar[str]
-    stage: ClassVar[Literal["equation", "graph"]] = "graph"
+    stage: ClassVar[Stage] = "graph"
 
     def apply(self, graph: fx.Graph, owner: "GraphModel | Equation") -> int:
         """Change the graph in place. Returns how many places changed."""
@@ -47,7 +50,7 @@ def optimisations() -> Mapping[str, Optimisation]:
 
 
 def optimised(
-    graph: fx.Graph, owner: "GraphModel | Equation", stage: Literal["equation", "graph"], without: Collection[str]
+    graph: fx.Graph, owner: "GraphModel | Equation", stage: Stage, without: Collection[str]
 ) -> dict[str, int]:
     """Run the passes of a stage over a graph, in place. Returns how many places each has changed."""
     running = [p for p in optimisations().values() if p.stage == stage and p.name not in without]

@@ -2,8 +2,9 @@
 
 from .attention import Attention
 from .gram import Gram
+from .rotary import Rotary
 from .scalars import Scalars
 from .siblings import Siblings
 from .tidy import Tidy
 
-__all__ = ["Gram", "Attention", "Tidy", "Scalars", "Siblings"]
+__all__ = ["Gram", "Attention", "Tidy", "Scalars", "Siblings", "Rotary"]

@@ -102,24 +102,26 @@ class Rows:
         node.meta = {**self.like.meta, "val": target(*fx.node.map_arg(args, lambda n: n.meta["val"]))}
         return node
 
-    def dot(self, left: fx.Node, right: fx.Node, scale: float) -> fx.Node:
-        """scale · Σ over columns of left ⊙ right"""
-        summed = self.add(aten.sum.dim_IntList, self.add(aten.mul.Tensor, left, right), [1])
-        return summed if scale == 1.0 else self.add(aten.mul.Tensor, summed, scale)
+    def times(self, node: fx.Node, scale: float) -> fx.Node:
+        return node if scale == 1.0 else self.add(aten.mul.Tensor, node, scale)
+
+    def dot(self, left: fx.Node, right: fx.Node) -> fx.Node:
+        """Σ over columns of left ⊙ right"""
+        return self.add(aten.sum.dim_IntList, self.add(aten.mul.Tensor, left, right), [1])
 
     def turned(self, node: fx.Node) -> fx.Node:
         return self.add(aten.t.default, node)
 
     def squared(self, C: fx.Node, products: list[Product]) -> fx.Node:
         """The norm, from the inner products of all pairs of terms."""
-        total = self.dot(C, C, 1.0)
+        total = self.dot(C, C)
         for index, p in enumerate(products):
-            across = self.add(aten.matmul.default, C, self.turned(p.right))
-            total = self.add(aten.add.Tensor, total, self.dot(across, p.left, 2 * p.scale))
-            for other in products[index:]:
-                gram = self.add(aten.matmul.default, p.right, self.turned(other.right))
-                inner = self.add(aten.matmul.default, p.left, gram)
+            turned = self.turned(p.right)
+            across = self.times(self.add(aten.matmul.default, C, turned), 2 * p.scale)
+            for other in products[: index + 1]:
+                gram = self.add(aten.matmul.default, other.right, turned)
                 twice = 1 if other is p else 2
-                scale = twice * p.scale * other.scale
-                total = self.add(aten.add.Tensor, total, self.dot(inner, other.left, scale))
+                inner = self.times(self.add(aten.matmul.default, other.left, gram), twice * p.scale * other.scale)
+                across = self.add(aten.add.Tensor, across, inner)
+            total = self.add(aten.add.Tensor, total, self.dot(across, p.left))
         return self.add(aten.sqrt.default, self.add(aten.clamp_min.default, total, TINY))

@@ -1,0 +1,71 @@
+import sys
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from subgraph_peft.graphs import aten
+from subgraph_peft.module import GraphModel
+from subgraph_peft.optimise import Optimisation
+
+from .factors import derived
+
+
+class Rotary(Optimisation):
+    """[−x₂, x₁] = (n − 1) x₂ + n x₁  with n = [0, 1]
+
+    The half turn of rotary embeddings, for compiled code. A compiler keeps what a concatenation gave, and computes
+    products again: where a method needs the projections before the turn (DoRA and SSB, for the gradients of their
+    scales), queries and keys need not be kept after it as well.
+    """
+
+    name: ClassVar[str] = "rotary"
+    stage: ClassVar[str] = "compiled"
+
+    def apply(self, graph: fx.Graph, owner: GraphModel) -> int:
+        changed = 0
+        for node in graph.find_nodes(op="call_function", target=aten.cat.default):
+            if (x := turned(node)) is not None:
+                with graph.inserting_before(node):
+                    node.replace_all_uses_with(products(graph, node, x))
+                graph.erase_node(node)
+                changed += 1
+        return changed
+
+
+def turned(node: fx.Node) -> fx.Node | None:
+    """x of [−x₂, x₁] along the last dimension, whose halves x₁ and x₂ are."""
+    parts, along = node.args[0], node.args[1] if len(node.args) > 1 else 0
+    if len(parts) != 2 or parts[0].target is not aten.neg.default:
+        return None
+    second, first = parts[0].args[0], parts[1]
+    if first.target is not aten.slice.Tensor or second.target is not aten.slice.Tensor or first.args[0] != second.args[0]:
+        return None
+    x = first.args[0]
+    value = x.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not isinstance(value.shape[-1], int):
+        return None
+    last, width = value.ndim - 1, value.shape[-1]
+    halves = [(part.args[1] % value.ndim, *part.args[2:]) for part in (first, second)]
+    ends = (width, sys.maxsize)
+    right = halves[0] == (last, 0, width // 2) and halves[1][:2] == (last, width // 2) and halves[1][2:][0] in ends
+    return x if right and width % 2 == 0 and along % value.ndim == last else None
+
+
+def products(graph: fx.Graph, node: fx.Node, x: fx.Node) -> fx.Node:
+    value = x.meta["val"]
+    half, rank = value.shape[-1] // 2, value.ndim
+
+    def add(target: object, *args: object, **kwargs: object) -> fx.Node:
+        made = derived(graph, node, target, args)
+        made.kwargs = kwargs
+        return made
+
+    n = add(aten.arange.default, 2, dtype=value.dtype, device=value.device)
+    n = add(aten.unsqueeze.default, n, -1)
+    pair = add(aten.unflatten.int, x, rank - 1, [2, half])
+    first, second = (add(aten.slice.Tensor, pair, rank - 1, i, i + 1) for i in (0, 1))
+    taken = add(aten.mul.Tensor, second, add(aten.sub.Tensor, n, 1)), add(aten.mul.Tensor, first, n)
+    result = add(aten.flatten.using_ints, add(aten.add.Tensor, *taken), rank - 1, rank)
+    result.meta["val"] = node.meta.get("val")
+    return result
