@@ -60,6 +60,8 @@ def main(
     console = Console(width=150)
     report: dict[str, Any] = {"machine": machine(device), "matrices": []}
     console.print(", ".join(f"{key} {value}" for key, value in report["machine"].items()), highlight=False)
+    report["job"] = job = whole_job(device, tiny, rounds)
+    console.print(job_table(job))
     for shape in ((256, 256), (688, 256)) if tiny else ((4096, 4096), (11008, 4096)):
         cells = list(matrix_cells(shape, device, RANKS[:6] if tiny else RANKS))
         report["matrices"].append({"shape": shape, "cells": cells})
@@ -68,10 +70,8 @@ def main(
             ("subspace distance, left | right", ("left", "right"), lambda value: f"{value:.0e}"),
         ):
             console.print(matrix_table(f"{shape[0]} × {shape[1]} in float32: {title}", cells, keys, form))
-    report["job"] = job = whole_job(device, tiny, rounds)
-    console.print(job_table(job))
-    if json:
-        write_json(json, report, sp.SubgraphPeftError)
+        if json:
+            write_json(json, report, sp.SubgraphPeftError)
 
 
 def timed(action: Callable[[], Any], device: str) -> tuple[Any, float]:
