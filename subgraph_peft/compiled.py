@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch._functorch import config
 
 from . import graphs
 from .checkpointing import checkpointed
@@ -47,6 +46,8 @@ class Compiled:
         self.plans: dict[frozenset[str], tuple[fx.Graph, list[Part]]] = {}
 
     def __call__(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        from torch._functorch import config  # slow to import
+
         flat = self.module.checked(inputs)
         names = self.module.signature.input_names()
         missing = frozenset(name for name, value in zip(names, flat, strict=True) if value is None)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
@@ -42,7 +41,7 @@ def evaluate(
     own = range(rank(), len(data), world())
     batches = [list(own[at : at + batch_size]) for at in range(0, len(own), batch_size)]
     counted, rounds = len(batches), math.ceil(math.ceil(len(data) / world()) / batch_size)
-    if isinstance(program.module, FSDPModule):  # which computes in all processes at once
+    if program.module.block_paths:  # of a view that may be sharded, which computes in all processes at once
         batches += [[0]] * (rounds - counted)
     loader = DataLoader(data, batch_sampler=batches, collate_fn=collate or Padding())
     module, training = program.module, program.module.training

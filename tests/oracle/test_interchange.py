@@ -142,15 +142,16 @@ def plain(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora", "ia3"])
 @pytest.mark.parametrize("model", PLACES)
 def test_same_tensors_give_the_same_folder_in_both_directions(model, method, tmp_path):
-    """Loaded in peft, our folder is peft's own model bit for bit; read here, peft's folder is our program bit for bit;
-    the two programs, whose operators differ in order, agree to 1e-12 in float64."""
+    """Loaded in peft, our folder is peft's own model bit for bit; read here, peft's folder is our program bit for bit,
+    but for DoRA, whose norm has products that round by the alignment of tensors in memory; the two programs, whose
+    operators differ in order, agree to 1e-12 in float64."""
     both = pair(model, method, torch.float64).share()
     to_peft(both.ours, tmp_path / "ours")
     both.theirs.save_pretrained(tmp_path / "theirs")
     expected, own = run(both.theirs, model), logits(both.ours.run())
     assert difference(expected, logits(base(model).run())) > 1e-2
     assert torch.equal(run(theirs(model, tmp_path / "ours"), model), expected)
-    assert torch.equal(logits(from_peft(base(model), tmp_path / "theirs").run()), own)
+    assert difference(logits(from_peft(base(model), tmp_path / "theirs").run()), own) <= (1e-14 if method == "dora" else 0)
     assert difference(own, expected) <= BOUND
     ours, others = read(tmp_path / "ours")[1], read(tmp_path / "theirs")[1]
     assert set(ours) == set(others) and all(torch.equal(value, others[key]) for key, value in ours.items())
