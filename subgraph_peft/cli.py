@@ -129,17 +129,17 @@ def inspect(
     from . import catalogue
     from .run import prepare
     from .sites import sites
-    from .steps import Capture, Rewrite
+    from .steps import Capture, Optimise, Rewrite
     from .tables import rewrite_table, site_table
 
     with refusals(), tempfile.TemporaryDirectory() as scratch:
         config = configured(pipeline, set_, output)
         state = prepare(config, Path(scratch), announce)
         for item in config.pipeline().passes:
-            if isinstance(item, (Capture, Rewrite)):
+            if isinstance(item, (Capture, Rewrite, Optimise)):
                 result = item(state)
                 state = result.state
-                announce(f"{item.spelled()}  {result.summary}  ({result.seconds:.1f} s)")
+                announce(f"{item.spelled()}  {result.summary}  ({result.cost})")
                 if isinstance(item, Rewrite):
                     announce(f"    {catalogue.entry(item.method).equation}")
                 if graph and result.difference:

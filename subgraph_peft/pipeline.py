@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
@@ -43,13 +44,19 @@ class State:
 
 @dataclass(frozen=True)
 class Result:
-    """What one pass did: the state after it, a sentence, seconds, and the graph difference."""
+    """What one pass did: the state after it, a sentence, seconds, the graph difference, and on CUDA the most bytes that
+    torch had allocated at a time."""
 
     state: State
     pass_: "Pass"
     summary: str
     seconds: float
     difference: tuple[str, ...] = ()
+    peak: int | None = None
+
+    @property
+    def cost(self) -> str:
+        return f"{self.seconds:.1f} s" + (f", peak {self.peak / 2**20:,.0f} MiB" if self.peak is not None else "")
 
 
 class Pass(BaseModel):
@@ -86,10 +93,14 @@ class Pass(BaseModel):
 
     def __call__(self, state: State) -> Result:
         self.requires(state)
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         after, summary = self.apply(state)
         self.ensures(state, after)
-        return Result(after, self, summary, time.perf_counter() - started, difference(state.program, after.program))
+        seconds, peak = time.perf_counter() - started, torch.cuda.max_memory_allocated() if cuda else None
+        return Result(after, self, summary, seconds, difference(state.program, after.program), peak)
 
     def spelled(self) -> str:
         """The pass in the one-line form, `name{option=value}`; options at their defaults are left out."""

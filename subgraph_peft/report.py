@@ -62,6 +62,7 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
                 "pass": item.pass_.spelled(),
                 "summary": item.summary,
                 "seconds": item.seconds,
+                "peak_bytes": item.peak,
                 "difference": list(item.difference),
             }
             for item in results
@@ -142,8 +143,11 @@ def page(document: Mapping[str, Any], results: Sequence[Result], curve: bool) ->
     lines = [f"# {program.source if program is not None else 'Pipeline'}", ""]
     lines += [f"`{','.join(item['pass'] for item in document['passes'])}`", ""]
     lines += table(
-        ("pass", "what it did", "seconds"),
-        ((f"`{p['pass']}`", p["summary"], f"{p['seconds']:.1f}") for p in document["passes"]),
+        ("pass", "what it did", "seconds", "peak MiB on CUDA"),
+        (
+            (f"`{p['pass']}`", p["summary"], f"{p['seconds']:.1f}", f"{p['peak_bytes'] / 2**20:,.0f}" if p["peak_bytes"] else "")
+            for p in document["passes"]
+        ),
     )
     if document["scores"]:
         names = sorted({name for scores in document["scores"].values() for name in scores})

@@ -52,7 +52,7 @@ def run_pipeline(config: PipelineConfig, state: State, announce: Announce) -> li
     on_first(lambda: write_text(folder / "config.yaml", spelled(config), ConfigError))
     results = []
     for result in config.pipeline().run(replace(state, folder=folder, seed=config.seed)):
-        announce(f"{result.pass_.spelled()}  {result.summary}  ({result.seconds:.1f} s)")
+        announce(f"{result.pass_.spelled()}  {result.summary}  ({result.cost})")
         results.append(result)
     return results
 
