@@ -28,7 +28,7 @@ class Part(NamedTuple):
 
 
 class Compiled:
-    """run(inputs) gives the first output, the loss, of a module's training graph, compiled for the inputs that are given.
+    """run(inputs) gives the loss, by name or the first output, of a module's training graph, compiled for the inputs that are given.
 
     One graph, optimised as the module's own runners are, without the other outputs. It is cut at its repeated layers;
     parts that are the same but for their tensors share one function under torch.compile(fullgraph=True), so that the
@@ -67,14 +67,16 @@ class Compiled:
         module = self.module
         graph = module.specialise(True, missing)
         module.matches[True, missing] = optimised(graph, module, "graph", module.without)
-        loss = graphs.flat_outputs(graph)[0]
+        names = module.signature.output_names()
+        loss = graphs.flat_outputs(graph)[names.index("loss") if "loss" in names else 0]
         graph.output_node().args = ((loss,),)
         graphs.sweep(graph)
         return graph, [self.part(unit, nodes) for unit, nodes in units(graph, module)]
 
     def part(self, unit: Unit | None, nodes: Sequence[fx.Node]) -> Part:
         own, sources, outputs = function_of(nodes)
-        text = graphs.show(own)
+        held = [operator.attrgetter(str(node.target))(self.module) for node in sources if node.op == "get_attr"]
+        text = f"{own.python_code('self').src} {[(getattr(tensor, 'shape', None)) for tensor in held]}"
         if text not in self.functions:
             run = graphs.compile_graph(own, f"{type(self.module).__name__} {unit[0] if unit else 'around layers'}")
             self.functions[text] = torch.compile(run, fullgraph=True)
