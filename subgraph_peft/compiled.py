@@ -1,4 +1,4 @@
-"""A training graph under torch.compile, piece by piece: repeated layers are one piece, compiled once for all of them."""
+"""A training graph under torch.compile, piece by piece: repeated layers are one piece, compiled once for all."""
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,9 @@ class Part(NamedTuple):
 
 
 class Compiled:
-    """run(inputs) gives the loss, by name or the first output, of a module's training graph, compiled for the inputs that are given.
+    """run(inputs) gives the loss of a module's training graph, which is compiled for the inputs that are given.
+
+    The loss is the output of that name, else the first.
 
     One graph, optimised as the module's own runners are, without the other outputs. It is cut at its repeated layers;
     parts that are the same but for their tensors share one function under torch.compile(fullgraph=True), so that the

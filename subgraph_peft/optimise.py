@@ -58,7 +58,8 @@ def check_switches(switches: Mapping[str, object]) -> None:
     known = optimisations()
     for name, value in switches.items():
         if name not in known:
-            raise ConfigError(f"optimise: unknown option {name!r}.{suggestion(name, known)} Options: {', '.join(known)}.")
+            names = ", ".join(known)
+            raise ConfigError(f"optimise: unknown option {name!r}.{suggestion(name, known)} Options: {names}.")
         if not isinstance(value, bool):
             raise ConfigError(f"optimise: option {name!r} is true or false, not {value!r}.")
 

@@ -28,9 +28,10 @@ class TrainStep:
         for batch in batches:
             loss = step(batch)
 
-    The loss is the graph's in train mode, to which the module is switched, plus the penalties of its methods. Gradients of several batches add up with `accumulate`,
-    as what `backward` gives would; `step.optimizer.step()` then takes the step. Random numbers and results are those of
-    the graph that runs, so that equal steps give equal results on one machine.
+    The loss is the graph's in train mode, to which the module is switched, plus the penalties of its methods. Gradients
+    of several batches add up with `accumulate`, as what `backward` gives would; `step.optimizer.step()` then takes the
+    step. Random numbers and results are those of the graph that runs, so that equal steps give equal results on one
+    machine.
 
     compile:       torch.compile; by default on CUDA. Where it fails, the step goes on without it, and warns
     record:        on CUDA, launch a shape of batches as a CUDA graph once it comes a third time; by default with
@@ -108,7 +109,7 @@ class TrainStep:
         inputs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), inputs)
         repeated = [known for known, count in self.met.items() if count > 1]
         if times > 1 and key not in repeated[:SHAPES]:
-            self.announce(f"batches come in more than {SHAPES} shapes; further ones run uncompiled. Pad to fewer lengths")
+            self.announce(f"batches come in more than {SHAPES} shapes, others run uncompiled: pad to fewer lengths")
             return self.compute(self.loss, **inputs)
         if times == 1 and len(self.met) > 1:
             return self.compute(self.loss, **inputs)

@@ -100,7 +100,7 @@ def running(program: sp.Program, *passes: Optimisation) -> fx.Graph:
 def lines(graph: fx.Graph, *words: str) -> list[str]:
     """The lines of a printed graph in which one of the words stands, without the paths of the model."""
     text = show(graph)
-    for long in ("model_layers_0_", "model.layers.0.", "bert_encoder_layer_0_attention_self_", "self_attn_", "self_attn."):
+    for long in ("model_layers_0_", "model.layers.0.", "self_attn_", "self_attn."):
         text = text.replace(long, "")
     return [line for line in text.splitlines() if any(word in line for word in words)]
 
@@ -301,7 +301,7 @@ def norms(shape: tuple[int, int], products: list[tuple[float, int]], zero: bool,
 )
 def test_grams_norm_is_the_norm(out, inner, products, zero, seed):
     found = norms((out, inner), products, zero, seed)
-    condition = (found.theirs[int(zero):].min().item() if out > zero else 1.0) or 1.0
+    condition = (found.theirs[int(zero) :].min().item() if out > zero else 1.0) or 1.0
     assert torch.allclose(found.ours, found.theirs, rtol=1e-9 / min(condition, 1.0) ** 2, atol=1e-18)
     for ours, theirs in zip(*found.grads, strict=True):
         assert ours.isfinite().all()
@@ -321,10 +321,12 @@ class Normed(sp.Method):
     kind: str = "rows"
 
     def tensors(self, site):
-        return {"A": sp.trainable(self.r, site.in_features, init=sp.normal(1.0)), "B": sp.trainable(site.out_features, self.r)}
+        A = sp.trainable(self.r, site.in_features, init=sp.normal(1.0))
+        return {"A": A, "B": sp.trainable(site.out_features, self.r)}
 
     def weight(self, W, A, B):
-        V = {"twice": 2 * (W + B @ A), "elementwise": W * (1 + B @ A), "wide": W + B @ B.T @ W}.get(self.kind, W + B @ A)
+        others = {"twice": 2 * (W + B @ A), "elementwise": W * (1 + B @ A), "wide": W + B @ B.T @ W}
+        V = others.get(self.kind, W + B @ A)
         if self.kind == "columns":
             return V / torch.linalg.vector_norm(V, dim=0).detach()
         if self.kind == "all":
@@ -499,7 +501,8 @@ def test_a_switched_program_shares_the_tensors(captured, adapted):
     other = sp.optimise(adapted, siblings=False, gram=False)
     adapted.module.eval()
     assert other.module.training and not other.captured.module.training
-    assert other.module.without == {"siblings", "gram"} and other.module.matches[BOTH].keys() == {"attention", "tidy", "scalars"}
+    assert other.module.without == {"siblings", "gram"}
+    assert list(other.module.matches[BOTH]) == ["attention", "tidy", "scalars"]
     assert (other.history, other.counts()) == (adapted.history, adapted.counts())
     theirs = dict(other.module.named_parameters())
     assert theirs.keys() == dict(adapted.module.named_parameters()).keys()
@@ -519,7 +522,8 @@ def test_switches_of_a_program_without_adapters(captured):
     other = sp.optimise(base, tidy=False)
     assert other.module.without == {"tidy"} and other.adapters == () and other.base is None
     assert torch.equal(other.run(inputs).logits, base.run(inputs).logits)
-    assert other.module.get_parameter("lm_head.weight").data_ptr() == base.module.get_parameter("lm_head.weight").data_ptr()
+    heads = [each.module.get_parameter("lm_head.weight") for each in (other, base)]
+    assert heads[0].data_ptr() == heads[1].data_ptr()
 
 
 def test_switches_stay_with_the_program(captured, adapted, tmp_path):
@@ -590,7 +594,7 @@ def test_the_pipeline_step(tmp_path):
         ["capture", {"optimise": {"siblings": False}}, {"lora": {"r": 2, "where": "*.query"}}, "fold"]
     )
     assert pipeline.passes[1].options() == {"siblings": False}
-    for wrong, message in (("optimise{sibling=false}", "Did you mean 'siblings'"), ("optimise{tidy=3}", "true or false")):
+    for wrong, message in (("optimise{sibling=false}", "mean 'siblings'"), ("optimise{tidy=3}", "true or false")):
         with pytest.raises(sp.ConfigError, match=message):
             Pipeline.read(wrong)
     with pytest.raises(sp.ConfigError, match="put `capture` before it"):
@@ -611,7 +615,8 @@ def test_configs_switch_passes(tmp_path):
         "  - optimise:\n      siblings: false\n  - lora:\n      r: 4\noutput: runs/x\n"
     )
     assert load_config(path).pipeline().passes[1].options() == {"siblings": False}
-    assert load_config(path, ["optimise.tidy=false"]).pipeline().passes[1].options() == {"siblings": False, "tidy": False}
+    switched = load_config(path, ["optimise.tidy=false"]).pipeline().passes[1]
+    assert switched.options() == {"siblings": False, "tidy": False}
     raw = {"passes": ["capture", "optimise"]}
     apply_override(raw, "optimise.siblings=false")
     assert raw == {"passes": ["capture", {"optimise": {"siblings": False}}]}
@@ -630,7 +635,8 @@ class Negations(Optimisation):
     name = "negations"
 
     def apply(self, graph, owner):
-        found = [n for n in graph.find_nodes(op="call_function", target=aten.neg.default) if n.args[0].target is n.target]
+        negated = graph.find_nodes(op="call_function", target=aten.neg.default)
+        found = [node for node in negated if node.args[0].target is node.target]
         for node in found:
             node.replace_all_uses_with(node.args[0].args[0])
         return len(found)
@@ -663,4 +669,4 @@ def test_passes_of_third_parties_register_as_entry_points(monkeypatch):
 
 class Negated(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return -(-x)
+        return x.neg().neg()
