@@ -283,6 +283,7 @@ class Lowering:
     def values(self, equation: Equation, parameter: fx.Node, before: fx.Node) -> Values:
         """Values of the equation, emitted before `before`; W or b is read from `parameter`."""
         emit = self.emitter(before)
+        wide = torch.promote_types(torch.float32, self.adapter_dtype)
         full_size = equation.numel(equation.result) if self.target.part == "weight" else 0
 
         def operand(which: Operand) -> fx.Node:
@@ -302,11 +303,11 @@ class Lowering:
         def hoisted(node: fx.Node) -> fx.Node:
             held = self.reader(self.hoist(self.target, equation, node))
             full = full_size and equation.numel(node) >= full_size
-            held.meta["dtype"] = self.base_dtype if full else self.adapter_dtype
+            held.meta["dtype"] = self.base_dtype if full else torch.promote_types(torch.float32, self.base_dtype)
             return held
 
         stack = self.site.stack if self.target.part == "weight" else 0
         return Values(
-            equation, emit, operand, hoisted, self.adapter_dtype, full_size, self.lowered, self.nonlinear, stack,
+            equation, emit, operand, hoisted, wide, full_size, self.lowered, self.nonlinear, stack,
             self.target.shared,
         )  # fmt: skip

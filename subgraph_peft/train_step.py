@@ -41,8 +41,9 @@ class TrainStep:
     memory_budget: see `Compiled`
     weight_decay, max_grad_norm, betas, eps: see `parameter_groups` and `StepOptimizer`
 
-    Values that change between steps have to stay in their tensors (copy_); a program that was moved, or whose
-    parameters are other objects, needs a new TrainStep. Raises TrainError where nothing trains or there is no loss.
+    Values that change between steps have to stay in their tensors (copy_); a program that was moved, whose parameters
+    are other objects or whose gradient checkpointing was switched needs a new TrainStep. Raises TrainError where
+    nothing trains or there is no loss.
     """
 
     def __init__(

@@ -313,6 +313,22 @@ def test_a_row_of_zeros_has_no_norm_and_no_gradient():
     assert 0 < found.ours[0] < 1e-18 and not found.grads[0][0][0].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("own", [None, "the model's"])
+def test_norms_of_16_bits(dtype, own):
+    """Squares are summed in float32: those of rows with a norm of 400 overflow float16, those of 0 have no gradient."""
+    model = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+    model[0].weight.data.fill_(50.0)[0] = 0
+    inputs = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    base = sp.capture(model.to(dtype), inputs, verify=False)
+    method = DoRA(of=LoRA(r=2), norm_gradient=True)
+    program = sp.rewrite(base, method, where="0", dtype=dtype if own else None)
+    assert {p.dtype for _, p in program.parameters(trainable=True)} == {dtype if own else torch.float32}
+    assert (program.run() - base.run()).abs().max() <= 0.02 * base.run().abs().max()
+    program.module.train()(inputs).sum().backward()
+    assert all(p.grad.isfinite().all() for _, p in program.parameters(trainable=True))
+
+
 class Normed(sp.Method):
     """φ(W) = W + B A, divided by some norm of it"""
 
@@ -463,6 +479,7 @@ TIDY = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Module draws random numbers")
 @pytest.mark.parametrize("name", TIDY)
 def test_tidy(name):
     forward, given, expected = TIDY[name]

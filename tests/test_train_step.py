@@ -286,6 +286,31 @@ def test_nested_inputs(eager):
     assert len(step.met) == 1
 
 
+def test_inputs_may_be_left_out(eager):
+    class Optional(Deep):
+        def forward(self, x, labels, more=None):
+            loss, logits, spare = super().forward(x, labels)
+            return loss, logits, spare if more is None else spare + more
+
+    given = {**batch(), "more": torch.ones(5, 3, dtype=torch.float64)}
+    program = sp.rewrite(sp.capture(Optional().double(), given, verify=False), LoRA(r=2), where="layers.*")
+    step, plain = both(program, compile=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TrainWarning)
+        compare(step, plain, [given, batch(), batch(), given, {**given, "more": None}])
+    assert len(step.compiled_loss.plans) == 2
+
+
+def test_batch_norm_counts_every_step_once(eager):
+    model, inputs = models.conv(dropout=0.2)
+    inputs = {**inputs, "x": inputs["x"].double()}
+    program = sp.capture(model.double(), inputs, verify=False)
+    step, plain = both(sp.rewrite(program, LoRA(r=2), where=["stem", "point"]), compile=True)
+    plain.program.module.train()
+    compare(step, plain, [inputs] * 3)
+    assert step.module.norm.num_batches_tracked == 3
+
+
 def test_bfloat16_autocast(eager):
     program = sp.rewrite(sp.capture(Deep(), batch(dtype=torch.float32), verify=False), LoRA(r=2), where="layers.*")
     given, losses = batch(dtype=torch.float32), {}
