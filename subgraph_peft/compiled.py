@@ -1,4 +1,4 @@
-"""A training graph under torch.compile, piece by piece: repeated layers are one piece, compiled once for all of them."""
+"""A training graph under torch.compile, piece by piece: repeated layers are one piece, compiled once for all."""
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,9 @@ class Part(NamedTuple):
 
 
 class Compiled:
-    """run(inputs) gives the first output, the loss, of a module's training graph, compiled for the inputs that are given.
+    """run(inputs) gives the loss of a module's training graph, which is compiled for the inputs that are given.
+
+    The loss is the output of that name, else the first.
 
     One graph, optimised as the module's own runners are, without the other outputs. It is cut at its repeated layers;
     parts that are the same but for their tensors share one function under torch.compile(fullgraph=True), so that the
@@ -69,14 +71,16 @@ class Compiled:
         graph = module.specialise(True, missing)
         for stage in ("graph", "compiled"):
             module.matches.setdefault((True, missing), {}).update(optimised(graph, module, stage, module.without))
-        loss = graphs.flat_outputs(graph)[0]
+        names = module.signature.output_names()
+        loss = graphs.flat_outputs(graph)[names.index("loss") if "loss" in names else 0]
         graph.output_node().args = ((loss,),)
         graphs.sweep(graph)
         return graph, [self.part(unit, nodes) for unit, nodes in units(graph, module)]
 
     def part(self, unit: Unit | None, nodes: Sequence[fx.Node]) -> Part:
         own, sources, outputs = function_of(nodes)
-        text = graphs.show(own)
+        held = [operator.attrgetter(str(node.target))(self.module) for node in sources if node.op == "get_attr"]
+        text = f"{own.python_code('self').src} {[(getattr(tensor, 'shape', None)) for tensor in held]}"
         if text not in self.functions:
             run = graphs.compile_graph(own, f"{type(self.module).__name__} {unit[0] if unit else 'around layers'}")
             cuda = self.module.home.device.type == "cuda"

@@ -10,6 +10,7 @@ class Gradients:
     """Buffers that stay where they are, so that recorded work finds them again.
 
     buffers: one flat tensor a dtype        views: parameter by parameter, in their order
+    used:    which parameters have had a gradient; the others have none, so that no optimiser decays them
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]):
@@ -27,11 +28,19 @@ class Gradients:
             flat[p.dtype][start : start + p.numel()].view(p.shape)
             for p, start in zip(self.parameters, places, strict=True)
         ]
+        self.used: set[int] = set()
 
     def attach(self) -> None:
-        """Every parameter's `grad` is its view, whatever it was."""
-        for parameter, view in zip(self.parameters, self.views, strict=True):
-            parameter.grad = view
+        """The `grad` of every parameter is its view, or None where it never had one, whatever it was."""
+        for index, (parameter, view) in enumerate(zip(self.parameters, self.views, strict=True)):
+            parameter.grad = view if index in self.used else None
+
+    def adopt(self) -> None:
+        """Take over gradients that others, such as another process, gave to parameters that never had one."""
+        for index, (parameter, view) in enumerate(zip(self.parameters, self.views, strict=True)):
+            if index not in self.used and parameter.grad is not None:
+                view.copy_(parameter.grad)
+                self.used.add(index)
 
     def zero(self) -> None:
         for buffer in self.buffers:
@@ -39,5 +48,9 @@ class Gradients:
 
     def add(self, gradients: Sequence[torch.Tensor | None]) -> None:
         """Add one gradient a parameter; None where the loss does not depend on it."""
-        pairs = [(view, new) for view, new in zip(self.views, gradients, strict=True) if new is not None]
-        torch._foreach_add_([view for view, _ in pairs], [new for _, new in pairs])
+        given = [index for index, new in enumerate(gradients) if new is not None]
+        if not self.used.issuperset(given):
+            self.used.update(given)
+            self.attach()
+        if given:
+            torch._foreach_add_([self.views[index] for index in given], [gradients[index] for index in given])

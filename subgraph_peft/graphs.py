@@ -37,7 +37,7 @@ def set_eval(graph: fx.Graph, root: nn.Module) -> None:
     The bodies of its operators (the branches of torch.cond) stay with `root` as they are; where the modes differ there,
     the graph reads a second body, `<name>_eval`.
     """
-    for node in list(graph.nodes):
+    for node in reversed(list(graph.nodes)):
         if mode := mode_argument(node):
             set_argument(node, mode, EVALUATION[mode])
         elif is_batch_count(node):
@@ -115,8 +115,8 @@ def is_batch_count(node: fx.Node) -> bool:
         node.op == "call_function"
         and getattr(node.target, "__name__", "").startswith(("add_", "copy_"))
         and isinstance(count, fx.Node)
-        and count.op == "get_attr"
-        and str(count.target).endswith("num_batches_tracked")
+        and (held := viewed(count)).op == "get_attr"
+        and str(held.target).endswith("num_batches_tracked")
     )
 
 

@@ -17,6 +17,7 @@ from .forms import Form, form_class, views_of
 from .graphs import aten
 from .method import AGAIN
 from .modules import again, ends, regions
+from .optimise import optimisations
 from .sequence import Extension
 from .sites import PLACES
 from .uses import Use, uses
@@ -35,7 +36,8 @@ def equation_of(
         (adapter.name, tuple((name, t.shape, t.trainable) for name, t in adapter.entry_tensors(site).items()))
         for adapter, site in target.chain
     )
-    return trace(chain, target.part, tuple(operands.items()), tensors, views, without)
+    own = without & {name for name, found in optimisations().items() if found.stage == "equation"}
+    return trace(chain, target.part, tuple(operands.items()), tensors, views, own)
 
 
 class Lowering:
@@ -133,7 +135,7 @@ class Lowering:
 
     def bias(self, bias: fx.Node) -> None:
         shape = tuple(bias.meta["val"].shape)
-        equation = equation_of(self.target, {"b": shape})
+        equation = equation_of(self.target, {"b": shape}, without=self.without)
         users, before = self.users(bias)
         result = self.values(equation, bias, before).held_in(equation.result, self.base_dtype)
         for user in users:
@@ -158,7 +160,7 @@ class Lowering:
     def output_of(self, y: fx.Node, x: fx.Node) -> fx.Node:
         leading = tuple(range(2, 1 + len(x.meta["val"].shape)))
         shapes = {"x": (*leading, self.site.in_features), "y": (*leading, self.site.out_features)}
-        equation = equation_of(self.target, shapes)
+        equation = equation_of(self.target, shapes, without=self.without)
         users, dtype = list(y.users), y.meta["val"].dtype
         emit = self.emitter(y.next, like=y)
         mapped: dict[fx.Node, Any] = {}
@@ -218,7 +220,7 @@ class Lowering:
         lengths: dict[str, int] = {}
         parts: list[list[fx.Node]] = []
         for adapter, site in reversed(self.target.chain):
-            equation = equation_of(replace(self.target, chain=((adapter, site),)), {})
+            equation = equation_of(replace(self.target, chain=((adapter, site),)), {}, without=self.without)
             shapes = [equation.shape(node) for node in equation.results]
             lengths[adapter.name] = shapes[0][0]
             if shapes != [(lengths[adapter.name], *width)] * len(names):
@@ -281,6 +283,7 @@ class Lowering:
     def values(self, equation: Equation, parameter: fx.Node, before: fx.Node) -> Values:
         """Values of the equation, emitted before `before`; W or b is read from `parameter`."""
         emit = self.emitter(before)
+        wide = torch.promote_types(torch.float32, self.adapter_dtype)
         full_size = equation.numel(equation.result) if self.target.part == "weight" else 0
 
         def operand(which: Operand) -> fx.Node:
@@ -300,11 +303,11 @@ class Lowering:
         def hoisted(node: fx.Node) -> fx.Node:
             held = self.reader(self.hoist(self.target, equation, node))
             full = full_size and equation.numel(node) >= full_size
-            held.meta["dtype"] = self.base_dtype if full else self.adapter_dtype
+            held.meta["dtype"] = self.base_dtype if full else torch.promote_types(torch.float32, self.base_dtype)
             return held
 
         stack = self.site.stack if self.target.part == "weight" else 0
         return Values(
-            equation, emit, operand, hoisted, self.adapter_dtype, full_size, self.lowered, self.nonlinear, stack,
+            equation, emit, operand, hoisted, wide, full_size, self.lowered, self.nonlinear, stack,
             self.target.shared,
         )  # fmt: skip

@@ -61,13 +61,14 @@ def check_switches(switches: Mapping[str, object]) -> None:
     known = optimisations()
     for name, value in switches.items():
         if name not in known:
-            raise ConfigError(f"optimise: unknown option {name!r}.{suggestion(name, known)} Options: {', '.join(known)}.")
+            names = ", ".join(known)
+            raise ConfigError(f"optimise: unknown option {name!r}.{suggestion(name, known)} Options: {names}.")
         if not isinstance(value, bool):
             raise ConfigError(f"optimise: option {name!r} is true or false, not {value!r}.")
 
 
 def optimise(program: "Program", **switches: bool) -> "Program":
-    """The same program, sharing the memory of all tensors, with optimising passes switched: `siblings=False`.
+    """The same program, sharing the memory of its parameters, with optimising passes switched: `siblings=False`.
 
     Passes that are not named stay as they are. Raises ConfigError for a name that no pass has.
     """
@@ -87,4 +88,4 @@ def optimise(program: "Program", **switches: bool) -> "Program":
     own = {n: tensors[n] for n in (*(n for n, _ in program.parameters(trainable=True)), *declared)}
     result = generate(captured, program.adapters, own, tensors[declared[0]].dtype)
     result.module.train(program.module.training)
-    return replace(result, history=program.history)
+    return replace(result, history=program.history, folded=program.folded)

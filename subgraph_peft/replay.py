@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 Batch = Mapping[str, Any]
 
@@ -18,7 +19,7 @@ class Recorded:
     """
 
     def __init__(self, function: Callable, inputs: Batch, stream: torch.cuda.Stream, pool: Any):
-        self.inputs = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+        self.inputs = pytree.tree_map_only(torch.Tensor, torch.clone, dict(inputs))
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -27,15 +28,15 @@ class Recorded:
 
     def __call__(self, inputs: Batch) -> torch.Tensor | None:
         for name, value in inputs.items():
-            if isinstance(value, torch.Tensor):
-                self.inputs[name].copy_(value, non_blocking=True)
+            for held, new in zip(pytree.tree_leaves(self.inputs[name]), pytree.tree_leaves(value), strict=True):
+                if isinstance(new, torch.Tensor):
+                    held.copy_(new, non_blocking=True)
         self.graph.replay()
         return None if self.result is None else self.result.clone()
 
 
 def signature(inputs: Batch) -> tuple:
     """What calls have to have in common to share a recording."""
-    return tuple(
-        (name, (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value)
-        for name, value in sorted(inputs.items())
-    )
+    leaves, structure = pytree.tree_flatten(dict(sorted(inputs.items())))
+    kinds = ((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+    return structure, *kinds

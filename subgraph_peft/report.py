@@ -143,11 +143,8 @@ def page(document: Mapping[str, Any], results: Sequence[Result], curve: bool) ->
     lines = [f"# {program.source if program is not None else 'Pipeline'}", ""]
     lines += [f"`{','.join(item['pass'] for item in document['passes'])}`", ""]
     lines += table(
-        ("pass", "what it did", "seconds", "peak MiB on CUDA"),
-        (
-            (f"`{p['pass']}`", p["summary"], f"{p['seconds']:.1f}", f"{p['peak_bytes'] / 2**20:,.0f}" if p["peak_bytes"] else "")
-            for p in document["passes"]
-        ),
+        ("pass", "what it did", "cost"),
+        ((f"`{result.pass_.spelled()}`", result.summary, result.cost) for result in results),
     )
     if document["scores"]:
         names = sorted({name for scores in document["scores"].values() for name in scores})

@@ -18,7 +18,7 @@ class StepOptimizer(torch.optim.Optimizer):
 
     Schedulers, hooks and state dicts take it as any optimiser; `norm` is ‖g‖ of the last step. On CUDA the third step
     is recorded, and later ones launch the recording; a changed learning rate is copied into it, any other changed
-    option records anew. Source: Loshchilov and Hutter 2019, Algorithm 2.
+    option, or a parameter that has its first gradient, records anew. Source: Loshchilov and Hutter 2019, Algorithm 2.
 
     groups:        see `parameter_groups`          max_grad_norm: c, 0 for no clipping
     gradients:     the buffers that are read        record:        whether to record
@@ -46,12 +46,16 @@ class StepOptimizer(torch.optim.Optimizer):
         self.rates = [group["lr"] for group in self.param_groups]
         self.taken = 0
         self.recorded: Recorded | None = None
+        self.used = 0
         self.stream: torch.cuda.Stream | None = torch.cuda.Stream(first.device) if cuda and record else None
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:
         self.follow()
+        self.gradients.adopt()
         self.gradients.attach()
+        if self.used != len(self.gradients.used):
+            self.used, self.recorded = len(self.gradients.used), None
         if self.recorded is None and self.record and self.taken >= 2:
             self.try_to_record()
         if self.recorded is not None:
@@ -86,6 +90,10 @@ class StepOptimizer(torch.optim.Optimizer):
         except RuntimeError as error:
             self.record = False
             warnings.warn(f"The optimiser's step is not recorded as a CUDA graph: {error}", TrainWarning, stacklevel=4)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The buffers stay: what was accumulated is zero."""
+        self.gradients.zero()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)

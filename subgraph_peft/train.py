@@ -126,7 +126,8 @@ def train(
 
     An interrupt (SIGINT, SIGTERM) is taken after the step in progress: a checkpoint is written, then KeyboardInterrupt
     or SystemExit(143) is raised. Calling `train` again goes on from there, to the same weights and losses bit for bit
-    on the same machine, provided that `collate` draws no random numbers. A second interrupt stops without saving.
+    on the same machine, provided that `collate` draws no random numbers; where the step is compiled and batches come in
+    several shapes, to rounding. A second interrupt stops without saving.
 
     Under torchrun or accelerate launch, every process calls this with the same arguments and trains on its GPU. A step
     is that of one process with as many examples: the loss is the mean over all labels, and gradients are averaged once,

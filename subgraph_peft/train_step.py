@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from .compiled import Compiled
 from .errors import TrainError, TrainWarning
@@ -27,9 +28,10 @@ class TrainStep:
         for batch in batches:
             loss = step(batch)
 
-    The loss is the graph's, plus the penalties of its methods. Gradients of several batches add up with `accumulate`,
-    as what `backward` gives would; `step.optimizer.step()` then takes the step. Random numbers and results are those of
-    the graph that runs, so that equal steps give equal results on one machine.
+    The loss is the graph's in train mode, to which the module is switched, plus the penalties of its methods. Gradients
+    of several batches add up with `accumulate`, as what `backward` gives would; `step.optimizer.step()` then takes the
+    step. Random numbers and results are those of the graph that runs, so that equal steps give equal results on one
+    machine.
 
     compile:       torch.compile; by default on CUDA. Where it fails, the step goes on without it, and warns
     record:        on CUDA, launch a shape of batches as a CUDA graph once it comes a third time; by default with
@@ -39,8 +41,9 @@ class TrainStep:
     memory_budget: see `Compiled`
     weight_decay, max_grad_norm, betas, eps: see `parameter_groups` and `StepOptimizer`
 
-    Values that change between steps have to stay in their tensors (copy_); a program that was moved, or whose
-    parameters are other objects, needs a new TrainStep. Raises TrainError where nothing trains or there is no loss.
+    Values that change between steps have to stay in their tensors (copy_); a program that was moved, whose parameters
+    are other objects or whose gradient checkpointing was switched needs a new TrainStep. Raises TrainError where
+    nothing trains or there is no loss.
     """
 
     def __init__(
@@ -96,16 +99,18 @@ class TrainStep:
             self.gradients.attach()
         if batch is None:
             return self.add(share * self.program.penalty())
+        if not self.module.training:
+            self.module.train()
         inputs = {n: v for n, v in batch.items() if v is not None}
         inputs |= {FACTOR: self.number(factor), SHARE: self.number(share)}
         key = signature(inputs)
         times = self.met[key] = self.met.get(key, 0) + 1
         if key in self.recorded:
             return self.recorded[key](inputs)
-        inputs = {n: v.to(self.device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+        inputs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), inputs)
         repeated = [known for known, count in self.met.items() if count > 1]
         if times > 1 and key not in repeated[:SHAPES]:
-            self.announce(f"batches come in more than {SHAPES} shapes; further ones run uncompiled. Pad to fewer lengths")
+            self.announce(f"batches come in more than {SHAPES} shapes, others run uncompiled: pad to fewer lengths")
             return self.compute(self.loss, **inputs)
         if times == 1 and len(self.met) > 1:
             return self.compute(self.loss, **inputs)
@@ -122,9 +127,9 @@ class TrainStep:
     def number(self, value: float | torch.Tensor) -> torch.Tensor:
         """A scalar on the device; plain numbers are copied there once."""
         if isinstance(value, torch.Tensor):
-            return value.to(torch.float32)
+            return value.to(torch.float64)
         if value not in self.numbers:
-            self.numbers[value] = torch.tensor(value, device=self.device)
+            self.numbers[value] = torch.tensor(value, dtype=torch.float64, device=self.device)
         return self.numbers[value]
 
     def compute(self, loss_of: Any, **inputs: Any) -> torch.Tensor:

@@ -33,7 +33,7 @@ from .train_step import TrainStep
 
 NEUTRAL = {
     "epochs", "max_steps", "eval_batch_size", "eval_every", "save_every", "logging_every", "keep_checkpoints", "resume",
-    "device", "report", "shard", "batch_size", "gradient_accumulation",
+    "device", "report", "shard", "batch_size", "gradient_accumulation", "compile", "memory_budget", "lengths",
 }  # fmt: skip
 
 

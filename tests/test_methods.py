@@ -247,7 +247,7 @@ def test_convolutions(convolutions, method):
     assert relative(adapted.run(), convolutions.run()) > 1e-6
     assert relative(adapted.run(), sp.fold(adapted).run()) <= 1e-12
     dense = {name for name, lowered in adapted.lowered.items() if lowered.dense}
-    assert bool(dense) == (method.name in ("liera", "dora"))
+    assert bool(dense) == (method.name == "liera")
 
 
 def test_floras_core_is_the_tucker_product(convolutions):

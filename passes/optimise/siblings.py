@@ -1,9 +1,10 @@
 import operator
+from collections.abc import Collection
 from typing import ClassVar
 
 from torch import fx
 
-from subgraph_peft.graphs import aten
+from subgraph_peft.graphs import aten, is_effect, is_random
 from subgraph_peft.module import GraphModel
 from subgraph_peft.optimise import Optimisation
 
@@ -21,10 +22,11 @@ class Siblings(Optimisation):
 
     def apply(self, graph: fx.Graph, owner: GraphModel) -> int:
         families: dict[tuple, list[fx.Node]] = {}
+        blocks = {*owner.block_paths, *(owner.checkpointing.paths if owner.checkpointing else ())}
         for node in graph.nodes:
             small = factor(node)
             if small is not None and movable(small):
-                families.setdefault((node.args[0], small.meta["dtype"], call(node)), []).append(node)
+                families.setdefault((node.args[0], small.meta["dtype"], call(node, blocks)), []).append(node)
         families = {key: nodes for key, nodes in families.items() if len(nodes) > 1}
         for nodes in families.values():
             join(graph, nodes)
@@ -36,7 +38,7 @@ def join(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     x, matrices = first.args[0], [node.args[1] for node in nodes]
     for matrix in matrices:
         for source in held(matrix):
-            if source.op != "get_attr":
+            if first < source:  # what stands before may have readers before too, such as an earlier call
                 first.prepend(source)
     with graph.inserting_before(first):
         stacked = derived(graph, first, aten.cat.default, (matrices,))
@@ -52,7 +54,7 @@ def join(graph: fx.Graph, nodes: list[fx.Node]) -> None:
 
 
 def held(matrix: fx.Node) -> list[fx.Node]:
-    """What a matrix is computed from, in the order of the graph, itself last; empty where an input is among it."""
+    """What a matrix is computed from, sources first, itself last."""
     found: dict[fx.Node, None] = {}
 
     def visit(node: fx.Node) -> None:
@@ -66,10 +68,16 @@ def held(matrix: fx.Node) -> list[fx.Node]:
 
 
 def movable(matrix: fx.Node) -> bool:
-    """Whether a matrix is computed from tensors of the module alone."""
-    return all(node.op in ("get_attr", "call_function") for node in held(matrix))
+    """Whether a matrix is computed from tensors of the module alone, and is the same wherever it is computed."""
+    return all(
+        node.op == "get_attr" or (node.op == "call_function" and not is_random(node) and not is_effect(node))
+        for node in held(matrix)
+    )
 
 
-def call(node: fx.Node) -> tuple:
-    """The modules around a node's own, so that no family reaches over blocks."""
-    return tuple(node.meta.get("nn_module_stack", {}))[:-1]
+def call(node: fx.Node, blocks: Collection[str]) -> tuple:
+    """The calls of modules around a node's own, and its own where that is a block: no family reaches over blocks."""
+    stack = node.meta.get("nn_module_stack", {})
+    *around, own = stack or [None]
+    is_block = own is not None and str(stack[own][0]).partition("@")[0] in blocks
+    return (*around, own) if is_block else tuple(around)

@@ -12,8 +12,8 @@ from subgraph_peft.optimise import Optimisation
 class Tidy(Optimisation):
     """x[:] = x, to(to(x, d), d) = to(x, d), n + 0 = n for whole numbers n; and what a module computes twice, once
 
-    The latter in graphs that write to no tensor. Casts of floating-point values stay, even where the captured dtype is the wanted one already: under autocast it need
-    not be.
+    The latter in graphs that write to no tensor. Casts of floating-point values stay, even where the captured dtype is
+    the wanted one already: under autocast it need not be.
     """
 
     name: ClassVar[str] = "tidy"
@@ -47,8 +47,10 @@ def source(node: fx.Node) -> fx.Node | None:
         whole = isinstance(held, torch.Tensor) and not held.is_floating_point() and held.dtype == dtype
         return value if whole or (value.target is aten.to.dtype and value.args[1:] == (dtype,)) else None
     if node.target is aten.add.Tensor and node.args[1:] == (0,):
-        held = value.meta.get("val")
-        return value if isinstance(held, torch.Tensor) and not held.is_floating_point() else None
+        held, result = value.meta.get("val"), node.meta.get("val")
+        if not isinstance(held, torch.Tensor) or not isinstance(result, torch.Tensor):
+            return None
+        return value if held.dtype == result.dtype and not held.is_floating_point() else None
     return None
 
 
