@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from subgraph_peft.export.inference import inference
-from subgraph_peft.passes import AdaLoRA, DoRA, LieRA, LoRA, MoSLoRA, MPCo, PiSSA, VeRA
-from subgraph_peft.passes.optimise import Attention, Gram, Scalars, Siblings, Tidy
+from subgraph_peft.passes import AdaLoRA, DoRA, LieRA, LoRA, MoSLoRA, MPCo, PiSSA, SSB, VeRA
+from subgraph_peft.passes.optimise import Attention, Gram, Rotary, Scalars, Siblings, Tidy
 from subgraph_peft.passes.optimise.gram import Product, Rows
 from torch import fx, nn
 
@@ -24,7 +24,7 @@ from subgraph_peft.pipeline import Pipeline, State
 from tests import models
 
 BOTH = (True, frozenset())  # the runner of train mode with every input
-PASSES = ["gram", "attention", "tidy", "scalars", "siblings"]
+PASSES = ["gram", "attention", "tidy", "scalars", "siblings", "rotary"]
 OFF = dict.fromkeys(PASSES, False)
 
 
@@ -232,7 +232,7 @@ def test_results_and_gradients_are_those_of_the_captured_graph(captured, name):
     assert_same(program, plain, inputs)
 
 
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("name", PASSES[:-1])  # the last one sees compiled graphs alone
 def test_every_pass_alone(captured, name):
     inputs, base = captured("llama")
     program = shaken(sp.rewrite(base, DoRA(of=LORA, norm_gradient=True), where="*layers.0*.{q,v}_proj"))
@@ -240,6 +240,57 @@ def test_every_pass_alone(captured, name):
     one = sp.optimise(plain, **{name: True})
     assert name == "attention" or one.lowered != plain.lowered or one.module.matches[BOTH][name] > 0
     assert_same(one, plain, inputs)
+
+
+def test_rotary_turns_by_products(captured):
+    inputs, base = captured("llama")
+    program = shaken(sp.rewrite(base, SSB(), where="*.{q,k}_proj"))
+    graph = running(program, Tidy())
+    halves = [n for n in graph.find_nodes(op="call_function", target=aten.cat.default) if n.args[0][0].target is aten.neg.default]
+    cat = halves[0]
+    assert show(graph, [cat.args[0][1], cat.args[0][0].args[0], cat.args[0][0], cat]).splitlines() == [
+        "slice_4 = slice(transpose, 3, 0, 3)",
+        "slice_5 = slice(transpose, 3, 3, 9223372036854775807)",
+        "neg = neg(slice_5)",
+        "cat_1 = cat([neg, slice_4], -1)",
+    ]
+    before = set(graph.nodes)
+    assert Rotary().apply(graph, program.module) == len(halves) == 4
+    added = [n for n in graph.nodes if n not in before][:10]
+    assert show(graph, added).splitlines() == [
+        "cat_1_arange = arange(2, dtype=torch.float64, device=device(type='cpu'))",
+        "cat_1_unsqueeze = unsqueeze(cat_1_arange, -1)",
+        "cat_1_unflatten = unflatten(transpose, 3, [2, 3])",
+        "cat_1_slice = slice(cat_1_unflatten, 3, 0, 1)",
+        "cat_1_slice_1 = slice(cat_1_unflatten, 3, 1, 2)",
+        "cat_1_sub = sub(cat_1_unsqueeze, 1)",
+        "cat_1_mul = mul(cat_1_slice_1, cat_1_sub)",
+        "cat_1_mul_1 = mul(cat_1_slice, cat_1_unsqueeze)",
+        "cat_1_add = add(cat_1_mul, cat_1_mul_1)",
+        "cat_1_flatten = flatten(cat_1_add, 3, 4)",
+    ]
+
+
+def test_rotary_changes_no_number(captured, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    inputs, base = captured("llama")
+    found = []
+    for rotary in (False, True):
+        program = sp.optimise(shaken(sp.rewrite(base, SSB(), where="*_proj")), rotary=rotary)
+        step = sp.TrainStep(program, lr=1e-2, compile=True)
+        found.append([step(inputs).item() for _ in range(4)])
+        assert program.module.matches[BOTH].get("rotary") == (4 if rotary else None)
+    assert found[0] == found[1] and found[0][0] != found[0][-1]
+
+
+def test_rotary_leaves_other_concatenations_alone():
+    class Turns(nn.Module):
+        def forward(self, x):
+            a, b, c = x[..., :4], x[..., 4:], x[..., :3]
+            return torch.cat([-a, b], -1), torch.cat([-b, c], -1), torch.cat([-b, a], 0), torch.cat([b, -a], -1)
+
+    program = sp.capture(Turns(), {"x": torch.randn(2, 5, 8)}, verify=False)
+    assert Rotary().apply(program.module.specialise(True), program.module) == 0
 
 
 def test_several_adapters_at_one_site(captured):
@@ -568,7 +619,7 @@ def test_moved_programs():
     inputs = {"x": torch.randn(3, 16)}
     program = shaken(sp.rewrite(sp.capture(Pair(), inputs, verify=False), DoRA(of=LoRA(r=2)), where=["a", "b"]))
     before, inputs = program.module.matches[BOTH], {"x": inputs["x"].double()}
-    assert before == {"attention": 0, "tidy": 2, "scalars": 2, "siblings": 1}
+    assert before == {"attention": 0, "tidy": 0, "scalars": 2, "siblings": 1}
     program.module.to(torch.float64)
     assert program.module.matches[BOTH] == before
     other = sp.optimise(program, **OFF)
@@ -661,7 +712,7 @@ class Negations(Optimisation):
 
 def test_installed_passes():
     assert list(optimisations()) == PASSES
-    assert [optimisations()[name].stage for name in PASSES] == ["equation", *["graph"] * 4]
+    assert [optimisations()[name].stage for name in PASSES] == ["equation", *["graph"] * 4, "compiled"]
     assert isinstance(optimisations()["gram"], Gram)
 
 
@@ -678,7 +729,7 @@ def test_passes_of_third_parties_register_as_entry_points(monkeypatch):
     try:
         program = sp.capture(nn.Sequential(nn.Linear(4, 4), Negated()), torch.randn(2, 4))
         assert program.module.matches[BOTH]["negations"] == 1
-        assert sp.optimise(program, negations=False).module.matches[BOTH].keys() == {*PASSES} - {"gram"}
+        assert sp.optimise(program, negations=False).module.matches[BOTH].keys() == {*PASSES} - {"gram", "rotary"}
     finally:
         optimisations.cache_clear()
         equation.trace.cache_clear()
