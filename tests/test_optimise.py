@@ -231,7 +231,10 @@ EQUAL = {
 }
 
 
-@pytest.mark.parametrize("name", EQUAL)
+SLOW = ("dora", "dora_dropout", "dora_moslora", "moslora", "vera", "mpc", "packed", "experts")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in EQUAL])
 def test_results_and_gradients_are_those_of_the_captured_graph(captured, name):
     source, where, method = EQUAL[name]
     inputs, base = captured(source)
@@ -300,7 +303,7 @@ def norms(shape: tuple[int, int], products: list[tuple[float, int]], zero: bool,
     return SimpleNamespace(ours=ours, theirs=theirs, grads=grads)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     out=st.integers(1, 9),
     inner=st.integers(1, 9),
