@@ -1,6 +1,7 @@
 """Optimising passes: the graph before and after, the same results and gradients, and where they have to keep off."""
 
 import copy
+import gc
 import importlib
 import operator
 from types import SimpleNamespace
@@ -26,6 +27,13 @@ from tests import models
 BOTH = (True, frozenset())  # the runner of train mode with every input
 PASSES = ["gram", "attention", "tidy", "scalars", "siblings"]
 OFF = dict.fromkeys(PASSES, False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects_to_collect():
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
