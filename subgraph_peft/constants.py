@@ -24,10 +24,15 @@ class Constant:
 
 @torch.no_grad()
 def refresh(module: GraphModel, constants: Mapping[str, Constant]) -> None:
-    """Compute the constants of the equations from the tensors as they are now."""
+    """Compute the constants of the equations from the tensors as they are now; into the buffers that hold them, where
+    there are such, which recorded work goes on reading."""
     tensors = dict(module.tensors())
     for path, constant in constants.items():
-        attach(module, path, evaluate_constant(constant, tensors), persistent=False)
+        value, held = evaluate_constant(constant, tensors), tensors.get(path)
+        if held is None or (held.shape, held.dtype, held.device) != (value.shape, value.dtype, value.device):
+            attach(module, path, value, persistent=False)
+        else:
+            held.copy_(value)
 
 
 def evaluate_constant(constant: Constant, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

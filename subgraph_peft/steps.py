@@ -175,7 +175,9 @@ class Train(Pass, TrainOptions):
             collate=data.collate,
         )
         on_first(lambda: state.program.save(state.folder / "adapter"))
+        least = sum(p.nbytes * (4 if p.requires_grad else 1) for _, p in state.program.parameters())
         summary = f"{result.steps} steps in {result.seconds:.1f} s"
+        summary += f"; weights, gradients and moments alone take {least / 2**20:,.0f} MiB"
         if result.evaluations:
             before, after = result.evaluations[0][1], result.evaluations[-1][1]
             summary += "; " + ", ".join(f"{name} {before[name]:.4f} → {value:.4f}" for name, value in after.items())

@@ -139,7 +139,7 @@ def train(
     Raises TrainError if there is nothing to train, the loss is not finite or processes differ, CheckpointError if the
     output folder holds checkpoints of another run, ConfigError for a device or a library that is not there.
     """
-    from .trainer import build_trainer, run_trainer
+    from .launch import build_trainer, run_trainer
 
     processes.join()
     check(program, train_data, options)

@@ -1,13 +1,8 @@
 """transformers.Trainer over a Program: exact resumption, exact accumulation over batches and processes, its own
 evaluation, no chatter."""
 
-import logging
-import math
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -20,21 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from . import distributed, processes, resume
-from .data import Padding, spread
-from .errors import CheckpointError, ConfigError, TrainError
+from .errors import TrainError
 from .evaluate import Metrics, evaluate, loss_and_logits, scored, shifts_labels
 from .module import GraphModel
 from .order import Order
 from .penalty import has_penalty
 from .program import Program
-from .record import Bar, Record, signals
+from .record import Record
 from .train import TrainOptions, parameter_groups
 from .train_step import TrainStep
-
-NEUTRAL = {
-    "epochs", "max_steps", "eval_batch_size", "eval_every", "save_every", "logging_every", "keep_checkpoints", "resume",
-    "device", "report", "shard", "batch_size", "gradient_accumulation", "compile", "memory_budget", "lengths",
-}  # fmt: skip
 
 
 class ProgramTrainer(Trainer):
@@ -256,122 +245,5 @@ class ProgramTrainer(Trainer):
             self.record.random = resume.random_state()
 
 
-def build_trainer(
-    program: Program,
-    data: tuple[Dataset, Dataset | None],
-    output: Path,
-    options: TrainOptions,
-    collate: Callable | None,
-    metrics: Metrics | None,
-    callbacks: Sequence[TrainerCallback],
-    folder: Path | None,
-    stack: ExitStack,
-) -> ProgramTrainer:
-    """A trainer that starts anew, or goes on from the checkpoint `folder` if that is of the same run.
-
-    stack: closed after training
-    """
-    arguments = training_arguments(options, output)
-    together = options.batch_size * options.gradient_accumulation * processes.world()
-    steps_per_epoch = math.ceil(len(data[0]) / together)
-    arguments.max_steps = options.max_steps or math.ceil(options.epochs * steps_per_epoch)
-    arguments.warmup_steps = options.warmup_steps(arguments.max_steps)
-    run = {
-        **options.model_dump(mode="json", exclude=NEUTRAL),
-        "steps": arguments.max_steps,
-        "examples": len(data[0]),
-        "data": getattr(data[0], "digest", None),
-        "examples per step (batch_size · gradient_accumulation · processes)": together,
-    }
-    past = resume.read_run(folder) if folder else {}
-    if folder and past["run"] != run:
-        before = past["run"]
-        differs = [f"{key} was {before.get(key)}, is {run.get(key)}" for key in run if before.get(key) != run[key]]
-        raise CheckpointError(
-            f"{folder} belongs to another run: {'; '.join(differs)}. Choose another output folder, or resume=False to "
-            "remove it and start anew."
-        )
-    if folder:
-        program.load(folder)
-    distributed.start(program)
-    module = program.module
-    if options.shard:
-        from .sharded import sharded
-
-        module = stack.enter_context(sharded(program, arguments.device))
-    record = Record(options, steps_per_epoch, past)
-    collate = collate or Padding()
-    compiles = options.compiles(arguments.device)
-    count = (8 if compiles else 0) if options.lengths == "auto" else options.lengths
-    if count and isinstance(collate, Padding) and "input_ids" in data[0][0]:
-        lengths = [len(data[0][i]["input_ids"]) for i in range(len(data[0]))]
-        collate = replace(collate, lengths=spread(lengths, count))
-    if compiles:
-        arguments.max_grad_norm = 0.0  # the step's own optimiser clips
-    return ProgramTrainer(program, module, arguments, options, data, collate, metrics, record, run, callbacks)
-
-
-def training_arguments(options: TrainOptions, output: Path) -> TrainingArguments:
-    cuda = options.device != "cpu" and torch.cuda.is_available()
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.eval_batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation,
-        learning_rate=options.lr,
-        lr_scheduler_type="constant_with_warmup" if options.schedule == "constant" else options.schedule,
-        max_grad_norm=options.max_grad_norm,
-        bf16=options.bf16,
-        seed=options.seed,
-        use_cpu=not cuda,
-        dataloader_pin_memory=cuda,
-        logging_steps=options.logging_every,
-        eval_strategy="no",
-        save_strategy="no",
-        logging_nan_inf_filter=False,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to=options.report,
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for several processes
-    if arguments.world_size != processes.world():
-        raise ConfigError(
-            f"torch.distributed has {processes.world()} processes, accelerate finds {arguments.world_size}: start them "
-            "with torchrun or accelerate launch, or set RANK, WORLD_SIZE and LOCAL_RANK in each."
-        )
-    return arguments
-
-
 def examples(batch: Mapping[str, Any]) -> int:
     return len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
-
-
-def run_trainer(trainer: ProgramTrainer, folder: Path | None, progress: bool | None) -> None:
-    """Train to the end; on an interrupt save, if the last step is whole, and raise."""
-    record, bar = trainer.record, None
-    library = logging.getLogger("transformers.trainer_utils")  # warns of a batch size that may be another one
-    level = library.level
-    if progress or (progress is None and sys.stderr.isatty()):
-        bar = Bar(trainer.args.max_steps, resume.step_of(folder) if folder else 0)
-        trainer.add_callback(bar)
-    try:
-        library.setLevel(logging.ERROR)
-        with signals(record):
-            if folder and resume.step_of(folder) >= trainer.args.max_steps:
-                trainer.finished(folder)
-            else:
-                trainer.train(resume_from_checkpoint=str(folder) if folder else None)
-            record.check_signal()
-    except KeyboardInterrupt:
-        step, kept = trainer.state.global_step, trainer.checkpoint()
-        if record.whole and step and (kept is None or resume.step_of(kept) != step):
-            trainer._save_checkpoint(None)
-            kept = trainer.checkpoint()
-        if record.signal == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM) from None
-        where = f"the checkpoint {kept} resumes it" if kept else "nothing had been saved"
-        raise KeyboardInterrupt(f"Training was interrupted after step {step}; {where}.") from None
-    finally:
-        library.setLevel(level)
-        if bar is not None:
-            bar.bar.close()

@@ -373,3 +373,17 @@ def test_counts_on_the_six_sites_of_a_deberta_layer():
 def test_a_wrapper_whose_tensor_is_the_inner_methods_too_is_refused(narrow):
     with pytest.raises(sp.MethodError, match="dora and dora inside it both have a tensor 'm'"):
         sp.rewrite(narrow, DoRA(of=DoRA()), where="from_one")
+
+
+def test_constants_are_computed_anew_in_their_own_memory():
+    """Recorded work goes on reading the buffers of constants: a new value stands where the old one stood."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    program = sp.rewrite(sp.capture(model, torch.randn(3, 6)), DoRA(of=LoRA(r=2)), where="0")
+    (path,) = program.constants
+    held = program.module.get_buffer(path)
+    before = held.clone()
+    with torch.no_grad():
+        program.module.get_parameter("0.weight").mul_(2.0)
+    program.module.recompute(program.module)
+    assert program.module.get_buffer(path) is held
+    torch.testing.assert_close(held, 4 * before)

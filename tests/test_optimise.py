@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from subgraph_peft.export.inference import inference
-from subgraph_peft.passes import AdaLoRA, DoRA, LieRA, LoRA, MoSLoRA, MPCo, PiSSA, SSB, VeRA
+from subgraph_peft.passes import SSB, AdaLoRA, DoRA, LieRA, LoRA, MoSLoRA, MPCo, PiSSA, VeRA
 from subgraph_peft.passes.optimise import Attention, Gram, Rotary, Scalars, Siblings, Tidy
 from subgraph_peft.passes.optimise.gram import Product, Rows
 from torch import fx, nn
@@ -266,7 +266,8 @@ def test_rotary_turns_by_products(captured):
     inputs, base = captured("llama")
     program = shaken(sp.rewrite(base, SSB(), where="*.{q,k}_proj"))
     graph = running(program, Tidy())
-    halves = [n for n in graph.find_nodes(op="call_function", target=aten.cat.default) if n.args[0][0].target is aten.neg.default]
+    joined = graph.find_nodes(op="call_function", target=aten.cat.default)
+    halves = [node for node in joined if node.args[0][0].target is aten.neg.default]
     cat = halves[0]
     assert show(graph, [cat.args[0][1], cat.args[0][0].args[0], cat.args[0][0], cat]).splitlines() == [
         "slice_4 = slice(transpose, 3, 0, 3)",

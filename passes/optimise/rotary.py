@@ -39,17 +39,17 @@ def turned(node: fx.Node) -> fx.Node | None:
     if len(parts) != 2 or parts[0].target is not aten.neg.default:
         return None
     second, first = parts[0].args[0], parts[1]
-    if first.target is not aten.slice.Tensor or second.target is not aten.slice.Tensor or first.args[0] != second.args[0]:
+    x = first.args[0] if first.args else None
+    if any(part.target is not aten.slice.Tensor or part.args[0] != x for part in (first, second)):
         return None
-    x = first.args[0]
     value = x.meta.get("val")
     if not isinstance(value, torch.Tensor) or not isinstance(value.shape[-1], int):
         return None
     last, width = value.ndim - 1, value.shape[-1]
-    halves = [(part.args[1] % value.ndim, *part.args[2:]) for part in (first, second)]
-    ends = (width, sys.maxsize)
-    right = halves[0] == (last, 0, width // 2) and halves[1][:2] == (last, width // 2) and halves[1][2:][0] in ends
-    return x if right and width % 2 == 0 and along % value.ndim == last else None
+    (dim, *front), (other, start, stop) = (first.args[1:4], second.args[1:4])
+    along_last = {dim % value.ndim, other % value.ndim, along % value.ndim} == {last}
+    split = front == [0, width // 2] and start == width // 2 and stop in (width, sys.maxsize)
+    return x if along_last and split and width % 2 == 0 else None
 
 
 def products(graph: fx.Graph, node: fx.Node, x: fx.Node) -> fx.Node:
