@@ -1,6 +1,5 @@
 """A training graph under torch.compile, piece by piece: repeated layers are one piece, compiled once for all."""
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,8 +10,9 @@ from . import graphs
 from .checkpointing import checkpointed
 from .errors import CaptureError
 from .module import GraphModel
+from .normalise import attribute
 from .optimise import optimised
-from .partition import Unit, ordered, outermost, owners, repeated
+from .partition import Unit, boundary, ordered, outermost, owners, repeated
 
 
 class Part(NamedTuple):
@@ -58,7 +58,7 @@ class Compiled:
         graph, parts = self.plans[missing]
         values: dict[fx.Node, Any] = dict(zip(graph.find_nodes(op="placeholder"), flat, strict=True))
         for name, node in graphs.attributes(graph):
-            values[node] = operator.attrgetter(name)(self.module)
+            values[node] = attribute(self.module, name)
         options = {"ban_recompute_materialized_backward": False, "activation_memory_budget": self.memory_budget}
         with config.patch(options):
             for part in parts:
@@ -79,7 +79,7 @@ class Compiled:
 
     def part(self, unit: Unit | None, nodes: Sequence[fx.Node]) -> Part:
         own, sources, outputs = function_of(nodes)
-        held = [operator.attrgetter(str(node.target))(self.module) for node in sources if node.op == "get_attr"]
+        held = [attribute(self.module, str(node.target)) for node in sources if node.op == "get_attr"]
         text = f"{own.python_code('self').src} {[(getattr(tensor, 'shape', None)) for tensor in held]}"
         if text not in self.functions:
             run = graphs.compile_graph(own, f"{type(self.module).__name__} {unit[0] if unit else 'around layers'}")
@@ -116,9 +116,8 @@ def units(graph: fx.Graph, module: GraphModel) -> list[tuple[Unit | None, list[f
 
 def function_of(nodes: Sequence[fx.Node]) -> tuple[fx.Graph, tuple[fx.Node, ...], tuple[fx.Node, ...]]:
     """(the nodes as a graph of their own, numbered in order, what they read, those that others read)."""
-    inside, own = set(nodes), fx.Graph()
-    sources = tuple(dict.fromkeys(s for node in nodes for s in node.all_input_nodes if s not in inside))
-    outputs = tuple(node for node in nodes if any(user not in inside for user in node.users))
+    own = fx.Graph()
+    sources, outputs = map(tuple, boundary(nodes))
     copies: dict[fx.Node, fx.Node] = {}
     for index, node in enumerate(sources):
         copies[node] = own.create_node("placeholder", f"x{index}", name=f"x{index}")

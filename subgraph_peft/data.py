@@ -272,6 +272,10 @@ class Padding:
         return torch.cat([filler, labels] if self.tokenizer.padding_side == "left" else [labels, filler])
 
 
+def token_counts(data: Dataset) -> list[int]:
+    return [len(data[index]["input_ids"]) for index in range(len(data))]
+
+
 def spread(lengths: Sequence[int], count: int) -> tuple[int, ...]:
     """At most `count` lengths to pad to, evenly spaced multiples of 8 up to the longest, which itself stays."""
     longest = max(lengths)

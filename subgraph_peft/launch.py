@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
 from . import distributed, processes, resume
-from .data import Padding, spread
+from .data import Padding, spread, token_counts
 from .errors import CheckpointError, ConfigError
 from .evaluate import Metrics
 from .program import Program
@@ -76,8 +76,7 @@ def build_trainer(
     compiles = options.compiles(arguments.device)
     count = (8 if compiles else 0) if options.lengths == "auto" else options.lengths
     if count and isinstance(collate, Padding) and "input_ids" in data[0][0]:
-        lengths = [len(data[0][i]["input_ids"]) for i in range(len(data[0]))]
-        collate = replace(collate, lengths=spread(lengths, count))
+        collate = replace(collate, lengths=spread(token_counts(data[0]), count))
     if compiles:
         arguments.max_grad_norm = 0.0  # the step's own optimiser clips
     return ProgramTrainer(program, module, arguments, options, data, collate, metrics, record, run, callbacks)

@@ -202,13 +202,19 @@ def is_fixed(node: fx.Node) -> bool:
     return node.op == "call_function" and (is_random(node) or is_effect(node))
 
 
+def boundary(nodes: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """(what the nodes read from others, those of them that others read)"""
+    inside = set(nodes)
+    sources = dict.fromkeys(s for node in nodes for s in node.all_input_nodes if s not in inside)
+    return [*sources], [node for node in nodes if any(user not in inside for user in node.users)]
+
+
 def extract(nodes: Sequence[fx.Node], block: str) -> tuple[fx.Graph, list[fx.Node], list[fx.Node]]:
     """(the nodes of one unit as a graph, the nodes whose values are its inputs, those whose values are its results)."""
-    inside, own = set(nodes), fx.Graph()
-    sources = dict.fromkeys(s for node in nodes for s in node.all_input_nodes if s not in inside)
+    own = fx.Graph()
+    sources, outputs = boundary(nodes)
     held = [s for s in sources if s.op == "get_attr" and within(str(s.target), block)]
     inputs = [s for s in sources if s not in held]
-    outputs = [node for node in nodes if any(user not in inside for user in node.users)]
     copies: dict[fx.Node, fx.Node] = {}
     for node in inputs:
         copies[node] = own.create_node("placeholder", node.name, name=node.name)

@@ -85,7 +85,6 @@ class StepOptimizer(torch.optim.Optimizer):
 
     def try_to_record(self) -> None:
         try:
-            self.stream.wait_stream(torch.cuda.current_stream())
             self.recorded = Recorded(self.update, {}, self.stream, torch.cuda.graph_pool_handle())
         except RuntimeError as error:
             self.record = False

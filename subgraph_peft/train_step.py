@@ -169,7 +169,6 @@ class TrainStep:
 
     def recording(self, key: tuple, inputs: Mapping[str, Any]) -> Recorded | None:
         try:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
             self.recorded[key] = Recorded(
                 lambda **given: self.compute(self.compiled_loss, **given), inputs, self.stream, self.pool
             )

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from . import distributed, processes, resume
+from .data import token_counts
 from .errors import TrainError
 from .evaluate import Metrics, evaluate, loss_and_logits, scored, shifts_labels
 from .module import GraphModel
@@ -52,7 +53,7 @@ class ProgramTrainer(Trainer):
         self.fast: TrainStep | None = None
         self.statistics = distributed.statistics(module)
         train, held_out = data
-        lengths = [len(train[i]["input_ids"]) for i in range(len(train))] if options.group_by_length else None
+        lengths = token_counts(train) if options.group_by_length else None
         self.order = Order(
             len(train), options.seed, options.batch_size, options.gradient_accumulation, processes.rank(),
             processes.world(), lengths,
@@ -143,7 +144,6 @@ class ProgramTrainer(Trainer):
         if self.fast is None:
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
-            model.train()
             loss = self.fast_step(inputs, 1.0 if num_items_in_batch is None else next(num_items_in_batch))
         self.record.current.append(loss)
         if self.accelerator.sync_gradients:
