@@ -13,7 +13,8 @@ class Recorded:
     """A function of tensors as a CUDA graph: a call copies its inputs into place, launches, and copies the result out.
 
     The function reads and writes tensors that stay where they are, and looks at no value on the way. Random numbers go
-    on from call to call as without a recording.
+    on from call to call as without a recording. The workspaces of its matrix products are in its own memory, since
+    others, such as torch.compile's recordings, free those that are not.
 
     pool: memory that several recordings share, which must not run at the same time
     """
@@ -22,9 +23,11 @@ class Recorded:
         self.inputs = pytree.tree_map_only(torch.Tensor, torch.clone, dict(inputs))
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
         with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.result = function(**self.inputs)
+        torch._C._cuda_clearCublasWorkspaces()
 
     def __call__(self, inputs: Batch) -> torch.Tensor | None:
         for name, value in inputs.items():
