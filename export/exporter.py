@@ -4,21 +4,26 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
+import torch
 
+from subgraph_peft.checkpoint import fingerprint
 from subgraph_peft.errors import ExportError
 from subgraph_peft.fold import folds
 from subgraph_peft.guards import between
 from subgraph_peft.program import Program
 
 from .files import place, staged, write
+from .fuse import fuse, lay_out
 from .inference import Inference, inference
+from .precision import DTYPES, narrow
+from .quantize import quantize as quantized
 from .report import ExportReport, Verification
 from .runtime import session
-from .translate import translate
-from .verification import compare, program_reference
+from .translate import describe, quiet, translate
+from .verification import bound_of, compare, program_reference
 
 
 def to_onnx(
@@ -27,58 +32,115 @@ def to_onnx(
     *,
     outputs: Sequence[str] | None = None,
     opset: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    optimize: bool = False,
+    quantize: Literal[4, 8] | None = None,
     bound: float | None = None,
     example: Mapping[str, Any] | None = None,
     external_data: bool = False,
+    beside: Sequence[Any] = (),
 ) -> ExportReport:
     """Write `program`, in eval mode, to the ONNX file `path`.
 
     outputs:        names of the outputs to keep; all but the loss by default. Inputs that only others need, such as
                     labels, are not in the file
     opset:          of the file; torch's own choice by default
+    dtype:          float16 or bfloat16, of a float32 program: inputs, outputs, weights and products in it, means and
+                    angles in float32
+    optimize:       fuse attention, norms and activations into operators that onnxruntime alone has
+    quantize:       bits of the weights of matrix products
     bound:          see `verify`
     example:        inputs to trace and compare with; the program's own by default
     external_data:  keep the weights in `<path>.data` even where one file can hold them (up to 2 GiB)
+    beside:         what has `save_pretrained`, such as a tokenizer and a config, written to the file's folder with it
 
     Inputs and outputs have the names of the model's arguments and results, weights their qualified names. Dimensions
-    that vary in the program vary in the file. Adapters that were not folded stay as nodes.
+    that vary in the program vary in the file. Adapters that were not folded stay as nodes. Weights are written one by
+    one from the program's memory.
 
-    The file appears once onnxruntime has reproduced the program's outputs at two sizes of every dynamic dimension.
-    Raises ExportError where it does not, where an operator has no translation or kernel, and where the folder cannot be
-    written; then, and on an interrupt, whatever was at `path` is still there.
+    The file appears once onnxruntime, on the provider that will serve it, has reproduced the program's outputs at two
+    sizes of every dynamic dimension, before and after it was fused and quantised. Raises ExportError where it does not,
+    where an operator has no translation or kernel, and where the folder cannot be written; then, and on an interrupt,
+    whatever was at `path` is still there.
     """
     target = Path(path)
     program.need_values("export", ExportError)
+    dtype = chosen(program, dtype)
+    if quantize not in (None, 4, 8):
+        raise ExportError(f"Weights are quantised to 4 or 8 bits, not {quantize!r}.")
     with staged(target) as folder:
         reference = program_reference(program, example)
         cut = inference(program, outputs)
+        cases = reference.cases(list(cut.inputs))
         model = translate(program, cut, reference.example, opset)
-        write(model, folder / target.name, external_data)
-        try:
-            verification = compare(session(folder / target.name), reference, bound)
-        except ExportError as error:
-            raise ExportError(f"{error} {target} was not written.") from error
+        if dtype is not reference.dtype:
+            narrow(model, dtype)
+        identity = fingerprint(program, ())
+
+        def checked(**options: Any) -> Verification:
+            describe(model, program, identity, dtype=str(dtype).removeprefix("torch."), **options)
+            write(model, folder / target.name, external_data)
+            try:
+                opened = session(folder / target.name)
+                return compare(opened, cases, bound_of(opened, reference.dtype) if bound is None else bound)
+            except ExportError as error:
+                raise ExportError(f"{error} {target} was not written.") from error
+
+        before = verification = checked()
+        fused: dict[str, int] = {}
+        if quantize or optimize:
+            with quiet():
+                lay_out(model)
+                model = quantized(model, quantize) if quantize else model
+                fused = fuse(model) if optimize else {}
+            verification = checked(optimize=optimize, quantize=quantize)
+        for item in beside:
+            item.save_pretrained(folder)
         place(folder, target)
-    return report(program, cut, model, target, verification)
-
-
-def report(program: Program, cut: Inference, model: ir.Model, target: Path, verification: Verification) -> ExportReport:
-    files = [file for file in (target, target.with_name(f"{target.name}.data")) if file.exists()]
     return ExportReport(
         **{field.name: getattr(verification, field.name) for field in fields(Verification)},
-        path=str(target),
-        files=tuple(file.name for file in files),
-        bytes=sum(file.stat().st_size for file in files),
-        nodes=len(model.graph),
-        opset=model.opset_imports[""],
-        inputs={value.name: shape_of(value) for value in model.graph.inputs},
-        outputs={value.name: shape_of(value) for value in model.graph.outputs},
-        fixed=cut.fixed,
-        holds=between(program.module.signature.guards, [value.name for value in model.graph.inputs]),
-        left_out=cut.left_out,
-        unmerged=tuple(adapter.name for adapter in program.adapters if folds(program, adapter)),
-        remaining=tuple(adapter.name for adapter in program.adapters if not folds(program, adapter)),
+        **written(program, cut, model, target),
+        dtype=str(dtype).removeprefix("torch."),
+        fused=fused,
+        quantize=quantize,
+        before={} if verification is before else before.drift,
+        identity=identity,
     )
+
+
+def chosen(program: Program, dtype: torch.dtype | str | None) -> torch.dtype:
+    """The dtype to write in. Raises ExportError for one that would widen, or that is none of the three."""
+    home = program.module.home.dtype
+    wanted = home if dtype is None else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if wanted is home:
+        return home
+    if wanted not in DTYPES:
+        raise ExportError(f"ONNX is written in float32, float16 or bfloat16, not {dtype}.")
+    if home is not torch.float32:
+        raise ExportError(
+            f"{program.source} is in {home}; a file in {wanted} is written from a float32 program: capture the model in "
+            f"{wanted} or float32, or fold into float32."
+        )
+    return wanted
+
+
+def written(program: Program, cut: Inference, model: ir.Model, target: Path) -> dict[str, Any]:
+    """What an ExportReport says of the file."""
+    files = [file for file in (target, target.with_name(f"{target.name}.data")) if file.exists()]
+    return {
+        "path": str(target),
+        "files": tuple(file.name for file in files),
+        "bytes": sum(file.stat().st_size for file in files),
+        "nodes": len(model.graph),
+        "opset": model.opset_imports[""],
+        "inputs": {value.name: shape_of(value) for value in model.graph.inputs},
+        "outputs": {value.name: shape_of(value) for value in model.graph.outputs},
+        "fixed": cut.fixed,
+        "holds": between(program.module.signature.guards, [value.name for value in model.graph.inputs]),
+        "left_out": cut.left_out,
+        "unmerged": tuple(adapter.name for adapter in program.adapters if folds(program, adapter)),
+        "remaining": tuple(adapter.name for adapter in program.adapters if not folds(program, adapter)),
+    }
 
 
 def shape_of(value: ir.Value) -> tuple[int | str, ...]:

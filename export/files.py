@@ -41,23 +41,27 @@ def write(model: ir.Model, path: Path, external: bool) -> None:
 
 
 def place(folder: Path, target: Path) -> None:
-    """Move the model in `folder` onto `target`, its data first; a failure in between brings the former data back.
+    """Move the files in `folder` to where `target` goes, the model last; a failure in between brings the former ones
+    back.
 
     Data of a former model goes when the new one has none.
     """
-    staged_model, staged_data = folder / target.name, folder / data_name(target)
-    data, former = target.with_name(data_name(target)), folder / "former"
-    brings_data = staged_data.exists()
+    staged_model, former = folder / target.name, folder / "former"
+    new = sorted(file.name for file in folder.iterdir() if file != staged_model)
+    former.mkdir()
+    names = sorted({*new, data_name(target)})
     try:
-        if data.exists():
-            os.replace(data, former)
-        if brings_data:
-            os.replace(staged_data, data)
+        for name in names:
+            if (target.parent / name).exists():
+                os.replace(target.parent / name, former / name)
+            if name in new:
+                os.replace(folder / name, target.parent / name)
         os.replace(staged_model, target)
     except BaseException:
         if staged_model.exists():
-            if former.exists():
-                os.replace(former, data)
-            elif brings_data and not staged_data.exists():
-                data.unlink()
+            for name in names:
+                if name in new and not (folder / name).exists():
+                    (target.parent / name).unlink()
+                if (former / name).exists():
+                    os.replace(former / name, target.parent / name)
         raise

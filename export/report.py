@@ -6,17 +6,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Drift:
-    """Largest difference of one output: absolute, and relative to the output's largest absolute value in torch."""
+    """Difference of one output: the largest, that relative to the output's largest absolute value in torch, and the mean
+    of all."""
 
     absolute: float
     relative: float
+    mean: float = 0.0
 
     def exceeds(self, bound: float) -> bool:
         """Over the bound by either measure, a difference that is not a number included."""
         return not min(self.absolute, self.relative) <= bound
 
     def __str__(self) -> str:
-        return f"{self.absolute:.1e} absolute, {self.relative:.1e} relative"
+        return f"{self.absolute:.1e} at most, {self.relative:.1e} of the largest value, {self.mean:.1e} on average"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class ExportReport(Verification):
     merged:       whether every adapter that folds is folded
     unmerged:     adapters that would fold and were not folded
     remaining:    adapters that do not fold; their nodes are in the file
+    dtype:        in which floats are computed and stored
+    fused:        operators of onnxruntime's own in the file, by name: how many
+    quantize:     bits of the weights of matrix products, None where they are as trained
+    before:       drift of the model before it was quantised and fused
+    identity:     hash of the captured base, see `subgraph_peft.checkpoint.fingerprint`
     """
 
     path: str
@@ -76,6 +83,11 @@ class ExportReport(Verification):
     left_out: tuple[str, ...]
     unmerged: tuple[str, ...]
     remaining: tuple[str, ...]
+    dtype: str
+    fused: Mapping[str, int]
+    quantize: int | None
+    before: Mapping[str, Drift]
+    identity: str
 
     @property
     def merged(self) -> bool:
@@ -90,6 +102,9 @@ class ExportReport(Verification):
             ("bytes", f"{self.bytes:,}"),
             ("nodes", f"{self.nodes:,}"),
             ("opset", str(self.opset)),
+            ("dtype", self.dtype),
+            ("fused", ", ".join(f"{count} {name}" for name, count in self.fused.items())),
+            ("weights of products", f"{self.quantize} bits" if self.quantize else ""),
             ("inputs", shaped(self.inputs)),
             ("outputs", shaped(self.outputs)),
             ("fixed dimensions", ", ".join(f"{name} = {size}" for name, size in self.fixed.items())),
@@ -97,5 +112,6 @@ class ExportReport(Verification):
             ("inputs left out", ", ".join(self.left_out)),
             ("not merged", ", ".join(self.unmerged)),
             ("adapters in the graph", ", ".join(self.remaining)),
+            *((f"drift of {name} before", str(drift)) for name, drift in self.before.items()),
         ]
         return [*((what, value) for what, value in rows if value), *super().rows()]

@@ -18,6 +18,7 @@ from subgraph_peft.errors import ExportError
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 FATAL = 4
+HALVES = {"tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
 NO_KERNEL = r"Could not find an implementation for (?P<operator>\w+)\(\d+\) node with name '(?P<node>[^']*)'"
 NO_DTYPE = r"Type '[^']*' of input .* of operator \((?P<operator>\w+)\) in node \((?P<node>[^)]*)\) is invalid"
 
@@ -53,8 +54,10 @@ def provider(opened: onnxruntime.InferenceSession) -> str:
 def run(opened: onnxruntime.InferenceSession, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Outputs by name, on the CPU. Raises ExportError for inputs that the file does not take or cannot be run on."""
     names = [value.name for value in opened.get_outputs()]
+    narrow = {value.name: HALVES[value.type] for value in opened.get_inputs() if value.type in HALVES}
+    fed = {n: t.to(narrow[n]) if n in narrow and t.is_floating_point() else t for n, t in inputs.items()}
     try:
-        results = opened.run_with_ort_values(names, {name: value_of(tensor) for name, tensor in inputs.items()})
+        results = opened.run_with_ort_values(names, {name: value_of(tensor) for name, tensor in fed.items()})
     except Exception as error:
         shapes = ", ".join(f"{name}{list(tensor.shape)}" for name, tensor in inputs.items())
         message = f"onnxruntime ({provider(opened)}) cannot run the model on {shapes}: {first_line(error)}"

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,6 @@ from onnxscript.optimizer import fold_constants
 from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import subgraph_peft
 from subgraph_peft.checkpoint import entry
 from subgraph_peft.errors import ExportError
 from subgraph_peft.lower import META
@@ -30,7 +30,7 @@ from .inference import STAMP, Inference
 from .operators import translations
 
 OLDEST_OPSET = 18  # what torch translates to; it converts to older ones without names and metadata
-NOISY = ("torch.onnx", "onnxscript", "onnx_ir")
+NOISY = ("torch.onnx", "onnxscript", "onnx_ir", "onnxruntime.quantization")
 NAMESPACE = "namespace"
 TRANSLATED_FROM = "pkg.torch.onnx.fx_node"
 
@@ -60,7 +60,6 @@ def translate(program: Program, cut: Inference, example: Mapping[str, torch.Tens
         simplify(model)
         name_outputs(model, cut)
     name_axes(model, cut)
-    describe(model, program)
     return model
 
 
@@ -212,21 +211,22 @@ def values(graph: ir.Graph) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def describe(model: ir.Model, program: Program) -> None:
+def describe(model: ir.Model, program: Program, identity: str, **options: Any) -> None:
     """Where the model comes from, for whoever finds the file."""
     model.graph.name = program.source
+    versions = ("subgraph_peft", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
     facts: dict[str, Any] = {
         "source": program.source,
+        "identity": identity,
         "history": list(program.history),
         "adapters": [entry(adapter) for adapter in program.adapters],
-        "version": subgraph_peft.__version__,
-        "torch": torch.__version__,
+        "versions": {name: module.__version__ for name in versions if (module := sys.modules.get(name)) is not None},
+        **{name: option for name, option in options.items() if option},
     }
     if folded := program.folded:
         facts["fold"] = {
             "dtype": str(folded.dtype),
             "adapters": folded.merged,
-            "sites": len(folded.sites),
-            "retained": folded.retained,
+            "retained": {name: site.retained for name, site in folded.sites.items()},
         }
     model.metadata_props.update({f"{META}.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()})

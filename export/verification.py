@@ -1,7 +1,7 @@
 """Compare an ONNX file, in onnxruntime, with what torch computes."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from subgraph_peft.errors import CaptureError, ExportError
+from subgraph_peft.lower import META
 from subgraph_peft.module import home_of
 from subgraph_peft.program import Program
 from subgraph_peft.signature import Signature
@@ -22,6 +23,10 @@ from .report import Drift, Verification
 from .runtime import provider, run, session
 
 BOUND = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+QUANTIZED = {8: 5e-2, 4: 5e-1}  # by bits
+QUANTIZE = f"{META}.quantize"  # metadata of a file: bits of its weights
+
+Case = tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,37 @@ class Reference:
         leaves, spec = pytree.tree_flatten(self.call(inputs))
         return dict(zip(Signature({}, {}, (), spec).output_names(), leaves, strict=True))
 
+    def cases(self, feeds: Sequence[str]) -> list[Case]:
+        """(inputs, what torch computes) at the sizes of the example, and at other ones of the inputs `feeds`: shorter,
+        or longer where the values of an input are positions in a dimension that is then too short for them, or where
+        the program is the model at some sizes only."""
+        if missing := [name for name in feeds if name not in self.example]:
+            raise ExportError(
+                f"The file takes {', '.join(feeds)}; {', '.join(missing)} is not among the example inputs."
+            )
+        sizes = sizes_of(self.axes, self.example)
+        varying = {axis: sizes[axis] for name in feeds for axis in self.axes.get(name, {}).values()}
+
+        def case(at: Mapping[str, int]) -> Case:
+            inputs = resize(self.example, self.axes, at)
+            given = {name: inputs[name] for name in feeds}
+            with full_precision():
+                return given, self.outputs(given)
+
+        found = [case(sizes)]
+        if not varying:
+            return found
+        longer = ({axis: size + 1 for axis, size in varying.items()}, {a: 2 * size for a, size in varying.items()})
+        for others in (other_sizes(varying), *longer):
+            try:
+                return [*found, case({**sizes, **others})]
+            except (IndexError, RuntimeError, CaptureError):
+                continue
+        raise ExportError(
+            f"The program runs at the sizes of its example alone ({', '.join(f'{a} = {s}' for a, s in varying.items())}); "
+            "capture it with dynamic={} if they are fixed."
+        )
+
 
 def verify(
     path: str | os.PathLike,
@@ -51,17 +87,20 @@ def verify(
     reference:  a Program, or an eager module whose arguments and outputs have the file's names
     example:    inputs by name; a Program brings its own. The second size is one shorter, cropped from these
     bound:      on the largest difference of each output, absolute or relative to its largest value: by default 1e-4
-                for float32, 1e-6 for float64, 1e-2 for float16, 5e-2 for bfloat16. Other outputs have to be equal
+                for float32, 1e-6 for float64, 1e-2 for float16, 5e-2 for bfloat16 and 8-bit weights, 0.5 for 4-bit ones,
+                whichever of both sides is coarser. Other outputs have to be equal
 
     Raises ExportError where the file cannot be run, takes other inputs, or differs by more than the bound.
     """
     opened = session(path)
     if isinstance(reference, Program):
-        return compare(opened, program_reference(reference, example), bound)
-    if example is None:
+        expected = program_reference(reference, example)
+    elif example is None:
         kind = type(reference).__name__
         raise ExportError(f"verify needs example inputs to run a {kind}: verify(path, model, example).")
-    return compare(opened, module_reference(reference, example, opened), bound)
+    else:
+        expected = module_reference(reference, example, opened)
+    return compare(opened, expected.cases(inputs_of(opened)), bound_of(opened, expected.dtype) if bound is None else bound)
 
 
 def program_reference(program: Program, example: Mapping[str, Any] | None = None) -> Reference:
@@ -99,19 +138,26 @@ def module_reference(module: nn.Module, example: Mapping[str, Any], opened: onnx
     return Reference(call, taken, axes, home.dtype)
 
 
-def compare(opened: onnxruntime.InferenceSession, reference: Reference, bound: float | None = None) -> Verification:
+def inputs_of(opened: onnxruntime.InferenceSession) -> list[str]:
+    return [value.name for value in opened.get_inputs()]
+
+
+def bound_of(opened: onnxruntime.InferenceSession, dtype: torch.dtype) -> float:
+    """What the drift of a file from a program in `dtype` is held to by default."""
+    types = {torch.float16: "tensor(float16)", torch.bfloat16: "tensor(bfloat16)"}
+    held = {value.type for value in opened.get_outputs()}
+    bits = int(opened.get_modelmeta().custom_metadata_map.get(QUANTIZE, 0))
+    narrow = [BOUND[narrow] for narrow, name in types.items() if name in held]
+    return max(BOUND.get(dtype, BOUND[torch.float32]), *narrow, QUANTIZED.get(bits, 0.0), 0.0)
+
+
+def compare(opened: onnxruntime.InferenceSession, cases: Iterable[Case], bound: float) -> Verification:
     """Raises ExportError where any output drifts by more than `bound`."""
-    feeds = [value.name for value in opened.get_inputs()]
-    if missing := [name for name in feeds if name not in reference.example]:
-        raise ExportError(f"The file takes {', '.join(feeds)}; {', '.join(missing)} is not among the example inputs.")
-    bound = BOUND.get(reference.dtype, BOUND[torch.float32]) if bound is None else bound
     drift: dict[str, Drift] = {}
     shapes = []
-    for inputs, expected in cases(reference, feeds):
-        fed = {name: inputs[name] for name in feeds}
-        shapes.append({name: tuple(tensor.shape) for name, tensor in fed.items()})
-        actual = run(opened, fed)
-        for name, tensor in actual.items():
+    for inputs, expected in cases:
+        shapes.append({name: tuple(tensor.shape) for name, tensor in inputs.items()})
+        for name, tensor in run(opened, inputs).items():
             if not isinstance(expected.get(name), torch.Tensor):
                 given = ", ".join(name for name, value in expected.items() if isinstance(value, torch.Tensor))
                 raise ExportError(f"The file gives {name!r}, torch gives {given}.")
@@ -120,38 +166,6 @@ def compare(opened: onnxruntime.InferenceSession, reference: Reference, bound: f
     verification = Verification(provider(opened), tuple(shapes), drift, bound)
     check(verification)
     return verification
-
-
-Case = tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]
-
-
-def cases(reference: Reference, feeds: Sequence[str]) -> Iterator[Case]:
-    """(inputs, what torch computes) at the sizes of the example, and at other ones of the inputs `feeds`: shorter, or
-    longer where the values of an input are positions in a dimension that is then too short for them, or where the
-    program is the model at some sizes only."""
-    sizes = sizes_of(reference.axes, reference.example)
-    varying = {axis: sizes[axis] for name in feeds for axis in reference.axes.get(name, {}).values()}
-
-    def case(at: Mapping[str, int]) -> Case:
-        inputs = resize(reference.example, reference.axes, at)
-        with full_precision():
-            return inputs, reference.outputs({name: inputs[name] for name in feeds})
-
-    yield case(sizes)
-    if not varying:
-        return
-    longer = ({axis: size + 1 for axis, size in varying.items()}, {axis: 2 * size for axis, size in varying.items()})
-    for others in (other_sizes(varying), *longer):
-        try:
-            other = case({**sizes, **others})
-        except (IndexError, RuntimeError, CaptureError):
-            continue
-        yield other
-        return
-    raise ExportError(
-        f"The program runs at the sizes of its example alone ({', '.join(f'{a} = {s}' for a, s in varying.items())}); "
-        "capture it with dynamic={} if they are fixed."
-    )
 
 
 @contextmanager
@@ -169,11 +183,12 @@ def full_precision() -> Iterator[None]:
 
 
 def difference(expected: torch.Tensor, actual: torch.Tensor) -> Drift:
-    """Infinite where shapes, dtypes or the places of non-finite values differ, and where exact values do."""
-    worst = Drift(float("inf"), float("inf"))
-    if expected.shape != actual.shape or expected.dtype != actual.dtype:
+    """Infinite where shapes or kinds differ, or the places of non-finite values, and where exact values do."""
+    worst = Drift(float("inf"), float("inf"), float("inf"))
+    floats = expected.is_floating_point() and actual.is_floating_point()
+    if expected.shape != actual.shape or not floats and expected.dtype != actual.dtype:
         return worst
-    if not expected.is_floating_point():
+    if not floats:
         return Drift(0.0, 0.0) if torch.equal(expected, actual) else worst
     expected, actual = expected.double(), actual.double()
     finite = expected.isfinite()
@@ -181,9 +196,9 @@ def difference(expected: torch.Tensor, actual: torch.Tensor) -> Drift:
         return worst
     if not finite.any():
         return Drift(0.0, 0.0)
-    absolute = (expected - actual)[finite].abs().max().item()
-    scale = expected[finite].abs().max().item()
-    return Drift(absolute, absolute / scale if scale else absolute)
+    apart = (expected - actual)[finite].abs()
+    absolute, scale = apart.max().item(), expected[finite].abs().max().item()
+    return Drift(absolute, absolute / scale if scale else absolute, apart.mean().item())
 
 
 def check(verification: Verification) -> None:

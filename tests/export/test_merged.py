@@ -74,7 +74,9 @@ def test_the_file_says_where_it_comes_from(parallel):
     (adapter,) = json.loads(told["adapters"])
     assert adapter["method"]["parallel_adapter"]["scale"] == 0.5
     assert adapter["sites"] == [site.name for site in parallel[0].adapters[0].sites]
-    assert told["version"] == sp.__version__ and told["torch"] == torch.__version__
+    versions = json.loads(told["versions"])
+    assert versions["subgraph_peft"] == sp.__version__ and versions["torch"] == torch.__version__
+    assert told["identity"] == parallel[1].report.identity and told["dtype"] == "float32"
     assert "fold" not in told
 
 

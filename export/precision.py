@@ -1,0 +1,146 @@
+"""A float32 model in half precision: weights cast when they are written, what overflows or is rounded badly kept."""
+
+from collections.abc import Iterable, Iterator
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from onnx_ir.traversal import RecursiveGraphIterator
+
+from .weights import converted
+
+FLOAT = ir.DataType.FLOAT
+DTYPES = {torch.float32: FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
+
+ANGLES = {"Cos", "Sin"}  # and what they are computed from: positions beyond 2048 are no float16
+ALONE = {"Pow", "Exp", "Log", "Softplus", "Range", "CumSum"}
+REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSumExp"}
+CARRIED = {"Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Neg", "Max", "Min", "Clip"}  # a mean on its way to x / √mean
+ALWAYS_FLOAT = {"Resize": (1, 2)}
+
+
+def narrow(model: ir.Model, dtype: torch.dtype) -> None:
+    """Compute the float32 part of `model` in `dtype`, float16 or bfloat16, in place.
+
+    Inputs, outputs and weights are of that dtype. Means, sums, powers, exponentials and the angles of rotary embeddings
+    stay in float32, and what joins a mean with the values that it is the mean of; norms and softmax that are one
+    operator accumulate in float32 by themselves.
+    """
+    target = DTYPES[dtype]
+    passes.ShapeInferencePass()(model)
+    wide = in_float32(model.graph)
+    made = [value for value in values(model.graph) if value.dtype is FLOAT]
+    held: dict[ir.Value, ir.Value] = {}
+    for value in made:
+        if value.producer() not in wide:
+            value.dtype = target
+    for node in list(RecursiveGraphIterator(model.graph)):
+        retarget(node, target, wide)
+        for index, value in enumerate(node.inputs):
+            if value is None or value.dtype not in (FLOAT, target) or value.dtype is FLOAT and value not in made:
+                continue
+            wanted = FLOAT if node in wide or index in ALWAYS_FLOAT.get(node.op_type, ()) else target
+            if wanted is not value.dtype:
+                if value not in held:
+                    held[value] = copy(model.graph, value) if value.is_initializer() else cast(value, wanted)
+                node.replace_input_with(index, held[value])
+    for value in model.graph.initializers.values():
+        if value.dtype is target and value.const_value.dtype is FLOAT:
+            value.const_value = converted(value.const_value, target, value.name)
+    for graph in (model.graph, *bodies(model.graph)):
+        finish(graph, target)
+    passes.RemoveUnusedNodesPass()(model)
+
+
+def values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from (*graph.inputs, *graph.initializers.values())
+    for node in RecursiveGraphIterator(graph):
+        yield from node.outputs
+    for body in bodies(graph):
+        yield from (*body.inputs, *body.initializers.values())
+
+
+def bodies(graph: ir.Graph) -> list[ir.Graph]:
+    attributes = (a for node in RecursiveGraphIterator(graph) for a in node.attributes.values())
+    return [attribute.as_graph() for attribute in attributes if attribute.type is ir.AttributeType.GRAPH]
+
+
+def floats(found: Iterable[ir.Value | None]) -> list[ir.Value]:
+    return [value for value in found if value is not None and value.dtype is FLOAT]
+
+
+def in_float32(graph: ir.Graph) -> set[ir.Node]:
+    """The nodes that stay in float32."""
+    wide: set[ir.Node] = set()
+    means: set[ir.Node] = set()  # nodes whose result is a mean, or comes from means alone
+    for node in RecursiveGraphIterator(graph):
+        if not floats((*node.inputs, *node.outputs)):
+            continue
+        varying = [value.producer() for value in floats(node.inputs) if not value.is_initializer()]
+        if node.op_type in REDUCTIONS:
+            means.add(node)
+        elif node.op_type in CARRIED and means.intersection(varying):
+            wide.add(node)
+            if means.issuperset(varying):
+                means.add(node)
+        if node.op_type in ALONE | REDUCTIONS:
+            wide.add(node)
+        if node.op_type in ANGLES:
+            wide.update(cone(node))
+    return wide
+
+
+def cone(node: ir.Node) -> set[ir.Node]:
+    """`node` and all that computes its float inputs."""
+    found, open_ = {node}, [node]
+    while open_:
+        for value in floats(open_.pop().inputs):
+            producer = value.producer()
+            if producer is not None and producer not in found:
+                found.add(producer)
+                open_.append(producer)
+    return found
+
+
+def retarget(node: ir.Node, target: ir.DataType, wide: set[ir.Node]) -> None:
+    """Give a node that makes floats by an attribute those of its result's dtype."""
+    if node in wide:
+        return
+    for name in ("to", "dtype"):
+        if name in node.attributes and node.attributes[name].value == FLOAT:
+            node.attributes[name] = ir.AttrInt64(name, target)
+    value = node.attributes.get("value")
+    if value is not None and value.type is ir.AttributeType.TENSOR and value.value.dtype is FLOAT:
+        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(converted(value.value, target, node.name).numpy()))
+
+
+def cast(value: ir.Value, to: ir.DataType) -> ir.Value:
+    """`value` in another dtype, by a node right behind the one that makes it."""
+    node = ir.node("Cast", [value], {"to": to}, name=f"{value.name}_{to.name.lower()}")
+    result = node.outputs[0]
+    result.name, result.dtype, result.shape = node.name, to, value.shape
+    if value.producer() is not None:
+        value.producer().append(node)
+    elif len(value.graph):
+        value.graph.insert_before(value.graph[0], node)
+    else:
+        value.graph.append(node)
+    return result
+
+
+def copy(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """The initializer in float32, for nodes that stay in it, beside the narrow one."""
+    name = f"{value.name}_float"
+    made = ir.Value(name=name, shape=value.shape, type=ir.TensorType(FLOAT), const_value=value.const_value)
+    graph.register_initializer(made)
+    return made
+
+
+def finish(graph: ir.Graph, target: ir.DataType) -> None:
+    """Outputs that were computed in float32, in `target` under their names."""
+    for index, value in enumerate(graph.outputs):
+        if value.dtype is FLOAT and value.producer() is not None:
+            name = value.name
+            value.name = f"{name}_float"
+            graph.outputs[index] = cast(value, target)
+            graph.outputs[index].name = name
