@@ -5,8 +5,10 @@ from .exporter import to_onnx
 from .peft import PeftReport, from_peft, to_peft
 from .report import Drift, ExportReport, Verification
 from .runtime import session
+from .scores import evaluate
 from .verification import verify
 
 __all__ = [
-    "Drift", "ExportReport", "PeftReport", "Verification", "from_peft", "session", "to_onnx", "to_peft", "verify",
+    "Drift", "ExportReport", "PeftReport", "Verification", "evaluate", "from_peft", "session", "to_onnx", "to_peft",
+    "verify",
 ]  # fmt: skip

@@ -118,8 +118,8 @@ def chosen(program: Program, dtype: torch.dtype | str | None) -> torch.dtype:
         raise ExportError(f"ONNX is written in float32, float16 or bfloat16, not {dtype}.")
     if home is not torch.float32:
         raise ExportError(
-            f"{program.source} is in {home}; a file in {wanted} is written from a float32 program: capture the model in "
-            f"{wanted} or float32, or fold into float32."
+            f"{program.source} is in {home}; a file in {wanted} is written from a float32 program: capture the model "
+            f"in {wanted} or float32, or fold into float32."
         )
     return wanted
 

@@ -37,7 +37,18 @@ def write(model: ir.Model, path: Path, external: bool) -> None:
     """`path`; and `<name>.data` with the weights, where one file cannot hold them or `external` asks for it."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     apart = external or size > PROTOBUF_LIMIT - ROOM_FOR_THE_GRAPH
-    ir.save(model, path, external_data=data_name(path) if apart else None)
+    try:
+        ir.save(model, path, external_data=data_name(path) if apart else None)
+    except ir.serde.SerdeError as error:
+        raise cause(error) from error
+
+
+def cause(error: Exception) -> Exception:
+    """What a weight raised when it was computed, where that is what failed."""
+    inner = error
+    while inner is not None and not isinstance(inner, (ExportError, OSError)):
+        inner = inner.__cause__
+    return inner or error
 
 
 def place(folder: Path, target: Path) -> None:

@@ -48,7 +48,9 @@ def split(node: ir.Node) -> None:
 
 
 def fuse(model: ir.Model) -> dict[str, int]:
-    """Rewrite a model that is laid out, in place, by onnxscript's rules for onnxruntime. Returns fused operator -> count.
+    """Rewrite a model that is laid out, in place, by onnxscript's rules for onnxruntime.
+
+    Returns operator of onnxruntime's own -> count.
 
     Weights that go side by side on the way are stored so, put together when they are written.
     """

@@ -15,7 +15,7 @@ DTYPES = {torch.float32: FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat
 ANGLES = {"Cos", "Sin"}  # and what they are computed from: positions beyond 2048 are no float16
 ALONE = {"Pow", "Exp", "Log", "Softplus", "Range", "CumSum"}
 REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSumExp"}
-CARRIED = {"Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Neg", "Max", "Min", "Clip"}  # a mean on its way to x / √mean
+CARRIED = {"Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Neg", "Max", "Min", "Clip"}  # on the way to x / √mean
 ALWAYS_FLOAT = {"Resize": (1, 2)}
 
 

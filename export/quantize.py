@@ -27,5 +27,5 @@ def quantize(model: ir.Model, bits: int) -> ir.Model:
     tool.process()
     result = ir.from_proto(tool.model.model)
     if all(node.op_type != PRODUCT for node in result.graph):
-        raise ExportError("The model has no product by a weight that onnxruntime quantises: export it without quantize.")
+        raise ExportError("The model has no product by a weight that onnxruntime quantises; leave out quantize.")
     return result

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Drift:
-    """Difference of one output: the largest, that relative to the output's largest absolute value in torch, and the mean
-    of all."""
+    """Difference of one output: the largest, that relative to the output's largest absolute value in torch, and the
+    mean of all."""
 
     absolute: float
     relative: float

@@ -70,8 +70,8 @@ class Reference:
             except (IndexError, RuntimeError, CaptureError):
                 continue
         raise ExportError(
-            f"The program runs at the sizes of its example alone ({', '.join(f'{a} = {s}' for a, s in varying.items())}); "
-            "capture it with dynamic={} if they are fixed."
+            "The program runs at the sizes of its example alone "
+            f"({', '.join(f'{axis} = {size}' for axis, size in varying.items())}); capture it with dynamic={{}} if they are fixed."
         )
 
 
@@ -87,8 +87,8 @@ def verify(
     reference:  a Program, or an eager module whose arguments and outputs have the file's names
     example:    inputs by name; a Program brings its own. The second size is one shorter, cropped from these
     bound:      on the largest difference of each output, absolute or relative to its largest value: by default 1e-4
-                for float32, 1e-6 for float64, 1e-2 for float16, 5e-2 for bfloat16 and 8-bit weights, 0.5 for 4-bit ones,
-                whichever of both sides is coarser. Other outputs have to be equal
+                for float32, 1e-6 for float64, 1e-2 for float16, 5e-2 for bfloat16 and 8-bit weights, 0.5 for 4-bit
+                ones, whichever of both sides is coarser. Other outputs have to be equal
 
     Raises ExportError where the file cannot be run, takes other inputs, or differs by more than the bound.
     """
@@ -100,7 +100,8 @@ def verify(
         raise ExportError(f"verify needs example inputs to run a {kind}: verify(path, model, example).")
     else:
         expected = module_reference(reference, example, opened)
-    return compare(opened, expected.cases(inputs_of(opened)), bound_of(opened, expected.dtype) if bound is None else bound)
+    bound = bound_of(opened, expected.dtype) if bound is None else bound
+    return compare(opened, expected.cases(inputs_of(opened)), bound)
 
 
 def program_reference(program: Program, example: Mapping[str, Any] | None = None) -> Reference:

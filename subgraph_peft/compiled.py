@@ -126,4 +126,3 @@ def function_of(nodes: Sequence[fx.Node]) -> tuple[fx.Graph, tuple[fx.Node, ...]
         copies[node] = own.create_node(node.op, node.target, args, kwargs, name=f"n{index}")
     own.output(tuple(copies[node] for node in outputs))
     return own, sources, outputs
-

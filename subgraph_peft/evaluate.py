@@ -45,7 +45,7 @@ def evaluate(
         batches += [[0]] * (rounds - counted)
     loader = DataLoader(data, batch_sampler=batches, collate_fn=collate or Padding())
     module, training = program.module, program.module.training
-    tally = Tally(metrics, shifts_labels(program))
+    tally = Tally(metrics, shifts_labels(program.source))
     try:
         module.eval()
         with torch.no_grad():
@@ -61,9 +61,9 @@ def evaluate(
     return tally.gathered().result()
 
 
-def shifts_labels(program: Program) -> bool:
-    """Whether the model compares the logits at one position with the label at the next."""
-    return program.source.endswith(("ForCausalLM", "LMHeadModel"))
+def shifts_labels(source: str) -> bool:
+    """Whether the model of that class compares the logits at one position with the label at the next."""
+    return source.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def scored(labels: torch.Tensor, shifted: bool) -> torch.Tensor:

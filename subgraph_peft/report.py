@@ -41,13 +41,11 @@ def machine() -> str:
 
 
 def accuracies(records: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Scores before training, after it, and of the folded model."""
+    """Scores before training, after it, of the folded model and of the exported file."""
     scores: dict[str, dict[str, float]] = {}
     if (trained := records.get("train")) is not None and trained.evaluations:
         scores["before"], scores["after"] = trained.evaluations[0][1], trained.evaluations[-1][1]
-    if "folded" in records:
-        scores["folded"] = records["folded"]
-    return scores
+    return scores | {name: records[name] for name in ("folded", "exported") if name in records}
 
 
 def summary(results: Sequence[Result]) -> dict[str, Any]:

@@ -212,13 +212,16 @@ class Fold(Pass):
 
 
 class Export(Pass):
-    """Write ONNX, verified in onnxruntime; with `weights`, the merged model too."""
+    """Write ONNX, verified in onnxruntime, tokenizer and config beside it; with `weights`, the merged model too."""
 
     name: ClassVar[str] = "export"
 
     file: str = "model.onnx"
     outputs: list[str] | None = None
     opset: int | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    optimize: bool = Field(False, description="fuse attention, norms and activations for onnxruntime")
+    quantize: Literal[4, 8] | None = Field(None, description="bits of the weights of matrix products")
     weights: bool = True
 
     def requires(self, state: State) -> None:
@@ -229,19 +232,39 @@ class Export(Pass):
         from .export import to_onnx
         from .merged import save_merged
 
+        parts = (getattr(state.model, "config", None), state.tokenizer)
+
         def write() -> Any:
-            report = to_onnx(state.program, state.resolve(self.file), outputs=self.outputs, opset=self.opset)
+            report = to_onnx(
+                state.program, state.resolve(self.file), outputs=self.outputs, opset=self.opset, dtype=self.dtype,
+                optimize=self.optimize, quantize=self.quantize,
+                beside=[part for part in parts if hasattr(part, "save_pretrained")],
+            )  # fmt: skip
             if self.weights and state.folder is not None and not state.program.adapters:
                 save_merged(state.program, state.model, state.tokenizer, state.folder / "merged")
-            return report
+            return report, self.scores(state)
 
-        report = on_first(write)
+        report, scores = on_first(write)
         drift = max((d.absolute for d in report.drift.values()), default=0.0)
         size = f"{report.nodes} nodes, {report.bytes / 2**20:.1f} MiB"
         summary = f"{report.path}: {size}, drift {drift:.1e} on {report.provider}"
+        if scores:
+            state = state.with_record("exported", scores)
+            before = state.records.get("folded", {})
+            changes = (f"{n} {before[n]:.4f} → {v:.4f}" if n in before else f"{n} {v:.4f}" for n, v in scores.items())
+            summary += f"; {', '.join(changes)}"
         if report.unmerged:
             summary += f"; not merged: {', '.join(report.unmerged)}, put `fold` before it"
         return state.with_record("export", report), summary
+
+    def scores(self, state: State) -> dict[str, float]:
+        """Of the file, where it computes otherwise than the program and there is data."""
+        from .export import evaluate as evaluate_file
+
+        if not (self.dtype or self.quantize) or state.data is None or state.data.eval is None:
+            return {}
+        data = state.data
+        return evaluate_file(state.resolve(self.file), data.eval, metrics=data.metrics, collate=data.collate)
 
 
 STEPS: dict[str, type[Pass]] = {step.name: step for step in (Capture, Optimise, Train, Fold, Export)}

@@ -48,7 +48,7 @@ class ProgramTrainer(Trainer):
         callbacks: Sequence[TrainerCallback],
     ):
         self.program, self.options, self.metrics, self.record, self.run = program, options, metrics, record, run
-        self.shifted, self.penalised = shifts_labels(program), has_penalty(program)
+        self.shifted, self.penalised = shifts_labels(program.source), has_penalty(program)
         self.trained = [parameter for _, parameter in program.parameters(trainable=True)]
         self.fast: TrainStep | None = None
         self.statistics = distributed.statistics(module)

@@ -1,0 +1,43 @@
+"""The metrics of an ONNX file on a set of examples: what half precision or quantised weights cost."""
+
+import os
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from subgraph_peft.data import IGNORED, Padding
+from subgraph_peft.evaluate import Metrics, Tally, shifts_labels
+from subgraph_peft.lower import META
+
+from .runtime import run, session
+
+
+def evaluate(
+    path: str | os.PathLike,
+    data: Dataset,
+    *,
+    metrics: Metrics | None = None,
+    batch_size: int = 32,
+    collate: Callable | None = None,
+) -> dict[str, float]:
+    """As `subgraph_peft.evaluate`, of the logits that onnxruntime computes; the loss is that of classes or tokens."""
+    opened = session(path)
+    taken = {value.name for value in opened.get_inputs()}
+    source = opened.get_modelmeta().custom_metadata_map.get(f"{META}.source", "")
+    tally = Tally(metrics, shifts_labels(source))
+    for batch in DataLoader(data, batch_size=batch_size, collate_fn=collate or Padding()):
+        outputs = run(opened, {name: tensor for name, tensor in batch.items() if name in taken})
+        logits = outputs.get("logits", next(iter(outputs.values()))).float()
+        tally.add(loss(logits, batch["labels"], tally.shifted), logits, batch["labels"])
+    return tally.result()
+
+
+def loss(logits: torch.Tensor, labels: torch.Tensor, shifted: bool) -> torch.Tensor | None:
+    """Mean cross entropy of class numbers; None for other labels."""
+    if labels.is_floating_point() or logits.shape[:-1] != labels.shape:
+        return None
+    if shifted:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
