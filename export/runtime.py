@@ -23,8 +23,10 @@ NO_KERNEL = r"Could not find an implementation for (?P<operator>\w+)\(\d+\) node
 NO_DTYPE = r"Type '[^']*' of input .* of operator \((?P<operator>\w+)\) in node \((?P<node>[^)]*)\) is invalid"
 
 
-def session(path: str | os.PathLike) -> onnxruntime.InferenceSession:
+def session(path: str | os.PathLike, **cuda: str) -> onnxruntime.InferenceSession:
     """An onnxruntime session on the CUDA provider where torch sees a GPU, else on the CPU provider.
+
+    cuda: further options of the CUDA provider
 
     Float32 products are computed in float32 on the GPU too, not in TF32. Raises ExportError.
     """
@@ -34,7 +36,7 @@ def session(path: str | os.PathLike) -> onnxruntime.InferenceSession:
     if torch.cuda.is_available() and CUDA in onnxruntime.get_available_providers():
         with contextlib.redirect_stdout(io.StringIO()):
             onnxruntime.preload_dlls()
-        wanted = [(CUDA, {"use_tf32": "0"}), CPU]
+        wanted = [(CUDA, {"use_tf32": "0", **cuda}), CPU]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
     try:

@@ -71,7 +71,8 @@ class Reference:
                 continue
         raise ExportError(
             "The program runs at the sizes of its example alone "
-            f"({', '.join(f'{axis} = {size}' for axis, size in varying.items())}); capture it with dynamic={{}} if they are fixed."
+            f"({', '.join(f'{axis} = {size}' for axis, size in varying.items())}); "
+            "capture it with dynamic={} if they are fixed."
         )
 
 

@@ -101,9 +101,7 @@ def test_a_file_is_not_written_wider_than_the_program(tmp_path):
     model, inputs = models.MODELS["mlp"]()
     narrow = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
     program = sp.capture(model.bfloat16(), narrow)
-    with pytest.raises(
-        sp.ExportError, match=r"is in torch\.bfloat16; a file in torch\.float16 is written from a float"
-    ):
+    with pytest.raises(sp.ExportError, match=r"torch\.bfloat16; a file in torch\.float16 is written from a float"):
         export.to_onnx(program, tmp_path / "model.onnx", dtype="float16")
     with pytest.raises(sp.ExportError, match="in float32, float16 or bfloat16, not int8"):
         export.to_onnx(captured("mlp"), tmp_path / "model.onnx", dtype="int8")
