@@ -7,8 +7,8 @@ from typing import Any
 
 import onnxruntime
 import torch
-from onnx_ir.tensor_adapters import from_torch_dtype, to_torch_dtype
 from onnx_ir import DataType
+from onnx_ir.tensor_adapters import from_torch_dtype, to_torch_dtype
 
 from subgraph_peft.errors import ExportError
 
@@ -43,7 +43,6 @@ class BoundSession:
         options = {} if self.stream is None else {"user_compute_stream": str(self.stream.cuda_stream)}
         self.opened = session(path, enable_cuda_graph="1" if cuda_graph else "0", **options)
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.on_cuda else torch.device("cpu")
-        self.recorded = cuda_graph and self.on_cuda
         self.bindings: dict[tuple, Binding] = {}
 
     @property
@@ -77,25 +76,28 @@ class BoundSession:
         if missing := [name for name in taken if name not in inputs]:
             raise ExportError(f"The file takes {', '.join(taken)}; {', '.join(missing)} is not given.")
         held = {name: inputs[name].to(self.device, dtype, copy=True).contiguous() for name, dtype in taken.items()}
-        bound, options = self.opened.io_binding(), onnxruntime.RunOptions()
-        for adapter in adapters:
-            options.add_active_adapter(adapter)
-        if self.on_cuda:
-            options.add_run_config_entry("gpu_graph_id", "-1")  # sizes of the outputs, by a run that is not recorded
+        bound = self.opened.io_binding()
         for name, tensor in held.items():
             bound.bind_input(name, *place(tensor))
         for value in self.opened.get_outputs():
             bound.bind_output(value.name, self.device.type, self.device.index or 0)
-        binding = Binding(held, {}, bound, options)
-        self.run(binding)
+        self.run(Binding(held, {}, bound, self.options(adapters, -1)))  # for the sizes of its outputs
+        binding = Binding(held, {}, bound, self.options(adapters, len(self.bindings) + 1))
         for value, found in zip(self.opened.get_outputs(), bound.get_outputs(), strict=True):
             binding.outputs[value.name] = torch.empty(found.shape(), dtype=dtype_of(value), device=self.device)
         bound.clear_binding_outputs()
         for name, tensor in binding.outputs.items():
             bound.bind_output(name, *place(tensor))
-        if self.recorded:
-            options.add_run_config_entry("gpu_graph_id", str(len(self.bindings) + 1))
         return binding
+
+    def options(self, adapters: Sequence[Any], graph: int) -> onnxruntime.RunOptions:
+        """graph: number of the recording, -1 for none"""
+        options = onnxruntime.RunOptions()
+        for adapter in adapters:
+            options.add_active_adapter(adapter)
+        if self.on_cuda:
+            options.add_run_config_entry("gpu_graph_id", str(graph))
+        return options
 
 
 def place(tensor: torch.Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
