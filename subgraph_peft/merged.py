@@ -28,7 +28,7 @@ class MergedReport:
     dtype:   of the folded program, hence of the folder
     source:  the folder whose files, names, order and metadata it has; None where there is none, and `reason` says why
     files:   with a source, whether each of its files is the source's byte for byte
-    changed: with a source, the tensors that differ from its
+    changed: with a source, the tensors that differ from its; retyped: whether any of them has another dtype
     """
 
     folder: Path
@@ -37,14 +37,15 @@ class MergedReport:
     reason: str = ""
     files: Mapping[str, bool] = field(default_factory=dict)
     changed: tuple[str, ...] = ()
+    retyped: bool = False
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = str(self.dtype).removeprefix("torch.") + (", other than stored there" if self.retyped else "")
         if self.source is None:
             return f"{self.folder} ({dtype}; laid out anew: {self.reason})"
         same = sum(self.files.values())
         return (
-            f"{self.folder} ({dtype}; laid out like {self.source}: {len(self.changed)} tensors changed, "
+            f"{self.folder} (laid out like {self.source}; {dtype}; {len(self.changed)} tensors changed, "
             f"{same} of {len(self.files)} files the same)"
         )
 
@@ -75,8 +76,8 @@ def save_merged(program: Program, model: nn.Module | None, tokenizer: Any, folde
             added = {name: names.tensor(name) for name in names.lacking(source.places)}
             copied = shards.copy(source, target, names.tensor, added)
             shards.copy_beside(source.folder, target)
-            write_settings(model, merged, source.folder, target, copied.retyped)
-            report = MergedReport(folder, dtype, source.folder, "", copied.files, copied.changed)
+            write_settings(model, merged, source.folder, target, dtype if copied.retyped else None, bool(untied))
+            report = MergedReport(folder, dtype, source.folder, "", copied.files, copied.changed, copied.retyped)
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
     return report
@@ -122,22 +123,32 @@ def layout(merged: nn.Module, untied: list[str]) -> tuple[StoredNames | None, sh
     return names, source, ""
 
 
-def write_settings(model: nn.Module, merged: nn.Module, source: Path, target: Path, retyped: bool) -> None:
-    """The configurations as the source has them, with what folding changed; those that the model changed, from it."""
-    tied = getattr(model.config, "tie_word_embeddings", None)
-    changes = {"dtype": str(merged.dtype).removeprefix("torch.")} if retyped else {}
-    changes |= {"tie_word_embeddings": False} if merged.config.tie_word_embeddings != tied else {}
-    if not same_settings(model.config, type(model.config).from_pretrained(source)):
+def write_settings(
+    model: nn.Module, merged: nn.Module, source: Path, target: Path, dtype: torch.dtype | None, untied: bool
+) -> None:
+    """The configurations as the source has them, but for what folding changed; from the model where it has others."""
+    if same_settings(model.config, type(model.config).from_pretrained(source)):
+        edit_config(target, dtype, untied)
+    else:
         merged.config.dtype, merged.config.architectures = merged.dtype, [type(merged).__name__]
         merged.config.save_pretrained(target)
-    else:
-        shards.edit_json(target / "config.json", changes)
     if merged.can_generate():
         own = merged.generation_config
         stored = (source / "generation_config.json").is_file()
         found = type(own).from_pretrained(source) if stored else type(own).from_model_config(model.config)
         if not same_settings(own, found):
             own.save_pretrained(target)
+
+
+def edit_config(folder: Path, dtype: torch.dtype | None, untied: bool) -> None:
+    """Set what differs in a folder's `config.json`; where nothing does it stays byte for byte."""
+    path = folder / "config.json"
+    changes = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    changes |= {"tie_word_embeddings": False} if untied else {}
+    if changes and path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config = {key: value for key, value in config.items() if key != "torch_dtype" or dtype is None}
+        path.write_text(json.dumps({**config, **changes}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def same_settings(own: Any, other: Any) -> bool:
@@ -229,7 +240,7 @@ def check_plain(program: Program, purpose: str) -> None:
 
 
 def check_names(program: Program, theirs: Mapping[str, torch.Tensor]) -> None:
-    for name, value in program.module.named_parameters(remove_duplicate=False):
+    for name, _ in program.module.named_parameters(remove_duplicate=False):
         if name not in theirs:
             raise FoldError(
                 f"The model has no parameter {name!r}; write_to takes the model that was captured ({program.source})."

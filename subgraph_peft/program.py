@@ -34,7 +34,7 @@ class Program:
     history:  the passes that made it, in order
     lowered:  how each site was rewritten, by weight name
     folded:   what the fold kept, on a folded program
-    before:   on a folded program, the captured one that it was before any fold
+    before:   the program as it was captured, where weights were untied or folded since
     constants: buffers that hold what the adapters' equations need and no training changes
     """
 

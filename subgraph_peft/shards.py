@@ -34,8 +34,8 @@ class Form(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Bytes of one number."""
-        return self.bytes // max(1, math.prod(self.shape))
+        """Bytes of one number; where there are none, as many as any has."""
+        return self.bytes // math.prod(self.shape) if self.bytes else 8
 
     @staticmethod
     def of(tensor: torch.Tensor) -> "Form":
@@ -147,9 +147,7 @@ def replaced(shard: Shard, value: Value) -> Iterator[tuple[str, Form]]:
             yield name, form
 
 
-def write(
-    shard: Shard, path: Path, value: Value, other: Mapping[str, Form], added: Mapping[str, torch.Tensor]
-) -> None:
+def write(shard: Shard, path: Path, value: Value, other: Mapping[str, Form], added: Mapping[str, torch.Tensor]) -> None:
     names, header = list(shard.entries), shard.header
     if added or any(form != shard.form(name) for name, form in other.items()):
         forms = {name: other.get(name) or shard.form(name) for name in names}
@@ -193,13 +191,6 @@ def copy_beside(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith(".") and not path.name.endswith(NOT_BESIDE):
             shutil.copyfile(path, target / path.name)
-
-
-def edit_json(path: Path, changes: Mapping[str, object]) -> None:
-    """Set top-level keys; without changes the file stays byte for byte."""
-    if changes:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(json.dumps({**value, **changes}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:

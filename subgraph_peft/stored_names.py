@@ -41,10 +41,8 @@ class StoredNames:
         """Names that are not among those stored, though the model needs them: ties and what is never saved aside."""
         unsaved = set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
         held = {place(tensor) for name, tensor in self.state.items() if name in stored}
-        return [
-            name for name in self.group_of
-            if name not in stored and name not in unsaved and not (name in self.state and place(self.state[name]) in held)
-        ]  # fmt: skip
+        tied = {name for name, tensor in self.state.items() if place(tensor) in held}
+        return [name for name in self.group_of if name not in unsaved | tied | set(stored)]
 
 
 def grouped(state: Tensors) -> dict[str, Tensors]:
