@@ -1,7 +1,9 @@
 """Programs for others: merged ONNX that onnxruntime has been seen to run like torch, adapters as huggingface/peft has
-them."""
+them, and what a fold changed as a file that a base takes."""
 
+from .apply import apply_delta
 from .bound import BoundSession
+from .delta import Delta, to_delta
 from .exporter import to_onnx
 from .peft import PeftReport, from_peft, to_peft
 from .report import Drift, ExportReport, Verification
@@ -10,6 +12,6 @@ from .scores import evaluate
 from .verification import verify
 
 __all__ = [
-    "BoundSession", "Drift", "ExportReport", "PeftReport", "Verification", "evaluate", "from_peft", "session", "to_onnx", "to_peft",
-    "verify",
+    "BoundSession", "Delta", "Drift", "ExportReport", "PeftReport", "Verification", "apply_delta", "evaluate",
+    "from_peft", "session", "to_delta", "to_onnx", "to_peft", "verify",
 ]  # fmt: skip

@@ -187,9 +187,9 @@ def fold(pipeline: Config, set_: Set = [], output: Output = None, adapter: Adapt
         state = with_adapter(config, adapter)
         folding = next((item for item in config.pipeline().passes if isinstance(item, Fold)), Fold())
         result = folding(state)
-        save_merged(result.state.program, state.model, state.tokenizer, Path(config.output) / "merged")
+        report = save_merged(result.state.program, state.model, state.tokenizer, Path(config.output) / "merged")
         out.print(fold_table(result.state.program))
-        out.print(f"{result.summary}\nMerged weights: {config.output}/merged")
+        announce(f"{result.summary}\nMerged weights: {report}")
 
 
 @app.command()
@@ -300,6 +300,20 @@ def convert(
         else:
             program = convert_.captured_model(base, task)
         print_rows("Converted", convert_.convert(program, folder, target, to.value, rank, tolerance))
+
+
+@app.command()
+def apply(
+    delta: Annotated[Path, typer.Argument(help="a delta file, which the pass `fold: {delta: true}` writes")],
+    base: Annotated[Path, typer.Argument(help="folder of the model that it was made for")],
+    output: Annotated[Path, typer.Argument(help="folder to write")],
+) -> None:
+    """Write a copy of the model folder BASE with the tensors of DELTA in their places, without loading the model."""
+    from .export import apply_delta
+
+    with refusals():
+        changed = apply_delta(delta, base, output)
+        announce(f"{output}: {base} with {len(changed)} tensors of {delta}")
 
 
 @app.command()

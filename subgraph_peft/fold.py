@@ -116,7 +116,8 @@ def fold(program: Program, *, dtype: torch.dtype | None = None, retain: float = 
     summary = FoldReport(
         dtype, report, error, {a.name: spell(a.method) for a in folding}, tuple(a.name for a in remaining)
     )
-    return replace(result, folded=summary, history=(*program.history, "fold"))
+    before = program.captured.before or program.captured
+    return replace(result, folded=summary, before=before, history=(*program.history, "fold"))
 
 
 def folds(program: Program, adapter: Adapter) -> bool:

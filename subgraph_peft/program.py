@@ -34,6 +34,7 @@ class Program:
     history:  the passes that made it, in order
     lowered:  how each site was rewritten, by weight name
     folded:   what the fold kept, on a folded program
+    before:   the program as it was captured, where weights were untied or folded since
     constants: buffers that hold what the adapters' equations need and no training changes
     """
 
@@ -47,6 +48,7 @@ class Program:
     lowered: Mapping[str, "Lowered"] = field(default_factory=dict)
     constants: Mapping[str, "Constant"] = field(default_factory=dict)
     folded: "FoldReport | None" = None
+    before: "Program | None" = None
 
     @property
     def graph(self) -> fx.Graph:

@@ -222,7 +222,8 @@ def resolve_ties(captured: Program, sites: Sequence[Site], tied: Tied) -> Progra
     for name in names:
         tensors[name] = nn.Parameter(tensors[name].detach().clone(), requires_grad=False)
     ties = tuple(rest for group in captured.ties if len(rest := group - set(names)) > 1)
-    return replace(captured, module=rebuild(captured, tensors), ties=ties, history=(*captured.history, "untie"))
+    module, before = rebuild(captured, tensors), captured.before or captured
+    return replace(captured, module=module, ties=ties, before=before, history=(*captured.history, "untie"))
 
 
 def named_parameters(program: Program, wanted: str | Sequence[str]) -> set[str]:

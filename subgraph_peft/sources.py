@@ -157,6 +157,21 @@ def location(spec: ModelSpec) -> tuple[str, bool]:
     return str(folder), True
 
 
+def folder_of(model: nn.Module) -> Path | None:
+    """The folder that a transformers model was loaded from: its own, or the hub's copy on this machine."""
+    name = getattr(model, "name_or_path", "")
+    if not name or Path(name).is_dir():
+        return Path(name) if name else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=getattr(model.config, "_commit_hash", None))
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def from_factory(spec: ModelSpec) -> LoadedModel:
     with importable():
         made = imported(spec.factory, spec.arguments)(**spec.arguments)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,6 +20,7 @@ from .method import Method
 from .optimise import check_switches, optimisations, optimise
 from .pipeline import Pass, State
 from .processes import on_first
+from .program import Program
 from .rewrite import rewrite
 from .tables import difference_text
 from .train import TrainOptions, train
@@ -185,30 +187,44 @@ class Train(Pass, TrainOptions):
 
 
 class Fold(Pass):
-    """Fold every adapter that folds into plain weights, and compare outputs and accuracy."""
+    """Fold every adapter that folds into plain weights, and compare outputs and accuracy; with `delta`, write what
+    changed as `delta.safetensors`, for `subgraph-peft apply`."""
 
     name: ClassVar[str] = "fold"
 
     dtype: Literal["float32", "float64", "float16", "bfloat16"] | None = None
     retain: float = Field(0.9, ge=0, le=1)
+    delta: bool = False
 
     def requires(self, state: State) -> None:
         if state.program is None:
             raise ConfigError("fold needs a captured program: put `capture` before it.")
+        if self.delta and state.folder is None:
+            raise ConfigError("fold writes a delta: give an `output` folder.")
 
     def apply(self, state: State) -> tuple[State, str]:
         program = fold(state.program, dtype=DTYPES[self.dtype] if self.dtype else None, retain=self.retain)
+        if self.delta:
+            on_first(lambda: write_delta(program, state.folder))
         if program.folded is None:
             return state, "nothing to fold"
         report = program.folded
         summary = f"{len(report.sites)} weights, {difference_text(report)}, {report.retained:.2%} of the delta retained"
         if report.remaining:
             summary += f"; {', '.join(report.remaining)} cannot fold and stays in the graph"
+        if self.delta:
+            summary += f"; {state.folder / 'delta.safetensors'}"
         after = replace(state, program=program)
         if state.data is not None and state.data.eval is not None and "train" in state.records:
             scores = evaluate(program, state.data.eval, collate=state.data.collate)
             after = after.with_record("folded", scores)
         return after, summary
+
+
+def write_delta(program: Program, folder: Path) -> None:
+    from .export import to_delta
+
+    to_delta(program, folder / "delta.safetensors")
 
 
 class Export(Pass):
@@ -240,11 +256,12 @@ class Export(Pass):
                 optimize=self.optimize, quantize=self.quantize,
                 beside=[part for part in parts if hasattr(part, "save_pretrained")],
             )  # fmt: skip
+            merged = None
             if self.weights and state.folder is not None and not state.program.adapters:
-                save_merged(state.program, state.model, state.tokenizer, state.folder / "merged")
-            return report, self.scores(state)
+                merged = save_merged(state.program, state.model, state.tokenizer, state.folder / "merged")
+            return report, self.scores(state), merged
 
-        report, scores = on_first(write)
+        report, scores, merged = on_first(write)
         drift = max((d.absolute for d in report.drift.values()), default=0.0)
         size = f"{report.nodes} nodes, {report.bytes / 2**20:.1f} MiB"
         summary = f"{report.path}: {size}, drift {drift:.1e} on {report.provider}"
@@ -255,6 +272,8 @@ class Export(Pass):
             summary += f"; {', '.join(changes)}"
         if report.unmerged:
             summary += f"; not merged: {', '.join(report.unmerged)}, put `fold` before it"
+        if merged is not None:
+            summary += f"; weights: {merged}"
         return state.with_record("export", report), summary
 
     def scores(self, state: State) -> dict[str, float]:

@@ -1,0 +1,165 @@
+"""What a fold changed, as one safetensors file: the new tensors, and hashes by which their base is known again."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+import subgraph_peft
+from subgraph_peft.errors import CheckpointError, ExportError
+from subgraph_peft.files import replacing
+from subgraph_peft.merged import check_plain, same
+from subgraph_peft.program import Program
+from subgraph_peft.shards import Shard, as_bytes
+
+HEADER, FORMAT = "subgraph_peft_delta", 1
+SAMPLE = 256
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """Hashes of the base's tensor, in the dtype of the new one, and of the new one."""
+
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A delta file.
+
+    source:   class name of the base                        dtype: of the model that it makes
+    adapters: the methods that it came from, by adapter     ties:  groups of names that are one tensor in the base
+    tensors:  what is replaced, by name                     base:  hashes of all else, of up to 256 values each
+    """
+
+    shard: Shard
+    source: str
+    dtype: torch.dtype
+    adapters: Mapping[str, Any]
+    ties: Sequence[Sequence[str]]
+    tensors: Mapping[str, Replaced]
+    base: Mapping[str, str]
+
+    @property
+    def path(self) -> Path:
+        return self.shard.path
+
+    def twins(self, name: str) -> list[str]:
+        """The names that are tied to this one in the base."""
+        return [other for group in self.ties if name in group for other in group if other != name]
+
+    def unties(self) -> bool:
+        """Whether a tensor is replaced that is tied, in the base, to one that is not."""
+        return any(other not in self.tensors for name in self.tensors for other in self.twins(name))
+
+    def check(self, held: Callable[[str], torch.Tensor | None], where: str) -> None:
+        """CheckpointError unless `held` gives the base's tensors; narrower ones pass as the same numbers."""
+        for name, item in self.tensors.items():
+            new, old = self.shard.tensor(name), self.present(held, name, where)
+            if old.shape != new.shape or torch.promote_types(old.dtype, new.dtype) != new.dtype:
+                raise CheckpointError(
+                    f"{name} is {list(old.shape)} {old.dtype} in {where} and {list(new.shape)} {new.dtype} in "
+                    f"{self.path}, which replaces it."
+                )
+            self.compare(digest(old.to(new.dtype)), item.before, name, where)
+        for name, expected in self.base.items():
+            self.compare(sampled(self.present(held, name, where)), expected, name, where)
+
+    def present(self, held: Callable[[str], torch.Tensor | None], name: str, where: str) -> torch.Tensor:
+        if (tensor := held(name)) is None:
+            raise CheckpointError(
+                f"{where} has no tensor {name}, which the base of {self.path} has ({self.source}). Where a folder "
+                "stores it under another name, or not at all, load the model first: apply_delta(path, model)."
+            )
+        return tensor
+
+    def compare(self, found: str, expected: str, name: str, where: str) -> None:
+        if found != expected:
+            raise CheckpointError(
+                f"{self.path} was made for another base ({self.source}): {name} has other values in {where}."
+            )
+
+
+def to_delta(folded: Program, path: str | os.PathLike, *, base: Program | None = None) -> Delta:
+    """Write the parameters and buffers in which a folded program differs from the captured one, and nothing else.
+
+    base: the captured program, needed where `folded` was read from a file, which does not hold it
+
+    The file names the methods that it came from. Hashes of what it replaces, and of samples of all else, tell its base
+    from others; `apply_delta` refuses those. Raises ExportError where nothing changed, FoldError for a program with
+    adapters.
+    """
+    check_plain(folded, "write")
+    base = base or folded.before
+    if base is None:
+        raise ExportError(
+            f"This program of {folded.source} does not know what it was folded from: it was not folded, or was read "
+            "from a file. Give base=, the captured program."
+        )
+    old, new = saved(base), saved(folded)
+    if old.keys() != new.keys():
+        raise ExportError(f"base is another program: only one of them has {sorted(old.keys() ^ new.keys())[0]}.")
+    changed = [name for name in new if not same(new[name], old[name].to(new[name].dtype))]
+    if not changed:
+        raise ExportError(f"Every weight of {folded.source} is the base's: there is no delta to write.")
+    tensors = {name: new[name].detach().cpu().contiguous() for name in changed}
+    replaced = {n: Replaced(digest(old[n].to(tensor.dtype)), digest(tensor)) for n, tensor in tensors.items()}
+    described = {
+        "format": FORMAT,
+        "version": subgraph_peft.__version__,
+        "source": folded.source,
+        "dtype": str(folded.module.home.dtype).removeprefix("torch."),
+        "adapters": folded.folded.merged if folded.folded else {},
+        "ties": sorted(sorted(group) for group in base.ties),
+        "tensors": {name: asdict(item) for name, item in replaced.items()},
+        "base": {name: sampled(tensor) for name, tensor in old.items() if name not in changed},
+    }
+    with replacing(path, ExportError) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", HEADER: json.dumps(described)})
+    return read_delta(path)
+
+
+def read_delta(path: str | os.PathLike) -> Delta:
+    """A file that `to_delta` wrote, every tensor checked. Raises CheckpointError for a damaged or foreign one."""
+    shard = Shard(Path(path))
+    if HEADER not in (shard.metadata or {}):
+        raise CheckpointError(f"{path} is no delta: it was not written by to_delta.")
+    try:
+        described = json.loads(shard.metadata[HEADER])
+        if described["format"] != FORMAT:
+            raise CheckpointError(f"{path} has format {described['format']}; this version reads format {FORMAT}.")
+        tensors = {name: Replaced(**item) for name, item in described["tensors"].items()}
+        rest = {key: described[key] for key in ("source", "adapters", "ties", "base")}
+        delta = Delta(shard, dtype=getattr(torch, described["dtype"]), tensors=tensors, **rest)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
+    for name, item in tensors.items():
+        if name not in shard.entries or digest(shard.tensor(name)) != item.after:
+            raise CheckpointError(f"{path} is damaged: {name} is missing or not the tensor that was written.")
+    return delta
+
+
+def saved(program: Program) -> dict[str, torch.Tensor]:
+    """The state dict's tensors themselves, tied names included."""
+    return program.module.state_dict(keep_vars=True)
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of dtype, shape and every byte."""
+    hashed = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
+    hashed.update(as_bytes(tensor))
+    return hashed.hexdigest()
+
+
+def sampled(tensor: torch.Tensor) -> str:
+    """SHA-256 of the shape and of up to 256 values, evenly spread, which does not depend on their width."""
+    flat = tensor.detach().reshape(-1)
+    values = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE]
+    return digest(values.double() if values.is_floating_point() else values)
