@@ -20,6 +20,10 @@ CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 FATAL = 4
 HALVES = {"tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
 NO_KERNEL = r"Could not find an implementation for (?P<operator>\w+)\(\d+\) node with name '(?P<node>[^']*)'"
+CUT_SHORT = (
+    r"External initializer: (?P<tensor>\S+) offset: (?P<start>\d+) size to read: (?P<size>\d+) "
+    r"given file_length: (?P<held>\d+)"
+)
 NO_DTYPE = r"Type '[^']*' of input .* of operator \((?P<operator>\w+)\) in node \((?P<node>[^)]*)\) is invalid"
 
 
@@ -83,13 +87,19 @@ def tensor_of(value: onnxruntime.OrtValue) -> torch.Tensor:
 
 
 def unusable(path: str | os.PathLike, error: Exception) -> ExportError:
+    if found := re.search(CUT_SHORT, str(error)):
+        held, needed = int(found["held"]), int(found["start"]) + int(found["size"])
+        return ExportError(
+            f"The weights of {Path(path).name} are cut short: {found['tensor']} ends at byte {needed:,}, the file of "
+            f"external data holds {held:,}. Copy it again, or export again."
+        )
     for pattern in (NO_KERNEL, NO_DTYPE):
         if found := re.search(pattern, str(error)):
             where = f" (node {found['node']})" if found["node"] else ""
             return ExportError(
                 f"onnxruntime has no {found['operator']} kernel for {weight_dtype(path)}{where} on this machine. "
                 "Convert the model to float32 (model.float()) before it is captured; adapters of a 16-bit model fold "
-                "into float32 by default."
+                "into float32 by default. CUDA has kernels for bfloat16, the CPU none."
             )
     name = Path(path).name
     return ExportError(f"onnxruntime cannot open {name}: {first_line(error).replace(os.fspath(path), name)}")

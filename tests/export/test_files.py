@@ -2,7 +2,10 @@
 
 import errno
 import os
+import resource
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
@@ -144,6 +147,27 @@ def test_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(sp.ExportError, match="No space left on device. Choose another folder, or make room"):
         export.to_onnx(captured("mlp"), tmp_path / "model.onnx")
     assert contents(tmp_path) == {"model.onnx": b"old"}
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """The system lets no file of this process grow beyond."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[0][1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
+        signal.signal(signal.SIGXFSZ, before[1])
+
+
+@pytest.mark.parametrize("external", [True, False])
+@pytest.mark.parametrize("options", [{}, {"optimize": True}, {"quantize": 8}], ids=str)
+def test_the_system_takes_no_more(two_files, external, options):
+    before = contents(two_files)
+    with files_up_to(1000), pytest.raises(sp.ExportError, match="cannot be written: File too large"):
+        export.to_onnx(captured("mlp"), two_files / "model.onnx", external_data=external, **options)
+    assert contents(two_files) == before
 
 
 def test_missing_folders_are_made(tmp_path):

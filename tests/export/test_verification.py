@@ -1,5 +1,6 @@
 """The comparison itself: what it catches, what it leaves on the disk, and how sizes are chosen."""
 
+import os
 import shutil
 
 import onnx
@@ -166,6 +167,18 @@ def test_axis_names():
         "memory": {0: "memory_batch", 1: "memory_length"},
         "image": {0: "batch", 2: "height", 3: "width"},
     }
+
+
+@pytest.mark.parametrize("left", [0.3, 0.9])
+def test_external_data_that_is_cut_short(tmp_path, left):
+    path, data = tmp_path / "model.onnx", tmp_path / "model.onnx.data"
+    size = export.to_onnx(captured("bert"), path, external_data=True).bytes - path.stat().st_size
+    os.truncate(data, int(left * size))
+    pattern = (
+        rf"weights of model\.onnx are cut short: \S+ ends at byte [\d,]+, the file .* holds {int(left * size):,}\."
+    )
+    with pytest.raises(sp.ExportError, match=pattern):
+        export.verify(path, captured("bert"))
 
 
 def test_external_data_is_needed_beside_the_file(tmp_path):
