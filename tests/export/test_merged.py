@@ -86,7 +86,7 @@ def test_a_folded_file_says_what_the_fold_kept(tmp_path):
     told = facts(Exported(tmp_path / "model.onnx", report).proto)
     assert json.loads(told["history"]) == ["capture", "lora", "fold"]
     assert json.loads(told["fold"]) == {
-        "dtype": "torch.float32", "sites": 1, "retained": folded.folded.retained,
+        "dtype": "torch.float32", "retained": {"first.weight": folded.folded.retained},
         "adapters": {"lora": {"lora": {"r": 2, "alpha": 16.0, "dropout": 0.0}}},
     }  # fmt: skip
 
