@@ -145,5 +145,5 @@ def base_of(program: Program) -> Program:
     kept = own.checkpointing, own.padding, own.without
     if (module.checkpointing, module.padding, module.without) != kept:
         module.checkpointing, module.padding, module.without = kept
-        module.make_runners()
+        module.renew()
     return replace(base, module=module)
