@@ -20,7 +20,6 @@ from .partition import Block, cut
 from .promise import Padding
 from .signature import Signature, compile_forward
 
-
 Key = tuple[bool, frozenset[str]]  # training, missing inputs
 
 
