@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from .equation import MATMULS, SUMS, is_transpose
+from .equation import MATMULS, SUMS, is_elementwise, is_transpose
 from .errors import MethodError
 from .forms import At, Form
 from .graphs import aten, operator_name
@@ -191,7 +191,7 @@ class Distribution:
         whole = self.equation.shape(node)
         if not all(isinstance(a, fx.Node) and self.equation.shape(a) == whole for a in (left, right)) or node.kwargs:
             return None
-        small = left.op == right.op == "placeholder" and self.equation.numel(node) < self.values.full_size
+        small = is_elementwise(node) and self.equation.numel(node) < self.values.full_size
         if small and not self.dropout.get(self.equation.adapter(node)) and not self.values.nonlinear:
             return None
         sign = SUMS[node.target]

@@ -97,6 +97,10 @@ class Equation:
         """Placeholders that a node depends on."""
         return {source for source in cone(node) if source.op == "placeholder"}
 
+    def varies(self, node: fx.Node) -> bool:
+        """Whether a node depends on a trainable tensor; of nodes that a pass has just added too."""
+        return any(self.operands[leaf] in self.varying for leaf in self.leaves(node))
+
     def is_constant(self, node: fx.Node) -> bool:
         """A computed value without trainable tensors, worth keeping: not a view, and no larger than its operands."""
         if node in self.trainable or node.op != "call_function" or node.target in VIEWS:
@@ -225,6 +229,11 @@ def made(graph: fx.Graph, target: Callable, args: tuple, like: fx.Node) -> fx.No
 def is_slice(node: fx.Node) -> bool:
     """A slice of a matrix's rows or columns by whole steps."""
     return node.target is aten.slice.Tensor and node.meta["val"].ndim == 2 and len(node.args) == 4
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether a value is an operand, seen through views, or computed from such entry by entry."""
+    return all(each.op == "placeholder" or each.target in (*VIEWS, *ELEMENTWISE) for each in cone(node))
 
 
 def is_transpose(node: fx.Node) -> bool:
