@@ -81,7 +81,7 @@ class GraphModel(Checkpointed, nn.Module):
             name for name, value in zip(self.signature.input_names(), flat, strict=True) if value is None
         )
         if torch.compiler.is_compiling():
-            self.make_traced(missing)  # before `runners` is read, which a trace reads once
+            self.make_traced(*missing)  # before `runners` is read, which a trace reads once
         elif (self.training, missing) not in self.runners:
             self.make_runner((self.training, missing))
         return self.signature.unflatten(self.runners[self.training, missing](self, *flat))
@@ -123,13 +123,12 @@ class GraphModel(Checkpointed, nn.Module):
             if key not in self.runners:
                 self.make_runner(key)
 
-    @torch.compiler.assume_constant_result
-    def make_traced(self, missing: frozenset[str]) -> None:
+    def make_traced(self, *missing: str) -> None:
         """What torch.compile meets as finished functions: it runs this where it would trace it. Both modes, since what
         is compiled for one hangs on which runners there are."""
         self.make_runners()
-        if (self.training, missing) not in self.runners:
-            self.make_runner((self.training, missing))
+        if (key := (self.training, frozenset(missing))) not in self.runners:
+            self.make_runner(key)
 
     def renew(self) -> None:
         """Runners follow graphs and options as they are now: each is made when it is first called, or at once where
@@ -291,6 +290,7 @@ def build(
 ) -> GraphModel:
     """A GraphModel whose attribute tree holds `tensors` (Parameters stay Parameters; `volatile` names are buffers
     that the state dict leaves out) and whose `forward` has the signature's parameters."""
+    torch.compiler.assume_constant_result(GraphModel.make_traced)  # not before: it imports what captures do in any case
     own = {"forward": compile_forward(signature.parameters), "__module__": __name__}
     cls = type(name, (GraphModel,), {**own, "broken_guard": staticmethod(compile_guards(signature.guards))})
     module = cls(signature, graph, eval_graph, home or home_of(tensors))
