@@ -400,7 +400,7 @@ def test_a_fresh_process_needs_neither_the_model_nor_transformers(captured, tmp_
 
 def test_modules_and_programs_pickle(captured):
     _, inputs, program = captured("mlp")
-    for adapted in (program, trained(program, LoRA(r=2), "first"), trained(program, PiSSA(r=2), "first")):
+    for adapted in (program, trained(program, PiSSA(r=2), "first"), trained(program, DoRA(of=LoRA(r=2)), "first")):
         back = pickle.loads(pickle.dumps(adapted))
         assert_same(adapted, back, inputs)
         module = pickle.loads(pickle.dumps(adapted.module))
