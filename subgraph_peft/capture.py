@@ -186,7 +186,7 @@ def check_eval(program: Program, model: nn.Module, inputs: dict[str, Any], range
             node.target = f"eval_{path}"
             attach(program.module, node.target, attribute(root, path), persistent=False)
     program.module.eval_graph = root.graph
-    program.module.make_runners()
+    program.module.renew()
     if not same(expected):
         raise CaptureError(
             f"The captured graph of {type(model).__name__} does not reproduce the model in eval mode on the example "

@@ -61,16 +61,16 @@ class Checkpointed:
         check_twice(self.graph, paths)
         former, self.checkpointing = self.checkpointing, Checkpointing(paths, options)
         try:
-            self.make_runners()
+            self.renew()
         except CaptureError:
             self.checkpointing = former
-            self.make_runners()
+            self.renew()
             raise
 
     def gradient_checkpointing_disable(self: "GraphModel") -> None:
         """Keep all activations for the backward pass."""
         self.checkpointing = None
-        self.make_runners()
+        self.renew()
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any

@@ -70,7 +70,7 @@ class Compiled:
         module = self.module
         graph = module.specialise(True, missing)
         for stage in ("graph", "compiled"):
-            module.matches.setdefault((True, missing), {}).update(optimised(graph, module, stage, module.without))
+            module.changes.setdefault((True, missing), {}).update(optimised(graph, module, stage, module.without))
         names = module.signature.output_names()
         loss = graphs.flat_outputs(graph)[names.index("loss") if "loss" in names else 0]
         graph.output_node().args = ((loss,),)

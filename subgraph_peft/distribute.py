@@ -4,7 +4,8 @@
     x(P diag(v))ᵀ = (x ⊙ v) Pᵀ   x(sP)ᵀ = s · xPᵀ, on the narrowest operand
     x[P; Q]ᵀ = [xPᵀ, xQᵀ]        a nonlinearity h that follows A: h(xAᵀ)
 
-Where no law applies the factor is evaluated as it stands, each step; one of full size is reported as dense.
+Where no law applies the factor is evaluated as it stands, each step; one of full size is reported as dense. What
+depends on no trainable tensor is kept as one matrix, unless its factors are cheaper: see `Equation.distributes`.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,13 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from .equation import is_transpose
+from .equation import MATMULS, SUMS, is_elementwise, is_transpose
 from .errors import MethodError
 from .forms import At, Form
 from .graphs import aten, operator_name
-from .values import MATMULS, Values
+from .values import Values
 
-SUMS = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
 NONLINEARITIES = {
     "relu": aten.relu.default, "gelu": aten.gelu.default, "silu": aten.silu.default, "tanh": aten.tanh.default,
 }  # fmt: skip
@@ -76,7 +76,7 @@ class Distribution:
     def apply(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node:
         """scale · x·nodeᵀ + bias"""
         equation = self.equation
-        if node.op == "placeholder" or equation.is_constant(node):
+        if node.op == "placeholder" or (equation.is_constant(node) and not equation.distributes(node)):
             return self.contract(node, x, scale, bias, at)
         law = LAWS.get(node.target)
         result = law(self, node, x, scale, bias, at) if law else None
@@ -191,7 +191,7 @@ class Distribution:
         whole = self.equation.shape(node)
         if not all(isinstance(a, fx.Node) and self.equation.shape(a) == whole for a in (left, right)) or node.kwargs:
             return None
-        small = left.op == right.op == "placeholder" and self.equation.numel(node) < self.values.full_size
+        small = is_elementwise(node) and self.equation.numel(node) < self.values.full_size
         if small and not self.dropout.get(self.equation.adapter(node)) and not self.values.nonlinear:
             return None
         sign = SUMS[node.target]

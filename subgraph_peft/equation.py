@@ -18,7 +18,10 @@ VIEWS = {
     aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten.slice.Tensor,
     aten.select.int, aten.detach.default, aten.alias.default, aten.mT.default,
 }  # fmt: skip
-ELEMENTWISE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
+SUMS = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
+MULTIPLES = {aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
+ELEMENTWISE = {*SUMS, *MULTIPLES}
+MATMULS = {aten.matmul.default, aten.mm.default}
 
 # (adapter, tensor); ("", "W") or ("", "b") is the weight or bias itself, ("", "x") and ("", "y") are activations
 Operand = tuple[str, str]
@@ -94,11 +97,35 @@ class Equation:
         """Placeholders that a node depends on."""
         return {source for source in cone(node) if source.op == "placeholder"}
 
+    def varies(self, node: fx.Node) -> bool:
+        """Whether a node depends on a trainable tensor; of nodes that a pass has just added too."""
+        return any(self.operands[leaf] in self.varying for leaf in self.leaves(node))
+
     def is_constant(self, node: fx.Node) -> bool:
         """A computed value without trainable tensors, worth keeping: not a view, and no larger than its operands."""
         if node in self.trainable or node.op != "call_function" or node.target in VIEWS:
             return False
         return self.numel(node) <= sum(self.numel(leaf) for leaf in self.leaves(node))
+
+    def distributes(self, node: fx.Node) -> bool:
+        """Whether an activation meets a matrix without trainable tensors at less cost in its factors: W − B₀A₀ is W and
+        two small ones, and no second matrix of W's size is kept."""
+        return node not in self.trainable and self.cost(node) < 2 * self.numel(node)
+
+    def cost(self, node: fx.Node) -> int:
+        """Numbers that an activation meets in a constant matrix, and numbers that are kept for it alone."""
+        parts = [part for part in node.args if isinstance(part, fx.Node)]
+        shapes = [self.shape(part) for part in parts]
+        if node.op == "placeholder" or node.target in VIEWS:
+            return self.numel(node)
+        if node.target in SUMS:
+            distributed = shapes == [self.shape(node)] * 2 and not node.kwargs
+        elif node.target in MATMULS:
+            distributed = all(len(shape) == 2 for shape in shapes)
+        else:
+            distributed = node.target in MULTIPLES and len(parts) == 1 and node.args[0] is parts[0]
+        kept = 2 * self.numel(node)
+        return min(kept, sum(map(self.cost, parts))) if distributed else kept
 
     def adapter(self, node: fx.Node) -> str:
         """Name of the adapter whose equation a node is part of."""
@@ -139,7 +166,7 @@ def pushed(graph: fx.Graph, node: fx.Node, through_sums: bool) -> fx.Node | None
             return inner.args[0]
         sliced = view_of(graph, inner.args[0], node, dimension=1 - node.args[1])
         return view_of(graph, sliced, inner)
-    if inner.target in (aten.matmul.default, aten.mm.default) and inner.meta["val"].ndim == 2:
+    if inner.target in MATMULS and inner.meta["val"].ndim == 2:
         left, right = inner.args
         if left.meta["val"].ndim != 2 or right.meta["val"].ndim != 2:
             return None
@@ -202,6 +229,11 @@ def made(graph: fx.Graph, target: Callable, args: tuple, like: fx.Node) -> fx.No
 def is_slice(node: fx.Node) -> bool:
     """A slice of a matrix's rows or columns by whole steps."""
     return node.target is aten.slice.Tensor and node.meta["val"].ndim == 2 and len(node.args) == 4
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether a value is an operand, seen through views, or computed from such entry by entry."""
+    return all(each.op == "placeholder" or each.target in (*VIEWS, *ELEMENTWISE) for each in cone(node))
 
 
 def is_transpose(node: fx.Node) -> bool:

@@ -28,30 +28,29 @@ def generate(
     """
     base = dict(captured.module.tensors())
     constants: dict[str, Constant] = {}
+    held: dict[int, dict[fx.Node, str]] = {}
     lowered: dict[str, Lowered] = {}
 
     def hoist(target: Target, equation: Equation, node: fx.Node) -> str:
         """The buffer of a constant, the same for every graph."""
-        held = [name for name, c in constants.items() if c.target is target]
-        for name in held:
-            if constants[name].node is node:
-                return name
-        adapter, site = next(
-            (a, s) for a, s in target.chain if a.name == (equation.adapter(node) or target.chain[0][0].name)
-        )
-        path = adapter.path(site, f"constant_{len(held)}")
-        constants[path] = Constant(target, equation, node)
-        return path
+        own = held.setdefault(id(target), {})
+        if node not in own:
+            name = equation.adapter(node) or target.chain[0][0].name
+            adapter, site = next((a, s) for a, s in target.chain if a.name == name)
+            own[node] = adapter.path(site, f"constant_{len(own)}")
+            constants[own[node]] = Constant(target, equation, node)
+        return own[node]
 
     rewritten = []
     wanted = targets(adapters)
     for original in captured.module.graphs():
         graph, _ = graphs.clone(original)
         cast_trained(graph, own, base)
+        readers = {str(node.target): node for node in reversed(graph.find_nodes(op="get_attr"))}
         for target in wanted:
             note = lowered.setdefault(target.chain[0][1].name, Lowered()) if not rewritten else Lowered()
             device, without = captured.module.home.device, captured.module.without
-            Lowering(graph, target, dtype, device, hoist, note, without).run()
+            Lowering(graph, readers, target, dtype, device, hoist, note, without).run()
         graphs.sweep(graph)
         rewritten.append(graph)
     tensors = {**base, **own}
@@ -145,5 +144,5 @@ def base_of(program: Program) -> Program:
     kept = own.checkpointing, own.padding, own.without
     if (module.checkpointing, module.padding, module.without) != kept:
         module.checkpointing, module.padding, module.without = kept
-        module.make_runners()
+        module.renew()
     return replace(base, module=module)

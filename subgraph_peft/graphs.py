@@ -237,12 +237,17 @@ def move(graph: fx.Graph, mapping: Moves) -> None:
             node.meta["val"] = pytree.tree_map_only(FakeTensor, moved, node.meta["val"])
 
 
-def compile_graph(graph: fx.Graph, name: str) -> Callable:
-    """The graph as a function `(self, *placeholders) -> tuple`, reading tensors as attributes of `self`."""
+def check(graph: fx.Graph) -> None:
+    """Raises CaptureError for a node that may not become code; an error of torch.fx for a graph that is none."""
     graph.lint()
     for node in graph.nodes:
         if problem := illegal(node.op, node.name, node.target, node.args, node.kwargs):
             raise CaptureError(f"The node {node.name!r} of the graph {problem}.")
+
+
+def compile_graph(graph: fx.Graph, name: str) -> Callable:
+    """The graph as a function `(self, *placeholders) -> tuple`, reading tensors as attributes of `self`."""
+    check(graph)
     code = graph.python_code("self")
     namespace = dict(code.globals)
     file = f"<{name}:{id(graph):x}>"

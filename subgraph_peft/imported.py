@@ -107,7 +107,7 @@ def settle(program: Program) -> bool:
             CaptureWarning,
             stacklevel=4,
         )
-    program.module.make_runners()
+    program.module.renew()
     program.module.train(training)
     return training
 

@@ -43,6 +43,7 @@ def equation_of(
 class Lowering:
     """Rewrites everything that reads one target in one graph, in place.
 
+    readers: the get_attr nodes of the graph by tensor, to which it adds
     dtype:   of the adapters' tensors            device:  of constants in the graph
     hoist:   (target, equation, node) -> name of the buffer that holds a constant of the equation
     lowered: is told the nodes, the cost, and why something is dense
@@ -52,6 +53,7 @@ class Lowering:
     def __init__(
         self,
         graph: fx.Graph,
+        readers: dict[str, fx.Node],
         target: Target,
         dtype: torch.dtype,
         device: torch.device,
@@ -60,7 +62,7 @@ class Lowering:
         without: frozenset[str] = frozenset(),
     ):
         self.without = without
-        self.graph, self.target, self.site = graph, target, (site := target.site)
+        self.graph, self.readers, self.target, self.site = graph, readers, target, (site := target.site)
         self.base_dtype, self.adapter_dtype, self.device = site.dtype, dtype, device
         self.hoist, self.lowered = hoist, lowered
         self.prefix = identifier(site.owner if site.name.endswith((".weight", ".bias")) else site.name)
@@ -75,8 +77,7 @@ class Lowering:
         if self.site.kind in PLACES:
             self.module_output()
             return
-        parameter = next((n for n in self.graph.find_nodes(op="get_attr") if n.target == self.target.name), None)
-        if parameter is not None:
+        if parameter := self.readers.get(self.target.name):
             self.base_dtype = parameter.meta["val"].dtype
             {"bias": self.bias, "output": self.output, "weight": self.weight}[self.target.part](parameter)
 
@@ -93,8 +94,7 @@ class Lowering:
 
     def weight_at_uses(self, weight: fx.Node, found: list[tuple[Use, type[Form]]]) -> None:
         known: dict[tuple, Values] = {}
-        readers = {use.node for use, _ in found}
-        first = next(node for node in self.graph.nodes if node in readers)
+        first = min(use.node for use, _ in found)
         done: dict[fx.Node, fx.Node] = {}
         for use, form in found:
             use = replace(use, x=done.get(use.x, use.x))  # the result of a use before it, W(W(x))
@@ -253,7 +253,7 @@ class Lowering:
 
     def users(self, parameter: fx.Node) -> tuple[list[fx.Node], fx.Node]:
         """The readers of a parameter, and the first of them in the graph."""
-        return list(parameter.users), next(node for node in self.graph.nodes if node in parameter.users)
+        return list(parameter.users), min(parameter.users)
 
     def emitter(self, before: fx.Node, like: fx.Node | None = None) -> Callable[..., fx.Node]:
         """Adds nodes before `before`, named after site, adapter and term, with metadata that says so."""
@@ -274,11 +274,10 @@ class Lowering:
 
     def reader(self, path: str) -> fx.Node:
         """The get_attr node of a tensor, at the top of the graph."""
-        for node in self.graph.find_nodes(op="get_attr"):
-            if node.target == path:
-                return node
-        with self.graph.inserting_before(next(iter(self.graph.nodes))):
-            return self.graph.create_node("get_attr", path, name=identifier(path))
+        if path not in self.readers:
+            with self.graph.inserting_before(next(iter(self.graph.nodes))):
+                self.readers[path] = self.graph.create_node("get_attr", path, name=identifier(path))
+        return self.readers[path]
 
     def values(self, equation: Equation, parameter: fx.Node, before: fx.Node) -> Values:
         """Values of the equation, emitted before `before`; W or b is read from `parameter`."""

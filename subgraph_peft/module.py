@@ -20,6 +20,8 @@ from .partition import Block, cut
 from .promise import Padding
 from .signature import Signature, compile_forward
 
+Key = tuple[bool, frozenset[str]]  # training, missing inputs
+
 
 class Home(NamedTuple):
     """Where the constants of a graph live; literals equal to these follow the module when it moves."""
@@ -36,7 +38,9 @@ class GraphModel(Checkpointed, nn.Module):
     block_paths: modules of the source that runners call as modules
     checkpointing: modules of the source that are computed again for the backward pass
     padding: "right" where it is promised that attention masks are ones and then zeros, which runners check
-    without: optimising passes that are switched off; matches: what each pass changed, by runner
+    without: optimising passes that are switched off
+    runners: (training, missing inputs) -> function that runs the graph of that mode, made when it is first called
+    changes: what each optimising pass changed, by runner
 
     `eval_graph` is the graph of eval mode where it is not the training graph with dropout and batch norm switched.
     An input that was captured may be left out; outputs that need it are then None (a loss without labels).
@@ -59,8 +63,8 @@ class GraphModel(Checkpointed, nn.Module):
         self.checkpointing: Checkpointing | None = None
         self.padding: Padding | None = None
         self.without: frozenset[str] = frozenset()
-        self.matches: dict[tuple[bool, frozenset[str]], dict[str, int]] = {}
-        self.runners: dict[tuple[bool, frozenset[str]], Any] = {}
+        self.changes: dict[Key, dict[str, int]] = {}
+        self.runners: dict[Key, Any] = {}
 
     def checked(self, inputs: Mapping[str, Any]) -> list[Any]:
         """The leaves of inputs that the graph can take, None where one is missing."""
@@ -76,14 +80,11 @@ class GraphModel(Checkpointed, nn.Module):
         missing = frozenset(
             name for name, value in zip(self.signature.input_names(), flat, strict=True) if value is None
         )
-        key = (self.training, missing)
-        if key not in self.runners:
-            if missing and torch.compiler.is_compiling():
-                raise CaptureError(
-                    f"Call the module once without {', '.join(sorted(missing))} before torch.compile meets such a call."
-                )
-            self.make_runner(key)
-        return self.signature.unflatten(self.runners[key](self, *flat))
+        if torch.compiler.is_compiling():
+            self.make_traced(*missing)  # before `runners` is read, which a trace reads once
+        elif (self.training, missing) not in self.runners:
+            self.make_runner((self.training, missing))
+        return self.signature.unflatten(self.runners[self.training, missing](self, *flat))
 
     def check_meta(self, flat: list[Any]) -> None:
         """On the meta device shapes can be had, of inputs there, and no training."""
@@ -99,13 +100,13 @@ class GraphModel(Checkpointed, nn.Module):
         self.signature = replace(self.signature, guards=guards)
         type(self).broken_guard = staticmethod(compile_guards(guards))
 
-    def make_runner(self, key: tuple[bool, frozenset[str]]) -> None:
+    def make_runner(self, key: Key) -> None:
         training, missing = key
         again = self.checkpointing if training else None
         label = " without ".join(("train" if training else "eval", *sorted(missing)))
         paths = (*self.block_paths, *(again.paths if again else ()))
         graph = self.specialise(*key)
-        self.matches[key] = optimised(graph, self, "graph", self.without)
+        self.changes.setdefault(key, {}).update(optimised(graph, self, "graph", self.without))
         graphs.sweep(graph)
         for piece in cut(graph, paths, label):
             run = graphs.compile_graph(piece.graph, f"{type(self).__name__} {piece.path}".strip())
@@ -117,13 +118,36 @@ class GraphModel(Checkpointed, nn.Module):
                 self.runners[key] = run
 
     def make_runners(self) -> None:
-        """Both modes with every input, made beforehand so that torch.compile meets finished functions."""
+        """Both modes with every input."""
+        for key in ((training, frozenset()) for training in (True, False)):
+            if key not in self.runners:
+                self.make_runner(key)
+
+    def make_traced(self, *missing: str) -> None:
+        """What torch.compile meets as finished functions: it runs this where it would trace it. Both modes, since what
+        is compiled for one hangs on which runners there are."""
+        self.make_runners()
+        if (key := (self.training, frozenset(missing))) not in self.runners:
+            self.make_runner(key)
+
+    def renew(self) -> None:
+        """Runners follow graphs and options as they are now: each is made when it is first called, or at once where
+        graphs are cut at modules, which may be no units of them. Raises CaptureError."""
         self.runners.clear()
+        self.changes.clear()
         for module in self.modules():
             if isinstance(module, Block):
                 module.runners.clear()
-        for training in (True, False):
-            self.make_runner((training, frozenset()))
+        for graph in self.graphs():
+            graphs.check(graph)
+        if self.block_paths or self.checkpointing:
+            self.make_runners()
+
+    @property
+    def matches(self) -> dict[Key, dict[str, int]]:
+        """What each optimising pass changed, by runner."""
+        self.make_runners()
+        return self.changes
 
     def graphs(self) -> list[fx.Graph]:
         return [self.graph] if self.eval_graph is None else [self.graph, self.eval_graph]
@@ -183,7 +207,7 @@ class GraphModel(Checkpointed, nn.Module):
             for body in (part for part in self.modules() if isinstance(part, fx.GraphModule)):
                 graphs.move(body.graph, moves)
                 body.recompile()
-            self.make_runners()
+            self.renew()
             if self.recompute and self.home.device.type != "meta" and any(isinstance(m, torch.dtype) for m in moves):
                 self.recompute(self)
 
@@ -218,7 +242,7 @@ class GraphModel(Checkpointed, nn.Module):
         for name, value in self.__dict__.items():
             if name in ("graph", "eval_graph"):
                 value = value and graphs.clone(value)[0]
-            elif name in ("runners", "matches"):
+            elif name in ("runners", "changes"):
                 value = dict(value)
             elif name != "signature":
                 value = copy.deepcopy(value, memo)
@@ -266,6 +290,7 @@ def build(
 ) -> GraphModel:
     """A GraphModel whose attribute tree holds `tensors` (Parameters stay Parameters; `volatile` names are buffers
     that the state dict leaves out) and whose `forward` has the signature's parameters."""
+    torch.compiler.assume_constant_result(GraphModel.make_traced)  # not before: it imports what captures do in any case
     own = {"forward": compile_forward(signature.parameters), "__module__": __name__}
     cls = type(name, (GraphModel,), {**own, "broken_guard": staticmethod(compile_guards(signature.guards))})
     module = cls(signature, graph, eval_graph, home or home_of(tensors))
@@ -274,7 +299,7 @@ def build(
         module.config = config
     for path, tensor in tensors.items():
         attach(module, path, tensor, persistent=path not in volatile)
-    module.make_runners()
+    module.renew()
     return module
 
 

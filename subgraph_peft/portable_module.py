@@ -86,7 +86,7 @@ def module_of(written: Mapping[str, Any], tensors: Tensors, device: str | torch.
     module.origin, module.computed = origin, frozenset(written["computed"])
     if written["blocks"]:
         module.block_paths = tuple(written["blocks"])
-        module.make_runners()
+        module.renew()
     return module.train(written["training"])
 
 

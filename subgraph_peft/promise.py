@@ -36,7 +36,7 @@ def promise(program: "Program", padding: Padding | None) -> "Program":
         raise CaptureError(f"{program.source} has no attention_mask [batch, length] to promise anything of ({names}).")
     module = copy.deepcopy(program.module, {id(tensor): tensor for _, tensor in program.module.tensors()})
     module.padding = padding
-    module.make_runners()
+    module.renew()
     promised = replace(program, module=module)
     if padding and not any(call.promise for call in kernels(promised)):
         warnings.warn(

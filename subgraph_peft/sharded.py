@@ -42,7 +42,7 @@ def sharded(program: Program, device: torch.device) -> Iterator[GraphModel]:
         for name, tensor in own.items():
             tensor.data = tensor.data.to(device)
             put(view, name, tensor)
-        for name in program.constants:  # the residual of PiSSA is as large as its weight
+        for name in program.constants:  # some are as large as their weight
             put(view, name, nn.Parameter(view.get_buffer(name), False))
         view.follow({home.device: device, home.dtype: home.dtype})
         scalars = {parameter for parameter in view.parameters() if not parameter.requires_grad and not parameter.ndim}

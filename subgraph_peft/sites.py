@@ -213,7 +213,7 @@ def weight_site(graph: fx.Graph, found: Sequence[Use], common: dict) -> Site:
         kind=kind,
         calls=tuple(Call(use.node.name, use.form, operator_name(use.node)) for use in found),
         bias=biases.pop() if len(biases) == 1 else None,
-        head=is_head(graph, [use.node.name for use in found]),
+        head=is_head(graph, [use.node for use in found]),
         groups=max((use.groups for use in found), default=1),
         layout=layout or (whole(shape) if len(shape) > 2 else MATRIX),
         **common,
@@ -241,10 +241,10 @@ def is_bias(node: fx.Node) -> bool:
     return str(node.target).rpartition(".")[2].endswith("bias")
 
 
-def is_head(graph: fx.Graph, calls: Sequence[str]) -> bool:
+def is_head(graph: fx.Graph, calls: Sequence[fx.Node]) -> bool:
     """Whether a call's result is an output of the graph, up to reshapes and casts."""
     outputs = set(flat_outputs(graph))
-    frontier = [node for node in graph.nodes if node.name in calls and node.target is not aten.embedding.default]
+    frontier = [node for node in calls if node.target is not aten.embedding.default]
     while frontier:
         node = frontier.pop()
         if node in outputs:

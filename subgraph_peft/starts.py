@@ -24,13 +24,13 @@ def first_values(
 ) -> dict[str, nn.Parameter]:
     """Starting values by qualified name, from the weights under the adapters there already."""
     values: dict[str, nn.Parameter] = {}
-    finite: dict[tuple[str, str, str], torch.Tensor] = {}
+    origins: dict[str, tuple[str, str, str]] = {}
     meta = home.device.type == "meta"
 
     def keep(path: str, method: Method, where: str, name: str, declared: Tensor, value: torch.Tensor) -> None:
         value = value.detach().to(device=home.device, dtype=dtype, copy=True).contiguous()
         values[path] = nn.Parameter(value, requires_grad=declared.trainable)
-        finite[method.name, where, name] = value.isfinite().all()
+        origins[path] = method.name, where, name
 
     for site, given in prepared(program, adapter, home, None if meta or cache is None else Cache(cache)):
         method = adapter.at(site)
@@ -41,7 +41,7 @@ def first_values(
         value = starting(adapter.method, path, name, declared, None, generator, meta)
         keep(path, adapter.method, path, name, declared, value)
     if not meta:
-        check_finite(finite)
+        check_finite(values, origins)
     paths = [path for site in adapter.sites for name, path in adapter.paths(site).items() if name not in adapter.shared]
     return {path: values[path] for path in dict.fromkeys([*paths, *values])}
 
@@ -55,8 +55,10 @@ def prepared(program: Program, adapter: Adapter, home: Home, cache: Cache | None
     names = {job.site.name for job in reading}
     yield from ((site, {}) for site in adapter.sites if site.name not in names)
 
+    there = {(target.part, target.name): target for target in targets(program.adapters)}
+
     def load(site: Site) -> torch.Tensor:
-        return current_weight(program, site, tensors)
+        return current_weight(program, site, there, tensors)
 
     for group in grouped(reading):
         if cache is None:
@@ -74,12 +76,14 @@ def prepared(program: Program, adapter: Adapter, home: Home, cache: Cache | None
             yield site, values
 
 
-def check_finite(finite: Mapping[tuple[str, str, str], torch.Tensor]) -> None:
-    """Raises MethodError for a starting value that is not finite; waits for the device once."""
-    if not finite or torch.stack([*finite.values()]).all():
+def check_finite(values: Mapping[str, torch.Tensor], origins: Mapping[str, tuple[str, str, str]]) -> None:
+    """Raises MethodError for a starting value that is not finite. Waits for the device once: a sum is finite only where
+    every number is."""
+    if not values or torch.stack([value.sum() for value in values.values()]).isfinite().all():
         return
-    method, where, name = next(key for key, value in finite.items() if not value)
-    raise MethodError(f"{method} at {where}: the starting value of {name!r} is not finite.")
+    for path, (method, where, name) in origins.items():
+        if not values[path].isfinite().all():
+            raise MethodError(f"{method} at {where}: the starting value of {name!r} is not finite.")
 
 
 def draws(seed: int, name: str) -> torch.Generator:
@@ -87,13 +91,14 @@ def draws(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
 
 
-def current_weight(program: Program, site: Site, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The matrix φ(W) under the adapters that are there already, float32 or wider; the vector of a vector site. A place
-    has none and gets an empty matrix."""
+def current_weight(
+    program: Program, site: Site, there: Mapping[tuple[str, str], Target], tensors: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """The matrix φ(W) under the adapters that are `there` already, float32 or wider; the vector of a vector site. A
+    place has none and gets an empty matrix."""
     if site.kind in PLACES:
         home = program.module.home
         return torch.empty(0, 0, device=home.device, dtype=torch.promote_types(torch.float32, home.dtype))
     part = "bias" if site.kind in VECTORS else "weight"
-    there = [target for target in targets(program.adapters) if (target.part, target.name) == (part, site.name)]
-    current = (there[0] if there else Target(part, site.name, site, ())).evaluate(tensors)
+    current = there.get((part, site.name), Target(part, site.name, site, ())).evaluate(tensors)
     return current if site.kind != "sequence" else rows(program, site, current.T).T

@@ -37,7 +37,7 @@ def unflatten(program: Program, where: str | Sequence[str] | None = None) -> Gra
         memo.setdefault(id(tensor), tensor if trained else frozen)
     view = copy.deepcopy(module, memo)
     view.block_paths = blocks
-    view.make_runners()
+    view.renew()
     return view
 
 

@@ -6,12 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from .equation import VIEWS, Equation, Operand
+from .equation import MATMULS, VIEWS, Equation, Operand
 from .errors import MethodError
 from .graphs import aten, flat_outputs, operator_name
 from .stacks import lift, stacked
-
-MATMULS = {aten.matmul.default, aten.mm.default}
 
 
 @dataclass

@@ -11,8 +11,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from subgraph_peft.export.inference import inference
-from subgraph_peft.passes import SSB, AdaLoRA, DoRA, LieRA, LoRA, MoSLoRA, MPCo, PiSSA, VeRA
-from subgraph_peft.passes.optimise import Attention, Gram, Rotary, Scalars, Siblings, Tidy
+from subgraph_peft.passes import (
+    SSB,
+    AdaLoRA,
+    DoRA,
+    LieRA,
+    LoRA,
+    MoSLoRA,
+    MPCo,
+    PiSSA,
+    SpectralAdditive,
+    SpectralRotational,
+    VeRA,
+)
+from subgraph_peft.passes.optimise import Attention, Gram, Rotary, Scalars, Siblings, Sums, Tidy
 from subgraph_peft.passes.optimise.gram import Product, Rows
 from torch import fx, nn
 
@@ -25,7 +37,7 @@ from subgraph_peft.pipeline import Pipeline, State
 from tests import models
 
 BOTH = (True, frozenset())  # the runner of train mode with every input
-PASSES = ["gram", "attention", "tidy", "scalars", "siblings", "rotary"]
+PASSES = ["gram", "changes", "attention", "tidy", "scalars", "sums", "siblings", "rotary"]
 OFF = dict.fromkeys(PASSES, False)
 
 
@@ -144,6 +156,77 @@ def test_scalars_keep_a_product_that_others_read(captured):
     assert Scalars().apply(graph, program.module) == 0
 
 
+def pissa_lines(graph: fx.Graph) -> list[str]:
+    return [line for line in lines(graph, "q_proj_pissa") if line.startswith("q_proj")]
+
+
+def test_changes_are_what_is_computed(captured):
+    plain = sp.optimise(captured("llama")[1], changes=False)
+    before = sp.rewrite(plain, PiSSA(r=2), where="model.layers.0.self_attn.q_proj")
+    assert pissa_lines(running(before)) == [
+        "q_proj_pissa_A0 = linear(mul_4, q_proj.weight_pissa.A0)",
+        "q_proj_pissa_B0 = linear(q_proj_pissa_A0, q_proj.weight_pissa.B0)",
+        "q_proj_pissa_sum = sub(q_proj_base, q_proj_pissa_B0)",
+        "q_proj_pissa_A = linear(mul_4, q_proj.weight_pissa.A)",
+        "q_proj_pissa_B = linear(q_proj_pissa_A, q_proj.weight_pissa.B)",
+        "q_proj_pissa_sum_1 = add(q_proj_pissa_sum, q_proj_pissa_B)",
+    ]
+    assert pissa_lines(running(layer_of_llama(captured, PiSSA(r=2), "q"))) == [
+        "q_proj_pissa_A = linear(mul_4, q_proj.weight_pissa.A)",
+        "q_proj_pissa_sub = sub(q_proj.weight_pissa.B, q_proj.weight_pissa.B0)",
+        "q_proj_pissa_sub_1 = linear(q_proj_pissa_A, q_proj_pissa_sub)",
+        "q_proj_pissa_sub_2 = sub(q_proj.weight_pissa.A, q_proj.weight_pissa.A0)",
+        "q_proj_pissa_sub_3 = linear(mul_4, q_proj_pissa_sub_2)",
+        "q_proj_pissa_B0 = linear(q_proj_pissa_sub_3, q_proj.weight_pissa.B0)",
+        "q_proj_pissa_sum = add(q_proj_pissa_sub_1, q_proj_pissa_B0)",
+        "q_proj_pissa_sum_1 = add(q_proj_base, q_proj_pissa_sum)",
+    ]
+    assert pissa_lines(running(before, Sums())) == [
+        "q_proj_pissa_B0_neg = neg(q_proj.weight_pissa.B0)",
+        "q_proj_pissa_A0_cat = cat([q_proj.weight_pissa.A0, q_proj.weight_pissa.A])",
+        "q_proj_pissa_B0_cat = cat([q_proj_pissa_B0_neg, q_proj.weight_pissa.B], 1)",
+        "q_proj_pissa_A0_linear = linear(mul_4, q_proj_pissa_A0_cat)",
+        "q_proj_pissa_B0_linear = linear(q_proj_pissa_A0_linear, q_proj_pissa_B0_cat)",
+        "q_proj_pissa_sum_1 = add(q_proj_base, q_proj_pissa_B0_linear)",
+    ]
+
+
+def test_sums_of_products_are_one_product(captured):
+    program = layer_of_llama(captured, PiSSA(r=2), "q")
+    assert pissa_lines(running(program, Sums())) == [
+        "q_proj_pissa_sub = sub(q_proj.weight_pissa.B, q_proj.weight_pissa.B0)",
+        "q_proj_pissa_sub_2 = sub(q_proj.weight_pissa.A, q_proj.weight_pissa.A0)",
+        "q_proj_pissa_A_cat = cat([q_proj.weight_pissa.A, q_proj_pissa_sub_2])",
+        "q_proj_pissa_sub_1_cat = cat([q_proj_pissa_sub, q_proj.weight_pissa.B0], 1)",
+        "q_proj_pissa_A_linear = linear(mul_4, q_proj_pissa_A_cat)",
+        "q_proj_pissa_sub_1_linear = linear(q_proj_pissa_A_linear, q_proj_pissa_sub_1_cat)",
+        "q_proj_pissa_sum_1 = add(q_proj_base, q_proj_pissa_sub_1_linear)",
+    ]
+    graph = running(program)
+    (inner,) = (node for node in graph.nodes if node.name.endswith("q_proj_pissa_sub_3"))
+    graph.output_node().args = ((*graph.output_node().args[0], inner),)
+    assert Sums().apply(graph, program.module) == 0
+
+
+def test_changes_below_the_digits_of_the_factors_count_in_bfloat16():
+    """PiSSA starts at the model's own outputs, bit for bit, and an update too small for A in bfloat16 is seen."""
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(64, 48)).bfloat16(), torch.randn(32, 64).bfloat16()
+    base = sp.capture(model, inputs)
+    program = sp.rewrite(base, PiSSA(r=8), where="0")
+    assert torch.equal(program.run(), base.run())
+    held = dict(program.module.tensors())
+    A, B, A0, B0 = (held[f"0.weight_pissa.{name}"] for name in ("A", "B", "A0", "B0"))
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.zero_()
+        A0.copy_(A0.bfloat16())
+        A.copy_(A0 * (1 + 2**-12))
+        assert torch.equal(A.bfloat16(), A0.bfloat16())
+        expected = inputs.double() @ (B.double() @ A.double() - B0.double() @ A0.double()).T
+    assert (program.run() - expected).norm() <= 2**-7 * expected.norm()
+
+
 def test_siblings_share_one_product(captured):
     program = layer_of_llama(captured, LoRA(r=2, alpha=2.0))
     assert lines(running(program), "lora_A") == [
@@ -187,7 +270,12 @@ COUNTS = {
     ("llama", "*.q_proj", LoRA(r=2)): {"scalars": 2, "siblings": 0},
     ("bert", "*.{query,key,value}", LoRA(r=2)): {"attention": 0, "scalars": 6, "siblings": 2},
     ("albert", "*.{query,key,value}", LoRA(r=2)): {"scalars": 6, "siblings": 2},
-    ("gpt2", "*.{c_attn,c_fc}", LoRA(r=2)): {"siblings": 0},
+    ("gpt2", "*.{c_attn,c_fc}", LoRA(r=2)): {"sums": 0, "siblings": 0},
+    ("llama", "*.{q,k,v}_proj", PiSSA(r=2)): {"scalars": 0, "sums": 6, "siblings": 2},
+    ("llama", "*.{q,k,v}_proj", PiSSA(r=3, alpha=6.0)): {"scalars": 12, "sums": 6, "siblings": 2},
+    ("llama", "*.{q,k}_proj", PiSSA(r=7)): {"sums": 0, "siblings": 0},
+    ("llama", "*.{q,k}_proj", SpectralAdditive(r=2)): {"sums": 4, "siblings": 2},
+    ("llama", "*.{q,k}_proj", SpectralRotational(r=2)): {"sums": 0, "siblings": 2},
 }
 
 
@@ -197,7 +285,7 @@ def test_how_often_passes_match(captured, case):
     program = sp.rewrite(captured(source)[1], method, where=where)
     matched = program.module.matches[BOTH]
     assert {name: matched[name] for name in COUNTS[case]} == COUNTS[case]
-    assert list(matched) == ["attention", "tidy", "scalars", "siblings"]
+    assert list(matched) == ["attention", "tidy", "scalars", "sums", "siblings"]
 
 
 def test_a_causal_mask_goes(captured):
@@ -222,6 +310,10 @@ EQUAL = {
     "dora_dropout": ("llama", "*.{q,v}_proj", DoRA(of=LoRA(r=2, alpha=5.0, dropout=0.4))),
     "dora_norm_gradient": ("llama", "*.{q,k,v}_proj", DoRA(of=LORA, norm_gradient=True)),
     "dora_pissa": ("llama", "*.{q,v}_proj", DoRA(of=PiSSA(r=2), norm_gradient=True)),
+    "pissa": ("llama", "*.{q,k,v}_proj", PiSSA(r=2, alpha=5.0)),
+    "spectral": ("llama", "*.{q,v}_proj", SpectralAdditive(r=2)),
+    "packed_pissa": ("gpt2", "*.c_attn[q,v]", PiSSA(r=2)),
+    "experts_pissa": ("experts", "gate_up", PiSSA(r=2)),
     "dora_moslora": ("llama", "*.{q,v}_proj", DoRA(of=MoSLoRA(r=2), norm_gradient=True)),
     "dora_adalora": ("llama", "*.{q,v}_proj", DoRA(of=AdaLoRA(r=2), norm_gradient=True)),
     "dora_vera": ("llama", "*.{q,v}_proj", DoRA(of=VeRA(r=3), norm_gradient=True)),
@@ -255,7 +347,8 @@ def test_results_and_gradients_are_those_of_the_captured_graph(captured, name):
 @pytest.mark.parametrize("name", PASSES[:-1])  # the last one sees compiled graphs alone
 def test_every_pass_alone(captured, name):
     inputs, base = captured("llama")
-    program = shaken(sp.rewrite(base, DoRA(of=LORA, norm_gradient=True), where="*layers.0*.{q,v}_proj"))
+    inner = LORA if name in ("gram", "scalars") else PiSSA(r=2)
+    program = shaken(sp.rewrite(base, DoRA(of=inner, norm_gradient=True), where="*layers.0*.{q,v}_proj"))
     plain = sp.optimise(program, **OFF)
     one = sp.optimise(plain, **{name: True})
     assert name == "attention" or one.lowered != plain.lowered or one.module.matches[BOTH][name] > 0
@@ -317,10 +410,11 @@ def test_rotary_leaves_other_concatenations_alone():
 def test_several_adapters_at_one_site(captured):
     inputs, base = captured("llama")
     program = base
-    for method in (LoRA(r=2), LoRA(r=3), DoRA(of=LoRA(r=2), norm_gradient=True)):
+    for method in (LoRA(r=2), LoRA(r=1), DoRA(of=LoRA(r=2), norm_gradient=True)):
         program = sp.rewrite(program, method, where="*.{q,v}_proj")
     shaken(program)
-    assert program.module.matches[BOTH]["siblings"] == 2
+    matched = program.module.matches[BOTH]
+    assert (matched["sums"], matched["siblings"]) == (4, 2)
     assert not any(lowered.dense for lowered in program.lowered.values())
     assert_same(program, sp.optimise(program, **OFF), inputs)
 
@@ -597,7 +691,7 @@ def test_a_switched_program_shares_the_tensors(captured, adapted):
     adapted.module.eval()
     assert other.module.training and not other.captured.module.training
     assert other.module.without == {"siblings", "gram"}
-    assert list(other.module.matches[BOTH]) == ["attention", "tidy", "scalars"]
+    assert list(other.module.matches[BOTH]) == ["attention", "tidy", "scalars", "sums"]
     assert (other.history, other.counts()) == (adapted.history, adapted.counts())
     theirs = dict(other.module.named_parameters())
     assert theirs.keys() == dict(adapted.module.named_parameters()).keys()
@@ -646,7 +740,7 @@ def test_moved_programs():
     inputs = {"x": torch.randn(3, 16)}
     program = shaken(sp.rewrite(sp.capture(Pair(), inputs, verify=False), DoRA(of=LoRA(r=2)), where=["a", "b"]))
     before, inputs = program.module.matches[BOTH], {"x": inputs["x"].double()}
-    assert before == {"attention": 0, "tidy": 0, "scalars": 2, "siblings": 1}
+    assert before == {"attention": 0, "tidy": 0, "scalars": 2, "sums": 0, "siblings": 1}
     program.module.to(torch.float64)
     assert program.module.matches[BOTH] == before
     other = sp.optimise(program, **OFF)
@@ -667,7 +761,7 @@ def test_functional_calls_take_other_tensors(captured):
 
 
 def test_wrong_switches(adapted):
-    with pytest.raises(sp.ConfigError, match="optimise: unknown option 'sibling'. Did you mean 'siblings'.*gram, att"):
+    with pytest.raises(sp.ConfigError, match="optimise: unknown option 'sibling'. Did you mean 'siblings'.*gram, cha"):
         sp.optimise(adapted, sibling=False)
     with pytest.raises(sp.ConfigError, match="option 'tidy' is true or false, not 'no'"):
         sp.optimise(adapted, tidy="no")
@@ -739,7 +833,7 @@ class Negations(Optimisation):
 
 def test_installed_passes():
     assert list(optimisations()) == PASSES
-    assert [optimisations()[name].stage for name in PASSES] == ["equation", *["graph"] * 4, "compiled"]
+    assert [optimisations()[name].stage for name in PASSES] == [*["equation"] * 2, *["graph"] * 5, "compiled"]
     assert isinstance(optimisations()["gram"], Gram)
 
 
@@ -756,7 +850,8 @@ def test_passes_of_third_parties_register_as_entry_points(monkeypatch):
     try:
         program = sp.capture(nn.Sequential(nn.Linear(4, 4), Negated()), torch.randn(2, 4))
         assert program.module.matches[BOTH]["negations"] == 1
-        assert sp.optimise(program, negations=False).module.matches[BOTH].keys() == {*PASSES} - {"gram", "rotary"}
+        without = sp.optimise(program, negations=False).module.matches[BOTH]
+        assert without.keys() == {*PASSES} - {"gram", "changes", "rotary"}
     finally:
         optimisations.cache_clear()
         equation.trace.cache_clear()

@@ -57,11 +57,16 @@ SNAPSHOTS = {
     "pissa": (
         PiSSA(r=2),
         """
-        _0_pissa_sub = linear(input_1, 0.weight_pissa.constant_0, 0.bias)
+        _0_base = linear(input_1, 0.weight, 0.bias)
         _0_pissa_A = linear(input_1, 0.weight_pissa.A)
-        _0_pissa_B = linear(_0_pissa_A, 0.weight_pissa.B)
-        _0_pissa_sum = add(_0_pissa_sub, _0_pissa_B)
-        relu = relu(_0_pissa_sum)
+        _0_pissa_sub = sub(0.weight_pissa.B, 0.weight_pissa.B0)
+        _0_pissa_sub_1 = linear(_0_pissa_A, _0_pissa_sub)
+        _0_pissa_sub_2 = sub(0.weight_pissa.A, 0.weight_pissa.A0)
+        _0_pissa_sub_3 = linear(input_1, _0_pissa_sub_2)
+        _0_pissa_B0 = linear(_0_pissa_sub_3, 0.weight_pissa.B0)
+        _0_pissa_sum = add(_0_pissa_sub_1, _0_pissa_B0)
+        _0_pissa_sum_1 = add(_0_base, _0_pissa_sum)
+        relu = relu(_0_pissa_sum_1)
         linear_1 = linear(relu, 2.weight, 2.bias)
         return [linear_1]""",
     ),

@@ -1,10 +1,12 @@
 """Graph passes that make training faster and change no result, one a file, in the order in which they run."""
 
 from .attention import Attention
+from .changes import Changes
 from .gram import Gram
 from .rotary import Rotary
 from .scalars import Scalars
 from .siblings import Siblings
+from .sums import Sums
 from .tidy import Tidy
 
-__all__ = ["Gram", "Attention", "Tidy", "Scalars", "Siblings", "Rotary"]
+__all__ = ["Gram", "Changes", "Attention", "Tidy", "Scalars", "Sums", "Siblings", "Rotary"]

@@ -5,10 +5,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from subgraph_peft.equation import Equation
+from subgraph_peft.equation import MATMULS, Equation
 from subgraph_peft.graphs import aten, sweep
 from subgraph_peft.optimise import Optimisation
-from subgraph_peft.values import MATMULS
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -17,8 +16,9 @@ class Gram(Optimisation):
     """‖C + s B A‖² = ‖C‖² + Σ B ⊙ (2s C Aᵀ + s² B (A Aᵀ)), row by row
 
     for the Euclidean row norms of a constant matrix C [out, in] and any number of products B [out, r], A [r, in]: ‖C‖²
-    is computed once, and no matrix of the weight's size is formed. DoRA's norm is one (Liu et al. 2024, Eq. 5). A norm
-    much smaller than ‖C‖ loses ‖C‖/‖C + s B A‖ times as many digits as it would in the sum of squares.
+    is computed once, as are products of constants, and no matrix of the weight's size is formed. DoRA's norm is one
+    (Liu et al. 2024, Eq. 5). A norm much smaller than ‖C‖ loses ‖C‖/‖C + s B A‖ times as many digits as it would in the
+    sum of squares.
     """
 
     name: ClassVar[str] = "gram"
@@ -60,9 +60,10 @@ def terms(equation: Equation, V: fx.Node) -> tuple[fx.Node, list[Product]] | Non
     constants: list[fx.Node] = []
     products: list[Product] = []
     for scale, term in addends(equation, V, 1.0):
-        if term not in equation.trainable and scale == 1.0:
+        narrow = term.target in MATMULS and term.args[0].meta["val"].shape[1] < min(term.meta["val"].shape)
+        if term not in equation.trainable and scale == 1.0 and not (narrow and equation.distributes(term)):
             constants.append(term)
-        elif term.target in MATMULS and term.args[0].meta["val"].shape[1] < min(term.meta["val"].shape):
+        elif narrow:
             products.append(Product(scale, *term.args))
         else:
             return None
@@ -70,9 +71,9 @@ def terms(equation: Equation, V: fx.Node) -> tuple[fx.Node, list[Product]] | Non
 
 
 def addends(equation: Equation, node: fx.Node, scale: float) -> Iterator[tuple[float, fx.Node]]:
-    """(number, term) of a sum; what depends on no trained tensor stays whole."""
+    """(number, term) of a sum; a constant that is kept as one matrix stays whole."""
     left, *others = node.args or (None,)
-    if node not in equation.trainable or node.kwargs:
+    if node.kwargs or (node not in equation.trainable and not equation.distributes(node)):
         yield scale, node
     elif node.target in (aten.add.Tensor, aten.sub.Tensor) and all(same_shape(node, term) for term in node.args):
         yield from addends(equation, left, scale)

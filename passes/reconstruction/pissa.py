@@ -15,9 +15,9 @@ class PiSSA(Method):
 
     A₀ = diag(√(σ/s)) Vh [r, in] and B₀ = U diag(√(σ/s)) [out, r] from r singular triplets: the largest, the middle or
     the smallest (`components`); A and B start there. Here σ is at least ε‖W‖, ε of float32: where W is rank-deficient,
-    factors would be zero and never train. The residual W − s B₀A₀ is computed once, from W itself. α defaults to r,
-    hence s = 1; `niter` power iterations of a fast SVD for the largest, more where they leave too large a residual (see
-    `subspace`), exact by default. A₀ and B₀ are kept: the update is the plain LoRA s (BA − B₀A₀) of rank 2r.
+    factors would be zero and never train. α defaults to r, hence s = 1; `niter` power iterations of a fast SVD for the
+    largest, more where they leave too large a residual (see `subspace`), exact by default. A₀ and B₀ are kept, W stays
+    the base: the update is the plain LoRA s (BA − B₀A₀) of rank 2r.
     Source: Meng et al. 2024, "PiSSA", Eq. 2 to 4, Appendix F.
     """
 

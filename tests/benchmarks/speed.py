@@ -39,7 +39,7 @@ from .attach import machine
 from .sides import ATTENTION_AND_MLP, LABELS
 
 RANK, ALPHA, MIB = 16, 16.0, 2**20
-OFF = dict.fromkeys(("gram", "attention", "tidy", "scalars", "siblings", "rotary"), False)
+OFF = dict.fromkeys(("gram", "changes", "attention", "tidy", "scalars", "sums", "siblings", "rotary"), False)
 Inputs = dict[str, torch.Tensor]
 Step = Callable[[], torch.Tensor]
 
