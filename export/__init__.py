@@ -1,6 +1,8 @@
-"""Programs for others: merged ONNX that onnxruntime has been seen to run like torch, adapters as huggingface/peft has
-them, and what a fold changed as a file that a base takes."""
+"""Programs for others: merged ONNX that onnxruntime has been seen to run like torch, adapters as onnxruntime and
+huggingface/peft have them, and what a fold changed as a file that a base takes."""
 
+from .adapter_file import AdapterReport, to_adapter
+from .adapters import Adapters, LoadedAdapter
 from .apply import apply_delta
 from .bound import BoundSession
 from .delta import Delta, to_delta
@@ -12,6 +14,7 @@ from .scores import evaluate
 from .verification import verify
 
 __all__ = [
-    "BoundSession", "Delta", "Drift", "ExportReport", "PeftReport", "Verification", "apply_delta", "evaluate",
-    "from_peft", "session", "to_delta", "to_onnx", "to_peft", "verify",
+    "AdapterReport", "Adapters", "BoundSession", "Delta", "Drift", "ExportReport", "LoadedAdapter", "PeftReport",
+    "Verification", "apply_delta", "evaluate", "from_peft", "session", "to_adapter", "to_delta", "to_onnx", "to_peft",
+    "verify",
 ]  # fmt: skip

@@ -14,7 +14,9 @@ from subgraph_peft.errors import ExportError
 from subgraph_peft.fold import folds
 from subgraph_peft.guards import between
 from subgraph_peft.program import Program
+from subgraph_peft.selectors import Where
 
+from .adapters import Adapters
 from .files import place, staged, write
 from .fuse import fuse, lay_out
 from .inference import Inference, inference
@@ -22,7 +24,9 @@ from .precision import DTYPES, narrow
 from .quantize import quantize as quantized
 from .report import ExportReport, Verification
 from .runtime import session
+from .slots import NONE, slots_of, weights_of
 from .translate import describe, quiet, translate
+from .updates import updates
 from .verification import bound_of, compare, program_reference
 
 
@@ -39,6 +43,7 @@ def to_onnx(
     example: Mapping[str, Any] | None = None,
     external_data: bool = False,
     beside: Sequence[Any] = (),
+    slots: bool | Where = False,
 ) -> ExportReport:
     """Write `program`, in eval mode, to the ONNX file `path`.
 
@@ -53,36 +58,48 @@ def to_onnx(
     example:        inputs to trace and compare with; the program's own by default
     external_data:  keep the weights in `<path>.data` even where one file can hold them (up to 2 GiB)
     beside:         what has `save_pretrained`, such as a tokenizer and a config, written to the file's folder with it
+    slots:          write the base that was captured, with inputs through which adapter files change it at run time,
+                    see `to_adapter`. True: for what the program's adapters change; a selector: for these weights too
 
     Inputs and outputs have the names of the model's arguments and results, weights their qualified names. Dimensions
     that vary in the program vary in the file. Adapters that were not folded stay as nodes. Weights are written one by
     one from the program's memory.
 
     The file appears once onnxruntime, on the provider that will serve it, has reproduced the program's outputs at two
-    sizes of every dynamic dimension, before and after it was fused and quantised. Raises ExportError where it does not,
-    where an operator has no translation or kernel, and where the folder cannot be written; then, and on an interrupt,
-    whatever was at `path` is still there.
+    sizes of every dynamic dimension, before and after it was fused and quantised; with slots, the base's outputs and,
+    with the program's adapters in them, the program's. Raises ExportError where it does not, where an operator has no
+    translation or kernel, and where the folder cannot be written, MethodError where slots cannot hold an adapter's
+    update; then, and on an interrupt, whatever was at `path` is still there.
     """
     target = Path(path)
     program.need_values("export", ExportError)
     dtype = chosen(program, dtype)
     if quantize not in (None, 4, 8):
         raise ExportError(f"Weights are quantised to 4 or 8 bits, not {quantize!r}.")
+    opened = slots_of(program, slots) if slots else NONE
+    update = updates(program) if slots and program.adapters else None
+    base = opened.base or program
     with staged(target) as folder:
-        reference = program_reference(program, example)
-        cut = inference(program, outputs)
-        cases = reference.cases(list(cut.inputs))
-        model = translate(program, cut, reference.example, opset)
+        reference = program_reference(base, example)
+        cut = opened.open(inference(base, outputs))
+        cases = reference.cases(cut.own)
+        adapted = program_reference(program, example).cases(cut.own) if update else []
+        model = translate(base, cut, reference.example, opset)
         if dtype is not reference.dtype:
             narrow(model, dtype)
-        identity = fingerprint(program, ())
+        identity = fingerprint(base, opened.whole)
 
         def checked(**options: Any) -> Verification:
-            describe(model, program, identity, dtype=str(dtype).removeprefix("torch."), **options)
-            write(model, folder / target.name, external_data)
+            describe(model, base, identity, dtype=str(dtype).removeprefix("torch."), **options)
+            with opened.defaults(model, cut):
+                write(model, folder / target.name, external_data)
             try:
-                opened = session(folder / target.name)
-                return compare(opened, cases, bound_of(opened, reference.dtype) if bound is None else bound)
+                running = session(folder / target.name)
+                allowed = bound_of(running, reference.dtype) if bound is None else bound
+                found = compare(running, cases, allowed)
+                if update is None:
+                    return found
+                return found & compare(running, adapted, allowed, Adapters(running).fitted(update.values))
             except ExportError as error:
                 raise ExportError(f"{error} {target} was not written.") from error
 
@@ -99,12 +116,13 @@ def to_onnx(
         place(folder, target)
     return ExportReport(
         **{field.name: getattr(verification, field.name) for field in fields(Verification)},
-        **written(program, cut, model, target),
+        **written(base, cut, model, target),
         dtype=str(dtype).removeprefix("torch."),
         fused=fused,
         quantize=quantize,
         before={} if verification is before else before.drift,
         identity=identity,
+        slots=weights_of(cut.samples),
     )
 
 
@@ -133,10 +151,10 @@ def written(program: Program, cut: Inference, model: ir.Model, target: Path) -> 
         "bytes": sum(file.stat().st_size for file in files),
         "nodes": len(model.graph),
         "opset": model.opset_imports[""],
-        "inputs": {value.name: shape_of(value) for value in model.graph.inputs},
+        "inputs": {value.name: shape_of(value) for value in model.graph.inputs if value.name in cut.own},
         "outputs": {value.name: shape_of(value) for value in model.graph.outputs},
         "fixed": cut.fixed,
-        "holds": between(program.module.signature.guards, [value.name for value in model.graph.inputs]),
+        "holds": between(program.module.signature.guards, cut.own),
         "left_out": cut.left_out,
         "unmerged": tuple(adapter.name for adapter in program.adapters if folds(program, adapter)),
         "remaining": tuple(adapter.name for adapter in program.adapters if not folds(program, adapter)),

@@ -1,7 +1,7 @@
 """The part of a program that inference needs: its eval graph, cut to some outputs and to the inputs they read."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Inference:
     inputs:    input name -> shape, an int for each fixed dimension
     axes:      the dynamic dimensions of every input of the program, also of those that are left out here
     left_out:  inputs of the program that no output needs
+    samples:   values of inputs that are none of the program's: its slots
     """
 
     module: Runner
@@ -45,11 +46,18 @@ class Inference:
     outputs: tuple[str, ...]
     axes: Axes
     left_out: tuple[str, ...]
+    samples: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def own(self) -> list[str]:
+        """The inputs that are the program's."""
+        return [name for name in self.inputs if name not in self.samples]
 
     @property
     def fixed(self) -> dict[str, int]:
         """`x[1]` -> size, for every dimension of an input that does not vary."""
-        dims = ((f"{n}[{d}]", fixed_size(size)) for n, shape in self.inputs.items() for d, size in enumerate(shape))
+        own = {name: self.inputs[name] for name in self.own}
+        dims = ((f"{n}[{d}]", fixed_size(size)) for n, shape in own.items() for d, size in enumerate(shape))
         return {dimension: size for dimension, size in dims if size is not None}
 
 

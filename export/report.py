@@ -1,7 +1,7 @@
 """What an export wrote and how far onnxruntime is from torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class Verification:
     drift: Mapping[str, Drift]
     bound: float
 
+    def __and__(self, other: "Verification") -> "Verification":
+        """Of two comparisons at the same shapes, the larger drift of each output."""
+        worst = {name: max(own, other.drift[name], key=lambda d: d.relative) for name, own in self.drift.items()}
+        return replace(self, drift=worst)
+
     def rows(self) -> list[tuple[str, str]]:
         """(what, value) for a table."""
 
@@ -69,6 +74,7 @@ class ExportReport(Verification):
     quantize:     bits of the weights of matrix products, None where they are as trained
     before:       drift of the model before it was quantised and fused
     identity:     hash of the captured base, see `subgraph_peft.checkpoint.fingerprint`
+    slots:        weights to which an adapter adds, and tensors that it replaces, at run time
     """
 
     path: str
@@ -88,6 +94,7 @@ class ExportReport(Verification):
     quantize: int | None
     before: Mapping[str, Drift]
     identity: str
+    slots: tuple[str, ...] = ()
 
     @property
     def merged(self) -> bool:
@@ -112,6 +119,7 @@ class ExportReport(Verification):
             ("inputs left out", ", ".join(self.left_out)),
             ("not merged", ", ".join(self.unmerged)),
             ("adapters in the graph", ", ".join(self.remaining)),
+            ("slots", ", ".join(self.slots)),
             *((f"drift of {name} before", str(drift)) for name, drift in self.before.items()),
         ]
         return [*((what, value) for what, value in rows if value), *super().rows()]

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -57,13 +58,19 @@ def provider(opened: onnxruntime.InferenceSession) -> str:
     return opened.get_providers()[0]
 
 
-def run(opened: onnxruntime.InferenceSession, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Outputs by name, on the CPU. Raises ExportError for inputs that the file does not take or cannot be run on."""
+def run(
+    opened: onnxruntime.InferenceSession,
+    inputs: Mapping[str, torch.Tensor],
+    slots: Mapping[str, onnxruntime.OrtValue] = MappingProxyType({}),
+) -> dict[str, torch.Tensor]:
+    """Outputs by name, on the CPU, with `slots` in place of default values. Raises ExportError for inputs that the file
+    does not take or cannot be run on."""
     names = [value.name for value in opened.get_outputs()]
     narrow = {value.name: HALVES[value.type] for value in opened.get_inputs() if value.type in HALVES}
     fed = {n: t.to(narrow[n]) if n in narrow and t.is_floating_point() else t for n, t in inputs.items()}
     try:
-        results = opened.run_with_ort_values(names, {name: value_of(tensor) for name, tensor in fed.items()})
+        values = {name: value_of(tensor) for name, tensor in fed.items()}
+        results = opened.run_with_ort_values(names, {**values, **slots})
     except Exception as error:
         shapes = ", ".join(f"{name}{list(tensor.shape)}" for name, tensor in inputs.items())
         message = f"onnxruntime ({provider(opened)}) cannot run the model on {shapes}: {first_line(error)}"

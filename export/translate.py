@@ -82,6 +82,7 @@ def quiet() -> Iterator[None]:
 def trace(cut: Inference, example: Mapping[str, torch.Tensor]) -> ExportedProgram:
     """The cut as an ExportedProgram, dynamic where the program is. Attention is traced as plain arithmetic: fused
     kernels give strides that the views of the captured graph do not fit."""
+    example = {**example, **cut.samples}
     inputs = resize({name: example[name] for name in cut.inputs}, cut.axes, sizes_of(cut.axes, example))
     shapes = tuple(dict.fromkeys(cut.axes.get(name, ()), Dim.DYNAMIC) or None for name in cut.inputs)
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), Whole():

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import onnxruntime
@@ -153,13 +154,18 @@ def bound_of(opened: onnxruntime.InferenceSession, dtype: torch.dtype) -> float:
     return max(BOUND.get(dtype, BOUND[torch.float32]), *narrow, QUANTIZED.get(bits, 0.0), 0.0)
 
 
-def compare(opened: onnxruntime.InferenceSession, cases: Iterable[Case], bound: float) -> Verification:
-    """Raises ExportError where any output drifts by more than `bound`."""
+def compare(
+    opened: onnxruntime.InferenceSession,
+    cases: Iterable[Case],
+    bound: float,
+    slots: Mapping[str, onnxruntime.OrtValue] = MappingProxyType({}),
+) -> Verification:
+    """Raises ExportError where any output drifts by more than `bound`, with `slots` in place of default values."""
     drift: dict[str, Drift] = {}
     shapes = []
     for inputs, expected in cases:
         shapes.append({name: tuple(tensor.shape) for name, tensor in inputs.items()})
-        for name, tensor in run(opened, inputs).items():
+        for name, tensor in run(opened, inputs, slots).items():
             if not isinstance(expected.get(name), torch.Tensor):
                 given = ", ".join(name for name, value in expected.items() if isinstance(value, torch.Tensor))
                 raise ExportError(f"The file gives {name!r}, torch gives {given}.")

@@ -1,6 +1,7 @@
 """Any weight update as a plain LoRA: ΔW = φ(W) − W = s B A, exactly or truncated."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from subgraph_peft.passes import LoRA
@@ -30,21 +31,33 @@ def lora_pieces(program: Program, rank: int | None, tolerance: float) -> tuple[l
             )
         if target.part == "weight":
             adapter, site = target.chain[0]
-            dtype = held[next(iter(adapter.paths(site).values()))].dtype
-            W = Target("weight", target.name, site, ()).evaluate(held, torch.float64)
-            update = target.evaluate(held, torch.float64) - W
-            A, B = factors(update, W, target.name, rank)
-            A, B = A.to(dtype), B.to(dtype)
-            errors[target.name] = relative(update - B.double() @ A.double(), update)
+            A, B, errors[target.name] = low_rank(target, held, rank)
             method = LoRA(r=len(A), alpha=len(A))
             found.append(Piece(adapter.name, site, method, {"A": A, "B": B}, {}))
+    check(errors, rank, tolerance)
+    return found, errors
+
+
+def low_rank(
+    target: Target, held: Mapping[str, torch.Tensor], rank: int | None
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """A [r, in] and B [out, r] in the dtype of the adapter, and ‖ΔW − B A‖ / ‖ΔW‖."""
+    adapter, site = target.chain[0]
+    dtype = held[next(iter(adapter.paths(site).values()))].dtype
+    W = Target("weight", target.name, site, ()).evaluate(held, torch.float64)
+    update = target.evaluate(held, torch.float64) - W
+    A, B = (factor.to(dtype) for factor in factors(update, W, target.name, rank))
+    return A, B, relative(update - B.double() @ A.double(), update)
+
+
+def check(errors: Mapping[str, float], rank: int | None, tolerance: float) -> None:
+    """Raises MethodError for an error above the tolerance."""
     worst = max(errors, key=errors.get, default=None)
     if worst is not None and errors[worst] > tolerance:
         raise MethodError(
             f"At rank {rank} the LoRA loses {errors[worst]:.1%} of the update of {worst}, more than {tolerance:.1%}. "
             f"Give a larger rank, or accept it with tolerance={math.ceil(errors[worst] * 1000) / 1000:g}."
         )
-    return found, errors
 
 
 def factors(update: torch.Tensor, W: torch.Tensor, where: str, rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:

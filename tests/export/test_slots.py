@@ -1,0 +1,296 @@
+"""One session on a slotted file is the base, and any adapter of it."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from subgraph_peft.passes import (
+    SSL,
+    AdaLoRA,
+    BitFit,
+    DoRA,
+    FLoRA,
+    Houlsby,
+    LoRA,
+    MoSLoRA,
+    PiSSA,
+    RsLoRA,
+    SpectralAdditive,
+    SVDiff,
+    VeRA,
+)
+from torch import nn
+
+import subgraph_peft as sp
+from subgraph_peft import export
+from subgraph_peft.method import Method
+from tests import models
+from tests.export.conftest import captured, shake
+
+WHERE = {"bert": "*.{query,value,dense}", "gpt2": "*.{c_attn,c_fc}", "llama": "*.{q_proj,v_proj,up_proj}"}
+TRAINED = {"bert": "classifier", "gpt2": (), "llama": ()}
+
+
+def adapted(name: str, method: Method, **options) -> sp.Program:
+    return shake(sp.rewrite(captured(name), method, **{"where": WHERE[name], "trainable": TRAINED[name], **options}))
+
+
+def inputs_of(program: sp.Program) -> dict[str, torch.Tensor]:
+    """Of a shape that no verification saw."""
+    given = {name: value for name, value in program.example.items() if name != "labels"}
+    return {name: torch.cat([value, value.flip(0)])[:, :-1] for name, value in given.items()}
+
+
+def logits(program: sp.Program) -> torch.Tensor:
+    return program.run(inputs_of(program))["logits"]
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", WHERE)
+def test_one_session_runs_the_base_and_adapters_of_other_ranks(name, tmp_path):
+    base, lora, pissa = captured(name), adapted(name, LoRA(r=2, alpha=5.0)), adapted(name, PiSSA(r=3))
+    report = export.to_onnx(lora, tmp_path / "model.onnx", slots=True)
+    own = export.to_adapter(lora, tmp_path / "lora.onnx_adapter", tmp_path / "model.onnx")
+    other = export.to_adapter(pissa, tmp_path / "pissa.onnx_adapter", tmp_path / "model.onnx")
+    assert set(own.ranks) | set(own.whole) == set(report.slots) and max(own.errors.values()) == 0
+    assert set(own.ranks.values()) == {2} and set(other.ranks.values()) == {6}
+    assert list(report.inputs) == ["input_ids", "attention_mask"]
+    onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
+    opened = export.Adapters(tmp_path / "model.onnx")
+    first, second = (opened.load(tmp_path / f"{which}.onnx_adapter") for which in ("lora", "pissa"))
+    fed = inputs_of(base)
+    for program, loaded in ((lora, [first]), (base, []), (pissa, [second]), (lora, [first]), (base, [])):
+        assert_close(opened.run(fed, *loaded)["logits"], logits(program))
+        arrays = {name: value.numpy() for name, value in fed.items()}
+        (by_options,) = opened.session.run(["logits"], arrays, opened.options(*loaded))
+        assert_close(torch.from_numpy(by_options), logits(program))
+    assert (logits(lora) - logits(base)).abs().max() > 0.01
+    assert (logits(lora) - logits(pissa)).abs().max() > 0.01
+
+
+def test_bound_adapters_replace_those_bound_before(tmp_path):
+    lora, pissa = adapted("llama", LoRA(r=2)), adapted("llama", PiSSA(r=3), where="*.q_proj")
+    export.to_onnx(lora, tmp_path / "model.onnx", slots=True)
+    opened = export.Adapters(export.session(tmp_path / "model.onnx"))
+    binding, loaded = opened.session.io_binding(), {}
+    for program, name in ((lora, "lora"), (pissa, "pissa")):
+        export.to_adapter(program, tmp_path / f"{name}.onnx_adapter", opened.session)
+        loaded[name] = opened.load(tmp_path / f"{name}.onnx_adapter")
+    for program, adapters in ((lora, [loaded["lora"]]), (pissa, [loaded["pissa"]]), (captured("llama"), [])):
+        opened.bind(binding, *adapters)
+        for name, value in inputs_of(lora).items():
+            binding.bind_cpu_input(name, value.numpy())
+        binding.bind_output("logits")
+        opened.session.run_with_iobinding(binding)
+        assert_close(torch.from_numpy(binding.copy_outputs_to_cpu()[0]), logits(program))
+
+
+LOW_RANK = {
+    "rslora": (RsLoRA(r=2, alpha=3.0), 2),
+    "moslora": (MoSLoRA(r=2, alpha=5.0), 2),
+    "flora": (FLoRA(r=3, alpha=5.0), 3),
+    "vera": (VeRA(r=3), 3),
+    "adalora": (AdaLoRA(r=3, target_r=2, alpha=5.0), 3),
+    "spectral_additive": (SpectralAdditive(r=2), 4),
+}
+
+
+@pytest.fixture(scope="module")
+def slotted(tmp_path_factory) -> Path:
+    """BERT before any adapter exists."""
+    path = tmp_path_factory.mktemp("slotted") / "model.onnx"
+    report = export.to_onnx(captured("bert"), path, slots=WHERE["bert"])
+    assert all(name.endswith(("query.weight", "value.weight", "dense.weight")) for name in report.slots)
+    return path
+
+
+@pytest.mark.parametrize("method, rank", LOW_RANK.values(), ids=LOW_RANK)
+def test_every_method_whose_update_is_of_low_rank_fits_a_base_that_knew_none(slotted, tmp_path, method, rank):
+    program = adapted("bert", method, trainable=())
+    report = export.to_adapter(program, tmp_path / "adapter.onnx_adapter", slotted)
+    assert set(report.ranks.values()) == {rank} and max(report.errors.values()) < 1e-6
+    opened = export.Adapters(slotted)
+    found = opened.run(inputs_of(program), opened.load(tmp_path / "adapter.onnx_adapter"))
+    assert_close(found["logits"], logits(program))
+    assert (logits(program) - logits(captured("bert"))).abs().max() > 0.01
+
+
+def test_ranks_differ_by_site_and_two_adapters_on_one_weight_are_one(slotted, tmp_path):
+    program = sp.rewrite(captured("bert"), LoRA(r=2), "*.query", patterns={"*.0.*": {"r": 4}})
+    program = shake(sp.rewrite(program, LoRA(r=1), "*.{query,value}"))
+    report = export.to_adapter(program, tmp_path / "adapter.onnx_adapter", slotted)
+    assert sorted(report.ranks.values()) == [1, 1, 3, 5]
+    opened = export.Adapters(slotted)
+    found = opened.run(inputs_of(program), opened.load(tmp_path / "adapter.onnx_adapter"))
+    assert_close(found["logits"], logits(program))
+
+
+def test_a_truncated_adapter_states_its_error_and_is_checked_as_what_it_is(slotted, tmp_path):
+    program, path = adapted("bert", LoRA(r=3), trainable=()), tmp_path / "adapter.onnx_adapter"
+    with pytest.raises(sp.MethodError, match=r"At rank 1 the LoRA loses \d+\.\d% of the update"):
+        export.to_adapter(program, path, slotted, rank=1)
+    assert not path.exists()
+    report = export.to_adapter(program, path, slotted, rank=1, tolerance=1.0)
+    assert set(report.ranks.values()) == {1} and all(0.01 < error < 1 for error in report.errors.values())
+
+
+REFUSED = {
+    "dora": (DoRA(of=LoRA(r=2)), sp.MethodError, r"has rank \d+: it is not low.*fold it into plain weights"),
+    "ssl": (SSL(), sp.MethodError, r"has rank \d+: it is not low.*fold it into plain weights"),
+    "svdiff": (SVDiff(s=0.5), sp.MethodError, r"has rank \d+: it is not low.*fold it into plain weights"),
+    "houlsby": (Houlsby(r=2), sp.ExportError, "houlsby at .* does not fold into a weight, so that it has no slot"),
+}
+
+
+@pytest.mark.parametrize("method, error, match", REFUSED.values(), ids=REFUSED)
+def test_other_methods_are_refused_with_the_reason(slotted, tmp_path, method, error, match):
+    program = shake(sp.rewrite(captured("bert"), method, "*.attention" if method.name == "houlsby" else "*.0.*.query"))
+    with pytest.raises(error, match=match):
+        export.to_onnx(program, tmp_path / "model.onnx", slots=True)
+    with pytest.raises(error, match=match):
+        export.to_adapter(program, tmp_path / "adapter.onnx_adapter", slotted)
+    assert not list(tmp_path.iterdir())
+
+
+def check_road(program: sp.Program, folder: Path) -> export.AdapterReport:
+    """Base and adapter through a file of the program's own."""
+    export.to_onnx(program, folder / "model.onnx", slots=True)
+    report = export.to_adapter(program, folder / "adapter.onnx_adapter", folder / "model.onnx")
+    opened = export.Adapters(folder / "model.onnx")
+    fed = {name: value for name, value in program.example.items() if name != "labels"}
+    loaded = opened.load(folder / "adapter.onnx_adapter")
+    (name,) = opened.run(fed)
+
+    def leaf(of: sp.Program) -> torch.Tensor:
+        result = of.run(fed)
+        return result["logits"] if isinstance(result, dict) else result[-1] if isinstance(result, tuple) else result
+
+    assert_close(opened.run(fed)[name], leaf(program.captured))
+    assert_close(opened.run(fed, loaded)[name], leaf(program))
+    assert (leaf(program) - leaf(program.captured)).abs().max() > 1e-3
+    return report
+
+
+@pytest.mark.parametrize("name, where", [("albert", "*.{query,ffn}"), ("mlp", "shared")])
+def test_every_call_of_a_shared_weight_has_the_slot(name, where, tmp_path):
+    check_road(shake(sp.rewrite(captured(name), LoRA(r=2), where)), tmp_path)
+
+
+def test_an_embedding_and_its_untied_head(tmp_path):
+    program = sp.rewrite(captured("gpt2"), LoRA(r=2), ["*.wte", "*.wpe"], tied="untie")
+    check_road(shake(program), tmp_path)
+
+
+def test_a_tied_weight_is_not_changed_behind_its_twin(tmp_path):
+    with pytest.raises(sp.SelectorError, match="tied to"):
+        export.to_onnx(captured("gpt2"), tmp_path / "model.onnx", slots="*.wte")
+
+
+class Forms(nn.Module):
+    """Row blocks, a slice of rows and one of columns, a weight stored as [in, out], one called in both directions."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv_proj, self.cut = nn.Linear(6, 15), nn.Linear(6, 8)
+        self.stored = nn.Parameter(torch.randn(5, 7))
+        self.both = nn.Parameter(torch.randn(7, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv_proj(x).split(5, -1)
+        rows = torch.nn.functional.linear(x, self.cut.weight[2:7])
+        columns = torch.nn.functional.linear(x[..., 1:5], self.cut.weight[:, 2:])[..., 3:]
+        h = torch.tanh((q * k + v + rows + columns) @ self.stored)
+        return torch.tanh(h @ self.both) @ self.both.T
+
+
+def test_other_forms_of_a_product(tmp_path):
+    program = sp.capture(Forms(), torch.randn(3, 4, 6))
+    program = sp.rewrite(program, LoRA(r=2), ["qkv_proj[q,v]", "cut", "stored", "both"])
+    assert check_road(shake(program), tmp_path).ranks == {
+        "qkv_proj.weight": 4, "cut.weight": 2, "stored": 2, "both": 2
+    }  # fmt: skip
+
+
+def test_a_slot_of_a_convolution_is_refused(tmp_path):
+    with pytest.raises(sp.ExportError, match=r"stem.weight has no slot: conv2d .* fold its adapter"):
+        export.to_onnx(captured("conv"), tmp_path / "model.onnx", slots="stem")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trained_head_biases_and_batch_norm_travel_in_the_adapter(tmp_path):
+    program = sp.rewrite(captured("conv"), BitFit(), "*", trainable="head")
+    program.module.train()(**program.example)
+    report = check_road(shake(program), tmp_path)
+    assert {"head.weight", "stem.bias", "norm.running_mean"} <= set(report.whole) and not report.ranks
+
+
+def test_a_base_with_another_fresh_head_is_the_same_base_where_the_head_is_replaced(tmp_path):
+    program = adapted("bert", LoRA(r=2))
+    export.to_onnx(program, tmp_path / "model.onnx", slots=True)
+    model, inputs = models.bert()
+    nn.init.normal_(model.classifier.weight)
+    other = shake(sp.rewrite(sp.capture(model, inputs), PiSSA(r=1), WHERE["bert"], trainable="classifier"))
+    export.to_adapter(other, tmp_path / "other.onnx_adapter", tmp_path / "model.onnx")
+    opened = export.Adapters(tmp_path / "model.onnx")
+    found = opened.run(inputs_of(other), opened.load(tmp_path / "other.onnx_adapter"))
+    assert_close(found["logits"], logits(other))
+
+
+def test_float16_and_external_data(tmp_path):
+    model, inputs = models.MODELS["mlp"]()
+    program = sp.capture(model.half(), {"x": inputs["x"].half(), "labels": inputs["labels"]})
+    program = shake(sp.rewrite(program, LoRA(r=2), "*"))
+    report = export.to_onnx(program, tmp_path / "model.onnx", slots=True, external_data=True)
+    assert report.files == ("model.onnx", "model.onnx.data")
+    export.to_adapter(program, tmp_path / "adapter.onnx_adapter", tmp_path / "model.onnx")
+    stored = onnxruntime.AdapterFormat.read_adapter(str(tmp_path / "adapter.onnx_adapter")).get_parameters()
+    assert {value.data_type() for value in stored.values()} == {"tensor(float16)"}
+
+
+def test_a_slot_costs_three_nodes_and_no_fusion(exported, slotted, tmp_path):
+    def optimised(path: Path) -> list[str]:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+
+    plain, own = exported("bert"), len(export.Adapters(slotted).slots) // 2
+    assert len(onnx.load(slotted).graph.node) == plain.report.nodes + 3 * own
+    before, after = optimised(plain.path), optimised(slotted)
+    for fused in ("BiasGelu", "SkipLayerNormalization", "FusedMatMul"):
+        assert before.count(fused) == after.count(fused) > 0
+    assert len(after) <= len(before) + 3 * own
+
+
+def test_a_file_of_rank_zero_says_so(slotted):
+    graph = onnx.load(slotted).graph
+    defaults = {t.name: list(t.dims) for t in graph.initializer if t.name.endswith((".lora_A", ".lora_B"))}
+    weight = "bert.encoder.layer.0.intermediate.dense.weight"
+    assert defaults[f"{weight}.lora_A"] == [24, 0] and defaults[f"{weight}.lora_B"] == [0, 40]
+    declared = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.input}
+    assert declared[f"{weight}.lora_A"] == [24, f"{weight}.rank"]
+    assert declared[f"{weight}.lora_B"] == [f"{weight}.rank", 40]
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    np.testing.assert_array_equal(weights[weight], captured("bert").module.get_parameter(weight).detach().numpy())
+
+
+def test_what_has_no_adapter_and_names_no_weight_has_no_slots(tmp_path):
+    with pytest.raises(sp.ExportError, match=r"has no adapters whose weights would get slots. Name weights"):
+        export.to_onnx(captured("mlp"), tmp_path / "model.onnx", slots=True)
+    with pytest.raises(sp.SelectorError, match="querry"):
+        export.to_onnx(captured("bert"), tmp_path / "model.onnx", slots="*.querry")
+
+
+def test_outputs_that_do_not_read_a_slot_are_refused(tmp_path):
+    model, inputs = models.bert()
+    model.config.output_hidden_states = True
+    program = shake(sp.rewrite(sp.capture(model, inputs), LoRA(r=2), "*.query", trainable="classifier"))
+    with pytest.raises(sp.ExportError, match="classifier.weight, classifier.bias: no output in the file reads"):
+        export.to_onnx(program, tmp_path / "model.onnx", slots=True, outputs=["hidden_states_2"])
