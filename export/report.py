@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from subgraph_peft.sites import layered
+
 
 @dataclass(frozen=True)
 class Drift:
@@ -119,7 +121,7 @@ class ExportReport(Verification):
             ("inputs left out", ", ".join(self.left_out)),
             ("not merged", ", ".join(self.unmerged)),
             ("adapters in the graph", ", ".join(self.remaining)),
-            ("slots", ", ".join(self.slots)),
+            ("slots", ", ".join(dict.fromkeys(map(layered, self.slots)))),
             *((f"drift of {name} before", str(drift)) for name, drift in self.before.items()),
         ]
         return [*((what, value) for what, value in rows if value), *super().rows()]

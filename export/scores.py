@@ -11,6 +11,7 @@ from subgraph_peft.data import IGNORED, Padding
 from subgraph_peft.evaluate import Metrics, Tally, shifts_labels
 from subgraph_peft.lower import META
 
+from .adapters import Adapters
 from .runtime import run, session
 
 
@@ -21,14 +22,17 @@ def evaluate(
     metrics: Metrics | None = None,
     batch_size: int = 32,
     collate: Callable | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> dict[str, float]:
-    """As `subgraph_peft.evaluate`, of the logits that onnxruntime computes; the loss is that of classes or tokens."""
+    """As `subgraph_peft.evaluate`, of the logits that onnxruntime computes, with an adapter file in the model's slots;
+    the loss is that of classes or tokens."""
     opened = session(path)
+    slots = Adapters(opened).load(adapter).values if adapter else {}
     taken = {value.name for value in opened.get_inputs()}
     source = opened.get_modelmeta().custom_metadata_map.get(f"{META}.source", "")
     tally = Tally(metrics, shifts_labels(source))
     for batch in DataLoader(data, batch_size=batch_size, collate_fn=collate or Padding()):
-        outputs = run(opened, {name: tensor for name, tensor in batch.items() if name in taken})
+        outputs = run(opened, {name: tensor for name, tensor in batch.items() if name in taken}, slots)
         logits = outputs.get("logits", next(iter(outputs.values()))).float()
         tally.add(loss(logits, batch["labels"], tally.shifted), logits, batch["labels"])
     return tally.result()

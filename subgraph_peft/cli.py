@@ -194,16 +194,21 @@ def fold(pipeline: Config, set_: Set = [], output: Output = None, adapter: Adapt
 
 @app.command()
 def export(pipeline: Config, set_: Set = [], output: Output = None, adapter: Adapter = None) -> None:  # noqa: B006
-    """Fold a trained adapter and export the merged model to ONNX, checked in onnxruntime."""
+    """Fold a trained adapter and export the merged model to ONNX, checked in onnxruntime; with --set export.slots=true
+    the base and an onnxruntime adapter."""
     from .steps import Export, Fold
 
     with refusals():
         config = configured(pipeline, set_, output)
         passes = config.pipeline().passes
         state = with_adapter(config, adapter)
-        state = next((item for item in passes if isinstance(item, Fold)), Fold())(state).state
-        result = next((item for item in passes if isinstance(item, Export)), Export())(state)
-        print_rows("Export", result.state.records["export"].rows())
+        exporting = next((item for item in passes if isinstance(item, Export)), Export())
+        if not exporting.slots:
+            state = next((item for item in passes if isinstance(item, Fold)), Fold())(state).state
+        records = exporting(state).state.records
+        print_rows("Export", records["export"].rows())
+        if "adapter_file" in records:
+            print_rows("Adapter file", records["adapter_file"].rows())
 
 
 @app.command()

@@ -164,6 +164,8 @@ def page(document: Mapping[str, Any], results: Sequence[Result], curve: bool) ->
         lines += table(("module", "‖ΔW‖ / ‖W‖", "delta retained"), fold_cells(document["fold"]["sites"]))
     if (exported := results[-1].state.records.get("export")) is not None:
         lines += ["## Export", "", *table(("", ""), exported.rows())]
+    if (adapter := results[-1].state.records.get("adapter_file")) is not None:
+        lines += ["## Adapter file", "", *table(("", ""), adapter.rows())]
     for item in document["passes"]:
         if item["difference"]:
             lines += [f"## Graph: `{item['pass']}`", "", "```diff", *shortened(item["difference"]), "```", ""]

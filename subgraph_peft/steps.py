@@ -228,7 +228,8 @@ def write_delta(program: Program, folder: Path) -> None:
 
 
 class Export(Pass):
-    """Write ONNX, verified in onnxruntime, tokenizer and config beside it; with `weights`, the merged model too."""
+    """Write ONNX, verified in onnxruntime, tokenizer and config beside it; with `weights`, the merged model too. With
+    `slots` the file is the base, and what was trained an onnxruntime adapter beside it."""
 
     name: ClassVar[str] = "export"
 
@@ -238,6 +239,8 @@ class Export(Pass):
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     optimize: bool = Field(False, description="fuse attention, norms and activations for onnxruntime")
     quantize: Literal[4, 8] | None = Field(None, description="bits of the weights of matrix products")
+    slots: bool | str | list[str] = Field(False, description="inputs for adapters; or selectors of weights")
+    adapter: str = "adapter.onnx_adapter"
     weights: bool = True
 
     def requires(self, state: State) -> None:
@@ -245,7 +248,7 @@ class Export(Pass):
             raise ConfigError("export needs a captured program: put `capture` before it.")
 
     def apply(self, state: State) -> tuple[State, str]:
-        from .export import to_onnx
+        from .export import to_adapter, to_onnx
         from .merged import save_merged
 
         parts = (getattr(state.model, "config", None), state.tokenizer)
@@ -253,18 +256,24 @@ class Export(Pass):
         def write() -> Any:
             report = to_onnx(
                 state.program, state.resolve(self.file), outputs=self.outputs, opset=self.opset, dtype=self.dtype,
-                optimize=self.optimize, quantize=self.quantize,
+                optimize=self.optimize, quantize=self.quantize, slots=self.slots,
                 beside=[part for part in parts if hasattr(part, "save_pretrained")],
             )  # fmt: skip
             merged = None
             if self.weights and state.folder is not None and not state.program.adapters:
                 merged = save_merged(state.program, state.model, state.tokenizer, state.folder / "merged")
-            return report, self.scores(state), merged
+            adapter = None
+            if self.slots and state.program.adapters:
+                adapter = to_adapter(state.program, state.resolve(self.adapter), report.path)
+            return report, adapter, self.scores(state, adapter), merged
 
-        report, scores, merged = on_first(write)
+        report, adapter, scores, merged = on_first(write)
         drift = max((d.absolute for d in report.drift.values()), default=0.0)
         size = f"{report.nodes} nodes, {report.bytes / 2**20:.1f} MiB"
         summary = f"{report.path}: {size}, drift {drift:.1e} on {report.provider}"
+        if adapter:
+            state = state.with_record("adapter_file", adapter)
+            summary += f"; {adapter.path}: {adapter.bytes / 2**20:.1f} MiB"
         if scores:
             state = state.with_record("exported", scores)
             before = state.records.get("folded", {})
@@ -276,14 +285,17 @@ class Export(Pass):
             summary += f"; weights: {merged}"
         return state.with_record("export", report), summary
 
-    def scores(self, state: State) -> dict[str, float]:
-        """Of the file, where it computes otherwise than the program and there is data."""
+    def scores(self, state: State, adapter: Any) -> dict[str, float]:
+        """Of the file, with the adapter, where it computes otherwise than the program and there is data."""
         from .export import evaluate as evaluate_file
 
         if not (self.dtype or self.quantize) or state.data is None or state.data.eval is None:
             return {}
         data = state.data
-        return evaluate_file(state.resolve(self.file), data.eval, metrics=data.metrics, collate=data.collate)
+        path = adapter and adapter.path
+        return evaluate_file(
+            state.resolve(self.file), data.eval, metrics=data.metrics, collate=data.collate, adapter=path
+        )
 
 
 STEPS: dict[str, type[Pass]] = {step.name: step for step in (Capture, Optimise, Train, Fold, Export)}

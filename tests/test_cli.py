@@ -61,6 +61,25 @@ def call(*arguments, code=0):
     return result.output
 
 
+def test_run_with_slots_writes_the_base_and_an_adapter(pipeline, tmp_path):
+    from subgraph_peft.export import Adapters, evaluate
+
+    pipeline.write_text(pipeline.read_text().replace("  - fold\n  - export\n", "  - export: {slots: true}\n"))
+    output = call("run", pipeline)
+    folder = tmp_path / "out"
+    assert "adapter.onnx_adapter: 0.0 MiB" in output and not (folder / "merged").exists()
+    assert "## Adapter file" in (folder / "report.md").read_text()
+    loaded = Adapters(folder / "model.onnx").load(folder / "adapter.onnx_adapter")
+    assert set(loaded.ranks.values()) == {2} and "classifier.weight" in loaded.values
+    scores = json.loads((folder / "report.json").read_text())["scores"]
+    for stage, adapter in (("before", None), ("after", folder / "adapter.onnx_adapter")):
+        found = evaluate(folder / "model.onnx", rows(), adapter=adapter)
+        assert found["loss"] == pytest.approx(scores[stage]["loss"], abs=1e-5)
+    again = call("export", pipeline, "--set", "export.file=again.onnx", "--set", "export.adapter=again.onnx_adapter")
+    assert "replaces" in again
+    assert (folder / "again.onnx_adapter").read_bytes() == (folder / "adapter.onnx_adapter").read_bytes()
+
+
 def test_run_writes_everything_and_the_parts_agree_with_it(pipeline, tmp_path):
     output = call("run", pipeline, "--set", "train.max_steps=7")
     folder = tmp_path / "out"

@@ -253,6 +253,25 @@ def test_float16_and_external_data(tmp_path):
     assert {value.data_type() for value in stored.values()} == {"tensor(float16)"}
 
 
+@pytest.mark.parametrize("options", [{"dtype": "float16", "optimize": True}, {"quantize": 8}], ids=str)
+def test_slots_of_a_narrow_fused_or_quantised_file(options, tmp_path):
+    where = {"where": "*.{q_proj,v_proj}", "trainable": ["*.input_layernorm", "lm_head"]}
+    program = shake(sp.rewrite(captured("llama"), LoRA(r=2), **where))
+    report = export.to_onnx(program, tmp_path / "model.onnx", slots=True, **options)
+    written = export.to_adapter(program, tmp_path / "adapter.onnx_adapter", tmp_path / "model.onnx")
+    assert "lm_head.weight" in written.whole and set(written.ranks) | set(written.whole) == set(report.slots)
+    opened = export.Adapters(tmp_path / "model.onnx")
+    held = opened.load(tmp_path / "adapter.onnx_adapter").values
+    assert {value.data_type() for value in held.values()} == {f"tensor({options.get('dtype', 'float')})"}
+    base, own = logits(captured("llama")), logits(program)
+    for found, expected in ((opened.run(inputs_of(program)), base), (run_with(opened, tmp_path, program), own)):
+        assert (found["logits"].float() - expected).abs().max() < 0.1 * (own - base).abs().max()
+
+
+def run_with(opened: export.Adapters, folder: Path, program: sp.Program) -> dict[str, torch.Tensor]:
+    return opened.run(inputs_of(program), opened.load(folder / "adapter.onnx_adapter"))
+
+
 def test_a_slot_costs_three_nodes_and_no_fusion(exported, slotted, tmp_path):
     def optimised(path: Path) -> list[str]:
         options = onnxruntime.SessionOptions()
