@@ -70,6 +70,7 @@ def to_adapter(
     updates. Raises ExportError for another base and for what has no slot, MethodError for an update of full rank and an
     error above the tolerance.
     """
+    program.need_values("write", ExportError)
     adapters = Adapters(model)
     sites = dict(rewritten_sites(program))
     update = updates(program, rank, tolerance)

@@ -26,7 +26,7 @@ from subgraph_peft.normalise import attribute
 from subgraph_peft.program import Program
 from subgraph_peft.rewrite import resolve_ties
 from subgraph_peft.selectors import Where, select
-from subgraph_peft.sites import VECTORS, Site, find, turned
+from subgraph_peft.sites import VECTORS, Site, find
 from subgraph_peft.uses import Use, uses
 
 from .inference import STAMP, Inference
@@ -51,7 +51,7 @@ class Slots:
 
     def open(self, cut: Inference) -> Inference:
         """The cut with an input for every tensor that an adapter replaces, and a pair at every site. Raises ExportError
-        for one that the cut does not read, and for a weight that it reads in a form that has no slot."""
+        for one that the cut does not read."""
         graph, samples = cut.module.graph, {}
         read = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
         if lost := [name for name in (*(site.name for site in self.sites), *self.whole) if name not in read]:
@@ -95,7 +95,7 @@ NONE = Slots()
 def slots_of(program: Program, wanted: bool | Where) -> Slots:
     """The slots of what the program's adapters change, and of the weights that `wanted` selects.
 
-    Raises SelectorError, and ExportError for an adapter that changes no weight.
+    Raises SelectorError, and ExportError for an adapter that changes no weight, and for a weight that can have no slot.
     """
     sites = dict(rewritten_sites(program))
     base = captured_values(program)
@@ -104,6 +104,8 @@ def slots_of(program: Program, wanted: bool | Where) -> Slots:
         weights = [site for site in find(base) if site.kind not in VECTORS]
         chosen = select(weights, wanted).sites
         resolve_ties(base, chosen, "refuse")
+        for site in chosen:
+            check(site)
         sites |= {site.name: site for site in chosen if site.name not in whole}
     if not sites and not whole:
         raise ExportError(
@@ -111,6 +113,17 @@ def slots_of(program: Program, wanted: bool | Where) -> Slots:
             "slots='*.{query,value}', or rewrite the program first; a folded program has its adapters in its weights."
         )
     return Slots(base, tuple(sites.values()), whole)
+
+
+def check(site: Site) -> None:
+    """Raises ExportError for a weight to whose calls no product can be added."""
+    forms = {call.form: call.operator for call in site.calls}
+    others = [operator for form, operator in forms.items() if form not in FORMS]
+    if others or site.stack or not is_matrix(site.layout):
+        raise ExportError(
+            f"{site.name} has no slot: {', '.join(others or forms.values())} does not apply it as x Wᵀ. Leave it out, "
+            "or fold its adapter into the weight."
+        )
 
 
 def rewritten_sites(program: Program) -> Iterator[tuple[str, Site]]:
@@ -122,6 +135,7 @@ def rewritten_sites(program: Program) -> Iterator[tuple[str, Site]]:
                 "without slots=: its nodes stay in the graph."
             )
         if target.part == "weight":
+            check(target.site)
             yield target.name, target.site
 
 
@@ -167,28 +181,13 @@ def new_input(graph: fx.Graph, name: str) -> fx.Node:
 
 def pair(graph: fx.Graph, weight: fx.Node, site: Site) -> Mapping[str, torch.Tensor]:
     """Adds (x A) B to every call of a weight, in place. Returns sample values of A and B."""
-    found = list(uses(weight))
-    for use in found:
-        if why := refusal(site, use):
-            raise ExportError(
-                f"{site.name} has no slot: {why}. Leave it out of the slots, or fold its adapter into the weight."
-            )
     value = weight.meta["val"]
     sizes = {A: (site.in_features, SAMPLE_RANK), B: (SAMPLE_RANK, site.out_features)}
     factors = [new_input(graph, site.name + end) for end in sizes]
     done: dict[fx.Node, fx.Node] = {}
-    for use in found:
+    for use in list(uses(weight)):
         Call(graph, site, replace(use, x=done.get(use.x, use.x)), value.dtype).add(*factors, done)
     return {site.name + end: torch.zeros(size, dtype=value.dtype, device=value.device) for end, size in sizes.items()}
-
-
-def refusal(site: Site, use: Use) -> str:
-    operator = next(call.operator for call in site.calls)
-    if site.stack or use.form not in FORMS or not is_matrix(site.layout):
-        return f"{site.kind} ({operator}) does not apply it as x Wᵀ"
-    if use.layout not in (site.layout, turned(site.layout)):
-        return f"{use.node.name} reads it in another layout than its other calls"
-    return ""
 
 
 class Call:

@@ -1,5 +1,7 @@
 """One session on a slotted file is the base, and any adapter of it."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -52,17 +54,28 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def of_lora(tmp_path_factory) -> Callable[[str], tuple[sp.Program, export.ExportReport]]:
+    """A model under LoRA, by name, and the file with its slots."""
+
+    @cache
+    def made(name: str) -> tuple[sp.Program, export.ExportReport]:
+        program = adapted(name, LoRA(r=2, alpha=5.0))
+        return program, export.to_onnx(program, tmp_path_factory.mktemp(name) / "model.onnx", slots=True)
+
+    return made
+
+
 @pytest.mark.parametrize("name", WHERE)
-def test_one_session_runs_the_base_and_adapters_of_other_ranks(name, tmp_path):
-    base, lora, pissa = captured(name), adapted(name, LoRA(r=2, alpha=5.0)), adapted(name, PiSSA(r=3))
-    report = export.to_onnx(lora, tmp_path / "model.onnx", slots=True)
-    own = export.to_adapter(lora, tmp_path / "lora.onnx_adapter", tmp_path / "model.onnx")
-    other = export.to_adapter(pissa, tmp_path / "pissa.onnx_adapter", tmp_path / "model.onnx")
+def test_one_session_runs_the_base_and_adapters_of_other_ranks(of_lora, name, tmp_path):
+    (lora, report), base, pissa = of_lora(name), captured(name), adapted(name, PiSSA(r=3))
+    own = export.to_adapter(lora, tmp_path / "lora.onnx_adapter", report.path)
+    other = export.to_adapter(pissa, tmp_path / "pissa.onnx_adapter", report.path)
     assert set(own.ranks) | set(own.whole) == set(report.slots) and max(own.errors.values()) == 0
     assert set(own.ranks.values()) == {2} and set(other.ranks.values()) == {6}
     assert list(report.inputs) == ["input_ids", "attention_mask"]
-    onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
-    opened = export.Adapters(tmp_path / "model.onnx")
+    onnx.checker.check_model(report.path, full_check=True)
+    opened = export.Adapters(report.path)
     first, second = (opened.load(tmp_path / f"{which}.onnx_adapter") for which in ("lora", "pissa"))
     fed = inputs_of(base)
     for program, loaded in ((lora, [first]), (base, []), (pissa, [second]), (lora, [first]), (base, [])):
@@ -74,10 +87,9 @@ def test_one_session_runs_the_base_and_adapters_of_other_ranks(name, tmp_path):
     assert (logits(lora) - logits(pissa)).abs().max() > 0.01
 
 
-def test_bound_adapters_replace_those_bound_before(tmp_path):
-    lora, pissa = adapted("llama", LoRA(r=2)), adapted("llama", PiSSA(r=3), where="*.q_proj")
-    export.to_onnx(lora, tmp_path / "model.onnx", slots=True)
-    opened = export.Adapters(export.session(tmp_path / "model.onnx"))
+def test_bound_adapters_replace_those_bound_before(of_lora, tmp_path):
+    (lora, report), pissa = of_lora("llama"), adapted("llama", PiSSA(r=3), where="*.q_proj")
+    opened = export.Adapters(export.session(report.path))
     binding, loaded = opened.session.io_binding(), {}
     for program, name in ((lora, "lora"), (pissa, "pissa")):
         export.to_adapter(program, tmp_path / f"{name}.onnx_adapter", opened.session)
@@ -177,9 +189,10 @@ def check_road(program: sp.Program, folder: Path) -> export.AdapterReport:
     return report
 
 
-@pytest.mark.parametrize("name, where", [("albert", "*.{query,ffn}"), ("mlp", "shared")])
-def test_every_call_of_a_shared_weight_has_the_slot(name, where, tmp_path):
-    check_road(shake(sp.rewrite(captured(name), LoRA(r=2), where)), tmp_path)
+def test_every_call_of_a_shared_weight_has_the_slot(tmp_path):
+    check_road(shake(sp.rewrite(captured("mlp"), LoRA(r=2), "shared")), tmp_path)
+    names = [node.name for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    assert [name for name in names if name.endswith("slot_A")] == ["linear_1_slot_A", "linear_2_slot_A"]
 
 
 def test_an_embedding_and_its_untied_head(tmp_path):
@@ -217,9 +230,27 @@ def test_other_forms_of_a_product(tmp_path):
     }  # fmt: skip
 
 
-def test_a_slot_of_a_convolution_is_refused(tmp_path):
-    with pytest.raises(sp.ExportError, match=r"stem.weight has no slot: conv2d .* fold its adapter"):
-        export.to_onnx(captured("conv"), tmp_path / "model.onnx", slots="stem")
+class Experts(nn.Module):
+    """A stack of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 6, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("eti,eio->eto", x, self.up)
+
+
+def test_other_forms_have_no_slot(slotted, tmp_path):
+    experts = sp.rewrite(sp.capture(Experts(), torch.randn(3, 5, 6), dynamic={"x": [1]}), LoRA(r=1), "up")
+    for program, slots, match in (
+        (captured("conv"), "stem", r"stem.weight has no slot: conv2d does not apply it as .* fold its adapter"),
+        (experts, True, r"up has no slot: einsum does not apply it as x Wᵀ"),
+    ):
+        with pytest.raises(sp.ExportError, match=match):
+            export.to_onnx(program, tmp_path / "model.onnx", slots=slots)
+    with pytest.raises(sp.ExportError, match="up has no slot: einsum"):
+        export.to_adapter(experts, tmp_path / "adapter.onnx_adapter", slotted)
     assert not list(tmp_path.iterdir())
 
 
@@ -230,14 +261,13 @@ def test_a_trained_head_biases_and_batch_norm_travel_in_the_adapter(tmp_path):
     assert {"head.weight", "stem.bias", "norm.running_mean"} <= set(report.whole) and not report.ranks
 
 
-def test_a_base_with_another_fresh_head_is_the_same_base_where_the_head_is_replaced(tmp_path):
-    program = adapted("bert", LoRA(r=2))
-    export.to_onnx(program, tmp_path / "model.onnx", slots=True)
+def test_a_base_with_another_fresh_head_is_the_same_base_where_the_head_is_replaced(of_lora, tmp_path):
+    path = of_lora("bert")[1].path
     model, inputs = models.bert()
     nn.init.normal_(model.classifier.weight)
     other = shake(sp.rewrite(sp.capture(model, inputs), PiSSA(r=1), WHERE["bert"], trainable="classifier"))
-    export.to_adapter(other, tmp_path / "other.onnx_adapter", tmp_path / "model.onnx")
-    opened = export.Adapters(tmp_path / "model.onnx")
+    export.to_adapter(other, tmp_path / "other.onnx_adapter", path)
+    opened = export.Adapters(path)
     found = opened.run(inputs_of(other), opened.load(tmp_path / "other.onnx_adapter"))
     assert_close(found["logits"], logits(other))
 
@@ -253,23 +283,20 @@ def test_float16_and_external_data(tmp_path):
     assert {value.data_type() for value in stored.values()} == {"tensor(float16)"}
 
 
-@pytest.mark.parametrize("options", [{"dtype": "float16", "optimize": True}, {"quantize": 8}], ids=str)
-def test_slots_of_a_narrow_fused_or_quantised_file(options, tmp_path):
+def test_slots_of_a_narrow_fused_and_quantised_file(tmp_path):
     where = {"where": "*.{q_proj,v_proj}", "trainable": ["*.input_layernorm", "lm_head"]}
-    program = shake(sp.rewrite(captured("llama"), LoRA(r=2), **where))
-    report = export.to_onnx(program, tmp_path / "model.onnx", slots=True, **options)
-    written = export.to_adapter(program, tmp_path / "adapter.onnx_adapter", tmp_path / "model.onnx")
+    program, model = shake(sp.rewrite(captured("llama"), LoRA(r=2), **where)), tmp_path / "model.onnx"
+    report = export.to_onnx(program, model, slots=True, dtype="float16", optimize=True, quantize=8)
+    written = export.to_adapter(program, tmp_path / "adapter.onnx_adapter", model)
     assert "lm_head.weight" in written.whole and set(written.ranks) | set(written.whole) == set(report.slots)
-    opened = export.Adapters(tmp_path / "model.onnx")
-    held = opened.load(tmp_path / "adapter.onnx_adapter").values
-    assert {value.data_type() for value in held.values()} == {f"tensor({options.get('dtype', 'float')})"}
+    assert report.fused["MultiHeadAttention"] == 2 and report.fused["MatMulNBits"] > 0
+    opened = export.Adapters(model)
+    loaded = opened.load(tmp_path / "adapter.onnx_adapter")
+    assert {value.data_type() for value in loaded.values.values()} == {"tensor(float16)"}
     base, own = logits(captured("llama")), logits(program)
-    for found, expected in ((opened.run(inputs_of(program)), base), (run_with(opened, tmp_path, program), own)):
-        assert (found["logits"].float() - expected).abs().max() < 0.1 * (own - base).abs().max()
-
-
-def run_with(opened: export.Adapters, folder: Path, program: sp.Program) -> dict[str, torch.Tensor]:
-    return opened.run(inputs_of(program), opened.load(folder / "adapter.onnx_adapter"))
+    for adapters, expected in (([], base), ([loaded], own)):
+        found = opened.run(inputs_of(program), *adapters)["logits"]
+        assert (found.float() - expected).abs().max() < 0.1 * (own - base).abs().max()
 
 
 def test_a_slot_costs_three_nodes_and_no_fusion(exported, slotted, tmp_path):
