@@ -128,11 +128,11 @@ class Adapters:
 
     def run(self, inputs: Mapping[str, torch.Tensor], *adapters: LoadedAdapter) -> dict[str, torch.Tensor]:
         """Outputs by name, on the CPU, of the base under these adapters. Raises ExportError."""
-        return run(self.session, inputs, self.values(*adapters))
+        return run(self.session, inputs, together(adapters))
 
     def options(self, *adapters: LoadedAdapter) -> onnxruntime.RunOptions:
         """For `session.run(names, feeds, options)`. Raises ExportError for adapters that share a slot."""
-        self.values(*adapters)
+        together(adapters)
         return Options([adapter.native for adapter in adapters])
 
     def bind(self, binding: onnxruntime.IOBinding, *adapters: LoadedAdapter) -> None:
@@ -140,19 +140,20 @@ class Adapters:
         stay on the device, in place of all inputs that were bound. Bind the others after it. Raises ExportError for
         adapters that share a slot."""
         binding.clear_binding_inputs()
-        for name, value in self.values(*adapters).items():
+        for name, value in together(adapters).items():
             binding.bind_ortvalue_input(name, value)
 
-    def values(self, *adapters: LoadedAdapter) -> Values:
-        """The tensors of adapters that act at once, at different weights. Raises ExportError."""
-        counts = Counter(name for adapter in adapters for name in adapter.values)
-        if twice := [name for name, count in counts.items() if count > 1]:
-            files = [Path(adapter.path).name for adapter in adapters if twice[0] in adapter.values]
-            raise ExportError(
-                f"{' and '.join(files)} both change {weights_of(twice)[0]}, where one alone would win. Run with one of "
-                "them, or write one adapter of a program that has both."
-            )
-        return {name: value for adapter in adapters for name, value in adapter.values.items()}
+
+def together(adapters: Sequence[LoadedAdapter]) -> Values:
+    """The tensors of adapters that act at once, at different weights. Raises ExportError."""
+    counts = Counter(name for adapter in adapters for name in adapter.values)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        files = [Path(adapter.path).name for adapter in adapters if twice[0] in adapter.values]
+        raise ExportError(
+            f"{' and '.join(files)} both change {weights_of(twice)[0]}, where one alone would win. Run with one of "
+            "them, or write one adapter of a program that has both."
+        )
+    return {name: value for adapter in adapters for name, value in adapter.values.items()}
 
 
 def fits(shape: list[int], wanted: list[int | str]) -> bool:

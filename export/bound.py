@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import onnxruntime
 import torch
@@ -12,17 +11,20 @@ from onnx_ir.tensor_adapters import from_torch_dtype, to_torch_dtype
 
 from subgraph_peft.errors import ExportError
 
+from .adapters import LoadedAdapter, together
 from .runtime import CUDA, first_line, provider, session
 
 
 @dataclass
 class Binding:
-    """Buffers of one shape: inputs are copied into place, outputs are overwritten by the next run."""
+    """Buffers of one shape: inputs are copied into place, outputs are overwritten by the next run. Tensors of adapters
+    are bound as they lie, since onnxruntime ignores adapters of run options here."""
 
     inputs: dict[str, torch.Tensor]
     outputs: dict[str, torch.Tensor]
     bound: onnxruntime.IOBinding
     options: onnxruntime.RunOptions
+    adapters: Sequence[LoadedAdapter]
 
 
 class BoundSession:
@@ -49,8 +51,10 @@ class BoundSession:
     def on_cuda(self) -> bool:
         return provider(self.opened) == CUDA
 
-    def __call__(self, inputs: Mapping[str, torch.Tensor], adapters: Sequence[Any] = ()) -> dict[str, torch.Tensor]:
-        """adapters: of `export.Adapters`, active for this run"""
+    def __call__(
+        self, inputs: Mapping[str, torch.Tensor], adapters: Sequence[LoadedAdapter] = ()
+    ) -> dict[str, torch.Tensor]:
+        """adapters: from `export.Adapters(run.opened).load(path)`, active for this run"""
         key = (*((name, *tensor.shape) for name, tensor in sorted(inputs.items())), *map(id, adapters))
         if key not in self.bindings:
             self.bindings[key] = self.bind(inputs, adapters)
@@ -71,7 +75,7 @@ class BoundSession:
                 f"onnxruntime ({provider(self.opened)}) cannot run the model: {first_line(error)}"
             ) from error
 
-    def bind(self, inputs: Mapping[str, torch.Tensor], adapters: Sequence[Any]) -> Binding:
+    def bind(self, inputs: Mapping[str, torch.Tensor], adapters: Sequence[LoadedAdapter]) -> Binding:
         taken = {value.name: dtype_of(value) for value in self.opened.get_inputs()}
         if missing := [name for name in taken if name not in inputs]:
             raise ExportError(f"The file takes {', '.join(taken)}; {', '.join(missing)} is not given.")
@@ -79,10 +83,12 @@ class BoundSession:
         bound = self.opened.io_binding()
         for name, tensor in held.items():
             bound.bind_input(name, *place(tensor))
+        for name, value in together(adapters).items():
+            bound.bind_ortvalue_input(name, value)
         for value in self.opened.get_outputs():
             bound.bind_output(value.name, self.device.type, self.device.index or 0)
-        self.run(Binding(held, {}, bound, self.options(adapters, -1)))  # for the sizes of its outputs
-        binding = Binding(held, {}, bound, self.options(adapters, len(self.bindings) + 1))
+        self.run(Binding(held, {}, bound, self.options(-1), adapters))  # for the sizes of its outputs
+        binding = Binding(held, {}, bound, self.options(len(self.bindings) + 1), adapters)
         for value, found in zip(self.opened.get_outputs(), bound.get_outputs(), strict=True):
             binding.outputs[value.name] = torch.empty(found.shape(), dtype=dtype_of(value), device=self.device)
         bound.clear_binding_outputs()
@@ -90,11 +96,9 @@ class BoundSession:
             bound.bind_output(name, *place(tensor))
         return binding
 
-    def options(self, adapters: Sequence[Any], graph: int) -> onnxruntime.RunOptions:
+    def options(self, graph: int) -> onnxruntime.RunOptions:
         """graph: number of the recording, -1 for none"""
         options = onnxruntime.RunOptions()
-        for adapter in adapters:
-            options.add_active_adapter(adapter)
         if self.on_cuda:
             options.add_run_config_entry("gpu_graph_id", str(graph))
         return options

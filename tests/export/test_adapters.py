@@ -94,8 +94,8 @@ def test_two_adapters_act_at_once_where_they_share_no_slot(model, opened, tmp_pa
     for name, program in (("one", adapted()), ("two", adapted(r=3)), ("three", adapted("shared"))):
         export.to_adapter(program, tmp_path / f"{name}.onnx_adapter", model)
     one, two, three = (opened.load(tmp_path / f"{name}.onnx_adapter") for name in ("one", "two", "three"))
-    x = {"x": torch.randn(4, 6)}
-    for use in (lambda *own: opened.run(x, *own), opened.options, opened.values):
+    x, bound = {"x": torch.randn(4, 6)}, export.BoundSession(model)
+    for use in (lambda *own: opened.run(x, *own), opened.options, lambda *own: bound(x, own)):
         with pytest.raises(sp.ExportError, match="one.onnx_adapter and two.onnx_adapter both change first.weight,"):
             use(one, two)
     network, _ = models.MODELS["mlp"]()
@@ -107,6 +107,10 @@ def test_two_adapters_act_at_once_where_they_share_no_slot(model, opened, tmp_pa
     (by_options,) = opened.session.run(None, {"x": x["x"].numpy()}, opened.options(one, three))
     np.testing.assert_allclose(out.numpy(), expected, atol=1e-5)
     np.testing.assert_allclose(by_options, expected, atol=1e-5)
+    np.testing.assert_allclose(bound(x, [one, three])["output_1"].cpu().numpy(), expected, atol=1e-5)
+    for adapters in ([two], [], [one]):  # each shape and set of adapters has buffers of its own
+        kept = bound(x, adapters)["output_1"].cpu().numpy()
+        np.testing.assert_allclose(kept, opened.run(x, *adapters)["output_1"].numpy(), atol=1e-6)
 
 
 def test_a_model_without_slots_is_refused(exported, tmp_path):
