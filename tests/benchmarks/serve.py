@@ -120,9 +120,8 @@ class Bench:
         sides: dict[str, Call] = {}
         for name in ("base", "merged", "slots"):
             run = export.BoundSession(files[name])
-            active = []
-            if name == "slots":
-                active = [export.adapter(files[name], folder / "lora.onnx_adapter")]
+            slots = name == "slots"
+            active = [export.Adapters(run.opened).load(folder / "lora.onnx_adapter")] if slots else []
             sides[name] = lambda run=run, active=active: run(inputs, active)
             sides[name]()
         plain = export.BoundSession(files["merged"], cuda_graph=False)
