@@ -45,6 +45,7 @@ from .sides import ALPHA, LABELS, RANK
 
 PARTS = ("latency", "decode", "export")
 LINEARS = [f"*.{name}" for name in ("query", "key", "value", "dense")]
+SLOTTED = {"slots": LINEARS, "slots at query and value": ["*.query", "*.value"]}
 Call = Callable[[], Any]
 
 
@@ -86,17 +87,15 @@ class Bench:
             model = BertForSequenceClassification(BertConfig(**sizes, num_labels=LABELS)).eval()
         length = 16 if self.tiny else 128
         program = sp.capture(model, self.batch(2, length), verify=False)
-        adapted = sp.rewrite(program, LoRA(r=RANK, alpha=ALPHA), where=LINEARS)
-        with torch.no_grad():
-            for _, parameter in adapted.parameters(trainable=True):
-                parameter.normal_(std=0.01)
-        folded = sp.fold(adapted)
-        files = {name: folder / f"{name}.onnx" for name in ("base", "merged", "slots")}
+        adapted = {name: self.adapted(program, where) for name, where in SLOTTED.items()}
+        folded = sp.fold(adapted["slots"])
+        files = {name: folder / f"{name}.onnx" for name in ("base", "merged", *SLOTTED)}
         options = {"dtype": "float16", "optimize": True}
         reports = {"base": export.to_onnx(program, files["base"], **options)}
         reports["merged"] = export.to_onnx(folded, files["merged"], **options)
-        reports["slots"] = export.to_onnx(adapted, files["slots"], slots=True, **options)
-        export.to_adapter(adapted, folder / "lora.onnx_adapter", model=files["slots"])
+        for name, program in adapted.items():
+            reports[name] = export.to_onnx(program, files[name], slots=True, **options)
+            export.to_adapter(program, folder / f"{name}.onnx_adapter", files[name])
         folded.write_to(model)
         model = model.half() if self.cuda else model
         result = {
@@ -111,6 +110,14 @@ class Bench:
         result["profile"] = self.profile(files["merged"], self.batch(1, length), folder)
         return result
 
+    @staticmethod
+    def adapted(program: sp.Program, where: list[str]) -> sp.Program:
+        adapted = sp.rewrite(program, LoRA(r=RANK, alpha=ALPHA), where=where)
+        with torch.no_grad():
+            for _, parameter in adapted.parameters(trainable=True):
+                parameter.normal_(std=0.01)
+        return adapted
+
     def batch(self, size: int, length: int) -> dict[str, torch.Tensor]:
         ids = torch.randint(1, 30000, (size, length), device=self.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
@@ -118,10 +125,10 @@ class Bench:
     def sides(self, model: Any, files: dict[str, Path], folder: Path, batch: int, length: int) -> dict[str, Call]:
         inputs = self.batch(batch, length)
         sides: dict[str, Call] = {}
-        for name in ("base", "merged", "slots"):
-            run = export.BoundSession(files[name])
-            slots = name == "slots"
-            active = [export.Adapters(run.opened).load(folder / "lora.onnx_adapter")] if slots else []
+        for name, path in files.items():
+            run = export.BoundSession(path)
+            given = [folder / f"{name}.onnx_adapter"] if name in SLOTTED else []
+            active = [export.Adapters(run.opened).load(file) for file in given]
             sides[name] = lambda run=run, active=active: run(inputs, active)
             sides[name]()
         plain = export.BoundSession(files["merged"], cuda_graph=False)
