@@ -38,8 +38,8 @@ def subspace(W: torch.Tensor, r: int, niter: int) -> Triplets:
 
     P ← orth(Wᵀ orth(W P)), `niter` + 1 times from a random P [in, r + 8] that is the same for every matrix; then the
     singular value decomposition of R [r + 8, r + 8], where Wᵀ Q = P R. On CUDA, products with W run in tf32 in the
-    first two thirds of the iterations, whose rounding the others take out; the rest in W's dtype or wider, a W that tf32
-    holds exactly, as it does 16-bit weights, by two products in it.
+    first two thirds of the iterations, whose rounding the others take out; the rest in W's dtype or wider, or by two
+    products in tf32 where that holds W exactly, as it does 16-bit weights.
 
     The residual test: ‖W v − σ u‖ = sin θ ‖(I − Q Qᵀ) W w‖, with θ the angle between v and the subspace one iteration
     before, and w the direction of v outside it. The norm is taken as the smallest singular value found, and costs no

@@ -164,10 +164,10 @@ def test_a_short_matrix_loses_nothing_in_two_products_of_short_operands(monkeypa
 def test_short_weights_on_cuda():
     W = matrix((300, 200), SPECTRA["power law"](200), 0, torch.float32).cuda()
     assert not subspace.is_short(W) and subspace.is_short(W.bfloat16().float()) and subspace.is_short(W.half().float())
-    for given in (W, W.bfloat16().float()):
-        U, sigma, Vh = svd(given, 16, niter=4)
-        exact = torch.linalg.svdvals(given.double())
-        left = torch.linalg.vector_norm(given.double() - (U.double() * sigma.double()) @ Vh.double())
+    for weight in (W, W.bfloat16().float()):
+        U, sigma, Vh = svd(weight, 16, niter=4)
+        exact = torch.linalg.svdvals(weight.double())
+        left = torch.linalg.vector_norm(weight.double() - (U.double() * sigma.double()) @ Vh.double())
         assert left <= 1.001 * torch.linalg.vector_norm(exact[16:]) and off(U) <= 1e-5 and off(Vh.mT) <= 1e-5
 
 
