@@ -13,13 +13,17 @@ def genai_config(model: nn.Module, report: ExportReport, file: str) -> dict[str,
     _, heads, _, width = report.inputs[f"{PAST}.0.key"]
     context = getattr(config, "max_position_embeddings", None) or 2**31 - 1
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in report.inputs}
-    end = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
-    pad = generation.pad_token_id if generation.pad_token_id is not None else config.pad_token_id
+
+    def token(name: str) -> Any:
+        own = getattr(generation, name)
+        return getattr(config, name, None) if own is None else own
+
+    end, pad = token("eos_token_id"), token("pad_token_id")
     first = end[0] if isinstance(end, list) else end
     return {
         "model": {
             "type": "decoder",
-            "bos_token_id": config.bos_token_id,
+            "bos_token_id": token("bos_token_id"),
             "eos_token_id": end,
             "pad_token_id": first if pad is None else pad,
             "context_length": context,
