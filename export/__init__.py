@@ -5,8 +5,10 @@ from .adapter_file import AdapterReport, to_adapter
 from .adapters import Adapters, LoadedAdapter
 from .apply import apply_delta
 from .bound import BoundSession
+from .decoder import DecoderReport, to_decoder
 from .delta import Delta, to_delta
 from .exporter import to_onnx
+from .generator import Generator
 from .peft import PeftReport, from_peft, to_peft
 from .report import Drift, ExportReport, Verification
 from .runtime import session
@@ -14,7 +16,7 @@ from .scores import evaluate
 from .verification import verify
 
 __all__ = [
-    "AdapterReport", "Adapters", "BoundSession", "Delta", "Drift", "ExportReport", "LoadedAdapter", "PeftReport",
-    "Verification", "apply_delta", "evaluate", "from_peft", "session", "to_adapter", "to_delta", "to_onnx", "to_peft",
-    "verify",
+    "AdapterReport", "Adapters", "BoundSession", "DecoderReport", "Delta", "Drift", "ExportReport", "Generator",
+    "LoadedAdapter", "PeftReport", "Verification", "apply_delta", "evaluate", "from_peft", "session", "to_adapter",
+    "to_decoder", "to_delta", "to_onnx", "to_peft", "verify",
 ]  # fmt: skip

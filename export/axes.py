@@ -18,7 +18,7 @@ def axis_names(shapes: Mapping[str, Sequence[Any]], example: Mapping[str, torch.
 
     The first dimension is the batch, the second the length. Inputs whose batches are different symbols (a mask that
     broadcasts) share the name where their example sizes agree; other symbols of the same role are told apart by the
-    input they belong to: `length`, `decoder_input_ids_length`.
+    input they belong to: `length`, `decoder_input_ids_length`. Tensors of a mapping share their argument's axes.
     """
     names: dict[str, str] = {}
     batch: int | None = None
@@ -29,11 +29,14 @@ def axis_names(shapes: Mapping[str, Sequence[Any]], example: Mapping[str, torch.
                 continue
             symbol = str(size)
             if symbol not in names:
-                role = role_of(dimension, len(shape))
+                argument, _, key = name.partition(".")
+                role = "length" if key and dimension else role_of(dimension, len(shape))
                 length = example[name].shape[dimension]
                 shared = role == "batch" and batch in (None, length)
                 batch = length if shared else batch
-                names[symbol] = role if shared or role not in names.values() else f"{name}_{role}"
+                apart = f"{argument}_{role}"
+                apart = f"{name}_{role}" if apart in names.values() else apart
+                names[symbol] = role if shared or role not in names.values() else apart
             axes.setdefault(name, {})[dimension] = names[symbol]
     return axes
 

@@ -27,7 +27,7 @@ from .runtime import session
 from .slots import NONE, slots_of, weights_of
 from .translate import describe, quiet, translate
 from .updates import updates
-from .verification import bound_of, compare, program_reference
+from .verification import Case, bound_of, compare, program_reference
 
 
 def to_onnx(
@@ -44,6 +44,7 @@ def to_onnx(
     external_data: bool = False,
     beside: Sequence[Any] = (),
     slots: bool | Where = False,
+    also: Sequence[Case] = (),
 ) -> ExportReport:
     """Write `program`, in eval mode, to the ONNX file `path`.
 
@@ -60,6 +61,8 @@ def to_onnx(
     beside:         what has `save_pretrained`, such as a tokenizer and a config, written to the file's folder with it
     slots:          write the base that was captured, with inputs through which adapter files change it at run time,
                     see `to_adapter`. True: for what the program's adapters change; a selector: for these weights too
+    also:           further (inputs, outputs of torch), by name, that onnxruntime has to reproduce; an output may be
+                    a function of what onnxruntime gives
 
     Inputs and outputs have the names of the model's arguments and results, weights their qualified names. Dimensions
     that vary in the program vary in the file. Adapters that were not folded stay as nodes. Weights are written one by
@@ -83,6 +86,7 @@ def to_onnx(
         reference = program_reference(base, example)
         cut = opened.open(inference(base, outputs))
         cases = reference.cases(cut.own)
+        cases += [({name: inputs[name] for name in cut.own}, expected) for inputs, expected in also]
         adapted = program_reference(program, example).cases(cut.own) if update else []
         model = translate(base, cut, reference.example, opset)
         if dtype is not reference.dtype:

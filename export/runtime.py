@@ -28,8 +28,9 @@ CUT_SHORT = (
 NO_DTYPE = r"Type '[^']*' of input .* of operator \((?P<operator>\w+)\) in node \((?P<node>[^)]*)\) is invalid"
 
 
-def session(path: str | os.PathLike, **cuda: str) -> onnxruntime.InferenceSession:
-    """An onnxruntime session on the CUDA provider where torch sees a GPU, else on the CPU provider.
+def session(path: str | os.PathLike, on: str | None = None, **cuda: str) -> onnxruntime.InferenceSession:
+    """An onnxruntime session on the provider `on` ("CPUExecutionProvider", …); by default on the CUDA provider where
+    torch sees a GPU, else on the CPU provider.
 
     cuda: further options of the CUDA provider
 
@@ -37,8 +38,11 @@ def session(path: str | os.PathLike, **cuda: str) -> onnxruntime.InferenceSessio
     """
     if not Path(path).is_file():
         raise ExportError(f"There is no ONNX file {path}.")
-    wanted = [CPU]
-    if torch.cuda.is_available() and CUDA in onnxruntime.get_available_providers():
+    available = [p for p in onnxruntime.get_available_providers() if p != CUDA or torch.cuda.is_available()]
+    if on is not None and on not in available:
+        raise ExportError(f"{on} cannot be used here; those that can: {', '.join(available)}.")
+    wanted = [CPU] if on in (None, CPU) else [on, CPU]
+    if on in (None, CUDA) and CUDA in available:
         with contextlib.redirect_stdout(io.StringIO()):
             onnxruntime.preload_dlls()
         wanted = [(CUDA, {"use_tf32": "0", **cuda}), CPU]

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
-from .errors import SubgraphPeftError
+from .errors import ConfigError, SubgraphPeftError
 from .processes import processes
 
 app = typer.Typer(
@@ -78,8 +78,6 @@ def configured(pipeline: str, overrides: list[str], output: Path | None):
 
 def until(config, last: str):
     """The configuration up to and with its pass `last`."""
-    from .config import ConfigError
-
     passes = config.pipeline().passes
     names = [item.name for item in passes]
     if last not in names:
@@ -194,21 +192,21 @@ def fold(pipeline: Config, set_: Set = [], output: Output = None, adapter: Adapt
 
 @app.command()
 def export(pipeline: Config, set_: Set = [], output: Output = None, adapter: Adapter = None) -> None:  # noqa: B006
-    """Fold a trained adapter and export the merged model to ONNX, checked in onnxruntime; with --set export.slots=true
-    the base and an onnxruntime adapter."""
-    from .steps import Export, Fold
+    """Fold a trained adapter and write the merged model as ONNX, checked in onnxruntime: what the pipeline's `export`
+    and `decoder` passes say; with --set export.slots=true the base and an onnxruntime adapter."""
+    from .steps import Decoder, Export, Fold
 
     with refusals():
         config = configured(pipeline, set_, output)
         passes = config.pipeline().passes
         state = with_adapter(config, adapter)
-        exporting = next((item for item in passes if isinstance(item, Export)), Export())
-        if not exporting.slots:
-            state = next((item for item in passes if isinstance(item, Fold)), Fold())(state).state
-        records = exporting(state).state.records
-        print_rows("Export", records["export"].rows())
-        if "adapter_file" in records:
-            print_rows("Adapter file", records["adapter_file"].rows())
+        folding = next((item for item in passes if isinstance(item, Fold)), Fold())
+        for item in [item for item in passes if isinstance(item, (Export, Decoder))] or [Export()]:
+            unfolded = isinstance(item, Export) and item.slots
+            records = item(state if unfolded else folding(state).state).state.records
+            print_rows(item.name.capitalize(), records[item.name].rows())
+            if "adapter_file" in records:
+                print_rows("Adapter file", records["adapter_file"].rows())
 
 
 @app.command()
@@ -226,6 +224,34 @@ def verify(
     with refusals():
         state = with_adapter(configured(against, set_, output), adapter)
         print_rows("Verified", verify_(model, Fold()(state).state.program).rows())
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="folder of the `decoder` pass, with its tokenizer")],
+    prompt: str,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", help="at most so many new ones", min=1)] = 50,
+    sample: Annotated[bool, typer.Option("--sample", help="draw tokens; else take the likeliest")] = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+) -> None:
+    """Continue a prompt in onnxruntime; an encoder-decoder answers it."""
+    from transformers import TextStreamer
+
+    from .export import Generator
+    from .sources import ModelSpec, load_tokenizer
+
+    with refusals():
+        tokenizer = load_tokenizer(ModelSpec(transformers=str(folder), task="causal-lm"))
+        if tokenizer is None:
+            raise ConfigError(f"{folder} holds no tokenizer: save one there, or call export.Generator with token ids.")
+        encoded = tokenizer(prompt, return_tensors="pt")
+        Generator(folder).generate(
+            encoded["input_ids"], encoded["attention_mask"], max_new_tokens=tokens, do_sample=sample, seed=seed,
+            temperature=temperature, top_k=top_k, top_p=top_p, streamer=TextStreamer(tokenizer),
+        )  # fmt: skip
 
 
 def run_folder(path: str) -> Path | None:

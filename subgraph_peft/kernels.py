@@ -129,6 +129,20 @@ def repeats_for(home: "Home", query: fx.Node) -> str:
     return ""
 
 
+def group_keys(graph: fx.Graph) -> int:
+    """Pass keys and values to every attention as they are before they are repeated for the queries, in place. Returns
+    to how many."""
+    count = 0
+    for node in attentions(graph).values():
+        arguments = bound(node)
+        (key, repeats), (value, also) = (repeated(arguments[which]) for which in ("key", "value"))
+        if repeats == also != 1:
+            call(node, arguments | {"key": key, "value": value, "enable_gqa": True})
+            count += 1
+    sweep(graph)
+    return count
+
+
 def call(node: fx.Node, arguments: Mapping[str, Any]) -> None:
     node.args = tuple(arguments[name] for name in ARGUMENTS)
     node.kwargs = {name: value for name, value in arguments.items() if name not in ARGUMENTS}

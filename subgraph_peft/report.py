@@ -162,10 +162,9 @@ def page(document: Mapping[str, Any], results: Sequence[Result], curve: bool) ->
     if "fold" in document:
         lines += ["## Fold", "", f"Into {document['fold']['dtype']}; {difference_text(program.folded)}.", ""]
         lines += table(("module", "‖ΔW‖ / ‖W‖", "delta retained"), fold_cells(document["fold"]["sites"]))
-    if (exported := results[-1].state.records.get("export")) is not None:
-        lines += ["## Export", "", *table(("", ""), exported.rows())]
-    if (adapter := results[-1].state.records.get("adapter_file")) is not None:
-        lines += ["## Adapter file", "", *table(("", ""), adapter.rows())]
+    for name in ("export", "adapter_file", "decoder"):
+        if (written := results[-1].state.records.get(name)) is not None:
+            lines += [f"## {name.capitalize().replace('_', ' ')}", "", *table(("", ""), written.rows())]
     for item in document["passes"]:
         if item["difference"]:
             lines += [f"## Graph: `{item['pass']}`", "", "```diff", *shortened(item["difference"]), "```", ""]

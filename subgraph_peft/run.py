@@ -59,7 +59,7 @@ def run_pipeline(config: PipelineConfig, state: State, announce: Announce) -> li
 
 def run(config: PipelineConfig, announce: Announce) -> list[Result]:
     """Everything that `subgraph-peft run` does. The folder then holds config.yaml, adapter/, delta.safetensors,
-    merged/, model.onnx, report.json, report.md, loss.png and graph.diff, as far as the passes made them."""
+    merged/, model.onnx, decoder/, report.json, report.md, loss.png and graph.diff, as far as the passes made them."""
     results = run_pipeline(config, prepare(config, Path(config.output), announce), announce)
     on_first(lambda: write_report(results, Path(config.output)))
     return results

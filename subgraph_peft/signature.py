@@ -158,10 +158,14 @@ class Signature:
         return names
 
     def input_names(self) -> list[str]:
-        """One name a placeholder: the argument's own, with the leaf's path where it is nested."""
+        """One name a placeholder: the argument's own, `argument.key` in a mapping, `argument_i` where it is nested
+        otherwise."""
         names = []
         for name, spec in self.inputs.items():
-            names += [name] if spec.is_leaf() else [f"{name}_{i}" for i in range(spec.num_leaves)]
+            if spec.type is dict and spec.num_leaves == len(spec.context):
+                names += [f"{name}.{key}" for key in spec.context]
+            else:
+                names += [name] if spec.is_leaf() else [f"{name}_{i}" for i in range(spec.num_leaves)]
         return names
 
 

@@ -298,7 +298,34 @@ class Export(Pass):
         )
 
 
-STEPS: dict[str, type[Pass]] = {step.name: step for step in (Capture, Optimise, Train, Fold, Export)}
+class Decoder(Pass):
+    """Write a folder that generates: ONNX with a key-value cache, verified in onnxruntime, and the tokenizer."""
+
+    name: ClassVar[str] = "decoder"
+
+    folder: str = "decoder"
+    opset: int | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    optimize: bool = Field(False, description="fuse attention, norms and activations for onnxruntime")
+    quantize: Literal[4, 8] | None = Field(None, description="bits of the weights of matrix products")
+    logits_to_keep: int = Field(1, ge=0, description="of the last tokens; 0 keeps the logits of all")
+
+    def requires(self, state: State) -> None:
+        if state.program is None or state.model is None:
+            raise ConfigError("decoder needs a captured program and its model: give `model`, put `capture` before it.")
+
+    def apply(self, state: State) -> tuple[State, str]:
+        from .export import to_decoder
+
+        options = self.model_dump(exclude={"folder"})
+        target = state.resolve(self.folder)
+        report = on_first(lambda: to_decoder(state.program, state.model, target, tokenizer=state.tokenizer, **options))
+        size = sum(file.bytes for file in report.files.values()) / 2**20
+        summary = f"{report.folder}: {', '.join(report.files)}, {size:.1f} MiB, drift {report.drift:.1e}"
+        return state.with_record("decoder", report), summary
+
+
+STEPS: dict[str, type[Pass]] = {step.name: step for step in (Capture, Optimise, Train, Fold, Export, Decoder)}
 
 
 @cache

@@ -107,9 +107,7 @@ def alike(found: dict, expected: dict, tolerance: float = 1e-9) -> None:
     for one, other in zip(found["evaluations"], expected["evaluations"], strict=True):
         assert one == pytest.approx(other, rel=tolerance)
     for part in ("weights", "fold"):
-        torch.testing.assert_close(
-            dict(found[part]), dict(expected[part]), rtol=100 * tolerance, atol=tolerance
-        )
+        torch.testing.assert_close(dict(found[part]), dict(expected[part]), rtol=100 * tolerance, atol=tolerance)
 
 
 # what both processes run: job -> (folder) -> result

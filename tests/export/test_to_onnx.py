@@ -149,7 +149,7 @@ def test_unusual_signatures(tmp_path):
     pair = {"a": torch.randn(3, 5, 4), "b": torch.randn(3, 4)}
     program = sp.capture(Odd(), {"pair": pair, "mask": torch.randn(3, 4), "flag": True})
     report = export.to_onnx(program, tmp_path / "model.onnx")
-    assert list(report.inputs) == ["pair_0", "pair_1", "mask"] and report.left_out == ("flag",)
+    assert list(report.inputs) == ["pair.a", "pair.b", "mask"] and report.left_out == ("flag",)
     assert list(report.outputs) == ["h", "linear", "given", "weight", "place"]
     assert report.drift["place"] == export.Drift(0.0, 0.0)
     onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
