@@ -107,11 +107,13 @@ def to_onnx(
             except ExportError as error:
                 raise ExportError(f"{error} {target} was not written.") from error
 
+        if quantize or optimize:
+            with quiet():
+                lay_out(model)
         before = verification = checked()
         fused: dict[str, int] = {}
         if quantize or optimize:
             with quiet():
-                lay_out(model)
                 model = quantized(model, quantize) if quantize else model
                 fused = fuse(model) if optimize else {}
             verification = checked(optimize=optimize, quantize=quantize)

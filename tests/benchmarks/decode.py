@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--form", action="append", choices=[*FORMS], help="all by default")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
 
@@ -81,7 +82,9 @@ def main() -> None:
     tokens = options.batch * options.new
     base = rate(lambda: narrow.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **asked), tokens)
     table.add_row("transformers", f"{base:.1f}", "1.00", "", "")
-    for name, form in FORMS.items():
+    print(f"transformers {base:.1f} tokens/s", flush=True)
+    for name in options.form or FORMS:
+        form = FORMS[name]
         with tempfile.TemporaryDirectory() as folder:
             try:
                 written = export.to_decoder(program, model, folder, dtype=options.dtype, bound=10.0, **form)
@@ -90,6 +93,7 @@ def main() -> None:
             except sp.ExportError as error:
                 table.add_row(name, "", "", "", str(error)[:120])
                 continue
+            print(f"{name} {found:.1f} tokens/s, {found / base:.2f} times transformers'", flush=True)
             drift = max(d.relative for d in written.files["model.onnx"].drift.values())
             nodes = operators(f"{folder}/model.onnx")
             table.add_row(name, f"{found:.1f}", f"{found / base:.2f}", f"{drift:.1e}", nodes)

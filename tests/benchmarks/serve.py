@@ -1,4 +1,4 @@
-"""Serving merged models: onnxruntime on CUDA beside torch, decoding beside transformers, and what an export costs.
+"""Serving merged models: onnxruntime on CUDA beside torch, and what an export costs.
 
     python -m tests.benchmarks.serve --device cuda --json results.json      everything, on one GPU
     python -m tests.benchmarks.serve --device cuda --part latency           a part of it
@@ -10,8 +10,6 @@ latency: BERT-base with a classifier in float16 at length 128, LoRA of rank 16 o
          torch.compile with reduce-overhead. Inputs are on the device; a call ends when its result is there. Sides take
          turns, call by call: medians, and medians of the turns' ratios. The profile counts the operators of the merged
          file by the provider that ran them.
-decode:  a Llama of 1.2 G parameters in float16, one sequence: tokens a second of `export.Generator` and of
-         transformers' generate, the same tokens.
 export:  a Llama of 6.7 G parameters in float16 to fused files: seconds, and memory of the process beyond the model's.
 """
 
@@ -43,7 +41,7 @@ from subgraph_peft.files import write_json
 from .attach import machine
 from .sides import ALPHA, LABELS, RANK
 
-PARTS = ("latency", "decode", "export")
+PARTS = ("latency", "export")
 LINEARS = [f"*.{name}" for name in ("query", "key", "value", "dense")]
 SLOTTED = {"slots": LINEARS, "slots at query and value": ["*.query", "*.value"]}
 Call = Callable[[], Any]
@@ -165,31 +163,6 @@ class Bench:
             found.setdefault(provider, {})[operator] = count
         return found
 
-    # decode
-
-    def decode(self, folder: Path) -> dict[str, Any]:
-        new = 8 if self.tiny else 128
-        model = self.llama(2048, 8192, 16, 32, 8, 128256)
-        prompt = torch.randint(1, 100, (1, 8 if self.tiny else 128), device=self.device)
-        program = sp.capture(model, {"input_ids": prompt.repeat(2, 1), "labels": prompt.repeat(2, 1)}, verify=False)
-        report, seconds = self.once(lambda: export.to_decoder(program, model, folder / "llama", optimize=True))
-        generator = export.Generator(folder / "llama")
-        options = {"max_new_tokens": new, "do_sample": False}
-        mask = torch.ones_like(prompt)
-        theirs = lambda: model.generate(prompt, attention_mask=mask, min_new_tokens=new, pad_token_id=0, **options)  # noqa: E731
-        ours = lambda: generator.generate(prompt, eos_token_id=-1, pad_token_id=0, **options)  # noqa: E731
-        same = ours().cpu()[0].eq(theirs().cpu()[0]).float().mean().item()
-        times = self.rounds({"ours": ours, "transformers": theirs}, 2 if self.tiny else 5)
-        self.say("decode: " + ", ".join(f"{side} {new / median(t):.1f} tokens/s" for side, t in times.items()))
-        return {"new": new, "same tokens": same, "seconds": times, "export": seconds, "fused": fused_of(report)}
-
-    def rounds(self, sides: dict[str, Call], count: int) -> dict[str, list[float]]:
-        times: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(count):
-            for name, call in sides.items():
-                times[name].append(self.timed(call))
-        return times
-
     def llama(self, width: int, feed_forward: int, layers: int, heads: int, shared: int, vocabulary: int) -> Any:
         if self.tiny:
             width, feed_forward, layers, heads, shared, vocabulary = 32, 48, 2, 4, 2, 100
@@ -227,10 +200,6 @@ class Bench:
             found["torch on the device at most"] = torch.cuda.max_memory_allocated()
         self.say(f"export: {seconds:.0f} s, {found['memory beyond'] / size:.2f} of the model's size in memory")
         return found
-
-
-def fused_of(report: Any) -> dict[str, int]:
-    return dict(getattr(report, "fused", {}))
 
 
 class Resident:
@@ -292,9 +261,8 @@ def main(
             write_json(json, report, sp.SubgraphPeftError)
     for shown in tables(report):
         console.print(shown)
-    for name in ("decode", "export"):
-        if name in report:
-            console.print(name, {key: value for key, value in report[name].items() if key != "seconds"})
+    if "export" in report:
+        console.print(report["export"])
     if "latency" in report:
         console.print({key: value for key, value in report["latency"].items() if key != "batches"})
 
