@@ -12,7 +12,7 @@ from .sites import Site
 Values = dict[str, torch.Tensor]
 Load = Callable[[Site], torch.Tensor]
 
-BATCH_BYTES = {"cuda": 2**32}  # of weights, as `prepare` sees them, in one batch; on other devices one by one
+BATCH_BYTES = {"cuda": 2**31}  # of weights, as `prepare` sees them, in one batch; on other devices one by one
 SHARE = 8  # of the free memory of a GPU, one part at most
 
 

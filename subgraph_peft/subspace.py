@@ -11,7 +11,6 @@ OVERSAMPLING = 8  # columns of the subspace beyond the rank
 TOLERANCE = 0.15  # of σ₁: the largest residual that `niter` iterations may leave
 MOST_ITERATIONS = 16  # that the residual test goes to
 SOUND = 0.1  # ‖Qᵀ Q − I‖ after one pass of CholeskyQR, up to which the second reaches rounding
-DROPPED = 2**13 - 1  # the bits of a float32 that tf32 drops
 SMALL = 512  # rows of matrices that LAPACK decomposes, one a thread, faster than a GPU does one after the other
 
 Triplets = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -38,8 +37,7 @@ def subspace(W: torch.Tensor, r: int, niter: int) -> Triplets:
 
     P ← orth(Wᵀ orth(W P)), `niter` + 1 times from a random P [in, r + 8] that is the same for every matrix; then the
     singular value decomposition of R [r + 8, r + 8], where Wᵀ Q = P R. On CUDA, products with W run in tf32 in the
-    first two thirds of the iterations, whose rounding the others take out; the rest in W's dtype or wider, or by two
-    products in tf32 where that holds W exactly, as it does 16-bit weights.
+    first two thirds of the iterations, whose rounding the others take out; everything else in W's dtype or wider.
 
     The residual test: ‖W v − σ u‖ = sin θ ‖(I − Q Qᵀ) W w‖, with θ the angle between v and the subspace one iteration
     before, and w the direction of v outside it. The norm is taken as the smallest singular value found, and costs no
@@ -79,12 +77,15 @@ def iterate(W: torch.Tensor, P: torch.Tensor, r: int, steps: int, tf32: int = 0,
     for which that is not accurate start again by Householder QR."""
     orth, begin = qr or cholesky_qr2, P
     host = "cpu" if P.shape[-1] <= SMALL else W.device
-    careful = in_two if is_short(W) else in_full
     with precision("ieee"):
         for step in range(steps):
-            last, final, product = P, step == steps - 1, in_tf32 if step < tf32 else careful
-            Q, _, left = orth(product(W, P), final)
-            P, R, right = orth(product(W.mT, Q), final)
+            last, final, mode = P, step == steps - 1, "tf32" if step < tf32 else "ieee"
+            with precision(mode):
+                Y = W @ P
+            Q, _, left = orth(Y, final)
+            with precision(mode):
+                Z = W.mT @ Q
+            P, R, right = orth(Z, final)
         R, overlap, sound = (part.to(host) for part in (R.mT, last.mT @ P, torch.maximum(left, right) <= SOUND))
         U, sigma, Vh = small_svd(R.where(sound[:, None, None], 0))
         inside = torch.linalg.vector_norm(overlap @ Vh[:, :r].mT, dim=1).amin(1)
@@ -145,26 +146,6 @@ def small_svd(R: torch.Tensor) -> Triplets:
         torch.set_num_threads(threads)
     U, sigma, Vh = map(torch.stack, zip(*found, strict=True))
     return U, sigma, Vh
-
-
-def in_full(W: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
-    return W @ P
-
-
-def in_tf32(W: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
-    with precision("tf32"):
-        return W @ P
-
-
-def in_two(W: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
-    """W P for a W that is short, to 22 bits: P is its first 11 bits and the rest."""
-    first = (P.view(torch.int32) & ~DROPPED).view(torch.float32)
-    return in_tf32(W, first) + in_tf32(W, P - first)
-
-
-def is_short(W: torch.Tensor) -> bool:
-    """Whether tf32 rounds nothing of a float32 W on CUDA."""
-    return W.is_cuda and W.dtype is torch.float32 and not (W.view(torch.int32) & DROPPED).any()
 
 
 @contextmanager

@@ -140,37 +140,6 @@ def test_a_stack_and_vmap_give_what_single_matrices_give(two_threads):
     assert torch.allclose(nested.flatten(0, 1), torch.stack([s for _, s, _ in single[:6]]), atol=1e-5)
 
 
-def test_a_short_matrix_loses_nothing_in_two_products_of_short_operands(monkeypatch):
-    """tf32 keeps the first 11 bits of what it multiplies."""
-
-    def short(W: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
-        kept = [(part.contiguous().view(torch.int32) & ~subspace.DROPPED).view(torch.float32) for part in (W, P)]
-        return kept[0].double() @ kept[1].double()
-
-    generator = torch.Generator().manual_seed(0)
-    W = torch.randn(3, 20, 30, generator=generator).bfloat16().float()
-    P = torch.randn(3, 30, 5, generator=generator)
-    exact = W.double() @ P.double()
-
-    def off(found: torch.Tensor) -> float:
-        return ((found - exact).abs().max() / exact.abs().max()).item()
-
-    monkeypatch.setattr(subspace, "in_tf32", short)
-    assert off(subspace.in_two(W, P)) < 2**-20 < 2**-14 < off(subspace.in_tf32(W, P))
-    assert not subspace.is_short(W)  # on the CPU products are whole
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="tf32 is of CUDA")
-def test_short_weights_on_cuda():
-    W = matrix((300, 200), SPECTRA["power law"](200), 0, torch.float32).cuda()
-    assert not subspace.is_short(W) and subspace.is_short(W.bfloat16().float()) and subspace.is_short(W.half().float())
-    for weight in (W, W.bfloat16().float()):
-        U, sigma, Vh = svd(weight, 16, niter=4)
-        exact = torch.linalg.svdvals(weight.double())
-        left = torch.linalg.vector_norm(weight.double() - (U.double() * sigma.double()) @ Vh.double())
-        assert left <= 1.001 * torch.linalg.vector_norm(exact[16:]) and off(U) <= 1e-5 and off(Vh.mT) <= 1e-5
-
-
 def test_the_precision_of_matrix_products_is_put_back():
     matmul = torch.backends.cuda.matmul
     former = matmul.fp32_precision
