@@ -167,7 +167,7 @@ def new_input(graph: fx.Graph, name: str) -> fx.Node:
 
 
 def rank_axis(name: str, dimensions: int) -> int:
-    """Of A […, in, r] or B [… , r, out]."""
+    """Where r is in A […, in, r] or B […, r, out]."""
     return dimensions - (1 if name.endswith(A) else 2)
 
 
@@ -193,12 +193,13 @@ def adapt(graph: fx.Graph, weight: fx.Node, site: Site) -> dict[str, torch.Tenso
     update = emit(aten.matmul.default, tuple(factors), "update")
     if site.layout == MATRIX:
         laid = emit(aten.add.Tensor, (emit(aten.t.default, (weight,), "transposed"), update), "adapted")
+        laid.meta["val"] = value.t()
         readers = [reader for reader in readers if not read_laid(reader, weight, laid)]
-        stored = emit(aten.t.default, (laid,), "stored") if readers else laid
+        stored = emit(aten.t.default, (laid,), "stored") if readers else weight
     else:
         update = turned(site.layout).emit_stored(update, site.shape, emit, "update")
         stored = emit(aten.add.Tensor, (weight, update), "adapted")
-    stored.meta["val"] = value
+    stored.meta["val"] = value  # which a linear that takes it as its input asks for
     for reader in readers:
         reader.replace_input_with(weight, stored)
     return {site.name + end: torch.zeros(size, dtype=value.dtype, device=value.device) for end, size in sizes.items()}

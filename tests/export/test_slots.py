@@ -370,7 +370,8 @@ def operators(path: Path) -> Counter:
 
 
 def test_a_slot_costs_a_product_and_a_sum(exported, slotted, tmp_path):
-    """And a transpose that onnxruntime computes when it loads, at the one product of a matrix with a bias."""
+    """And a transpose, at the one product of a matrix with a bias. On loading, onnxruntime computes the transpose and
+    makes one Gemm of the product and the sum."""
     own = len(export.Adapters(slotted).slots) // 2
     plain, found = operators(exported("bert").path), operators(slotted)
     assert found - plain == {"MatMul": own, "Add": own, "Transpose": 1} and not plain - found
@@ -383,7 +384,7 @@ def test_a_slot_costs_a_product_and_a_sum(exported, slotted, tmp_path):
         return operators(tmp_path / "optimised.onnx")
 
     before, after = optimised(exported("bert").path), optimised(slotted)
-    assert after.total() <= before.total() + 2 * own
+    assert after.total() <= before.total() + own
     for fused in ("BiasGelu", "SkipLayerNormalization", "FusedMatMul"):
         assert before[fused] == after[fused] > 0
 
