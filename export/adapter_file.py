@@ -121,7 +121,7 @@ def truncated(program: Program, update: Updates, sites: Mapping) -> Program:
     tensors = dict(base.module.tensors())
     for name, site in sites.items():
         W = tensors[name].detach()
-        delta = (update.values[name + A] @ update.values[name + B]).T
+        delta = (update.values[name + A] @ update.values[name + B]).mT
         tensors[name] = nn.Parameter(W + site.stored(delta).to(W), requires_grad=False)
     for name in set(tensors).intersection(update.values):
         kind = nn.Parameter if isinstance(tensors[name], nn.Parameter) else torch.Tensor.clone

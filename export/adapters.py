@@ -82,7 +82,7 @@ class Adapters:
             )
         values = made.get_parameters()
         self.check(where, values)
-        ranks = {name.removesuffix(A): value.shape()[1] for name, value in values.items() if name.endswith(A)}
+        ranks = {name.removesuffix(A): value.shape()[-1] for name, value in values.items() if name.endswith(A)}
         return LoadedAdapter(os.fspath(path), {name: self.placed(value) for name, value in values.items()}, ranks)
 
     def check(self, where: str, values: Values) -> None:
@@ -107,7 +107,7 @@ class Adapters:
             if len(halves) < 2:
                 raise ExportError(f"{where} has {halves[0]} without the other half of the pair: it changes nothing.")
             down, up = (values[name].shape() for name in halves)
-            if down[1] != up[0]:
+            if down[-1] != up[-2]:
                 raise ExportError(f"{where}: {halves[0]} is {down} and {halves[1]} is {up}: their ranks differ.")
 
     def fitted(self, tensors: Mapping[str, torch.Tensor]) -> Values:

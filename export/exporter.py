@@ -54,7 +54,7 @@ def to_onnx(
     dtype:          float16 or bfloat16, of a float32 program: inputs, outputs, weights and products in it, means and
                     angles in float32
     optimize:       fuse attention, norms and activations into operators that onnxruntime alone has
-    quantize:       bits of the weights of matrix products
+    quantize:       bits of the weights of matrix products; one with a slot keeps the dtype of the file
     bound:          see `verify`
     example:        inputs to trace and compare with; the program's own by default
     external_data:  keep the weights in `<path>.data` even where one file can hold them (up to 2 GiB)

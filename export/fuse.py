@@ -57,11 +57,32 @@ def fuse(model: ir.Model) -> dict[str, int]:
     with set_aside(model.graph):
         optimize_for_ort(model)
     for node in list(model.graph):
+        if node.op_type == "Concat":
+            sum_once(node)
+    for node in list(model.graph):
         if node.op_type == "Concat" and all(map(alone, node.inputs)):
             parts = [value.const_value for value in node.inputs]
             store(node, joined(parts, node.attributes["axis"].as_int()), common([v.name for v in node.inputs]))
     passes.RemoveUnusedNodesPass()(model)
     return dict(Counter(node.op_type for node in model.graph if node.domain == MICROSOFT))
+
+
+def sum_once(node: ir.Node) -> None:
+    """Concat(W₁ + U₁, W₂ + U₂, …) as Concat(W₁, W₂, …) + Concat(U₁, U₂, …), for weights W."""
+    sums = [value.producer() for value in node.inputs]
+    if not all(part is not None and part.op_type == "Add" and is_update(part) for part in sums):
+        return
+    axis = {"axis": node.attributes["axis"].as_int()}
+    sides = [ir.node("Concat", [part.inputs[i] for part in sums], axis) for i in (0, 1)]
+    total = ir.node("Add", [side.outputs[0] for side in sides], name=node.name)
+    old = [node, *sums]
+    ir.convenience.replace_nodes_and_values(node.graph, node, old, [*sides, total], node.outputs, total.outputs)
+
+
+def is_update(node: ir.Node) -> bool:
+    """A sum of a weight that nothing else reads and of another tensor of its shape, for one reader."""
+    weight, update = node.inputs
+    return alone(weight) and weight.shape == update.shape and len(node.outputs[0].uses()) == 1
 
 
 def alone(value: ir.Value | None) -> bool:

@@ -13,7 +13,7 @@ PRODUCT = "MatMulNBits"
 def quantize(model: ir.Model, bits: int) -> ir.Model:
     """The model, laid out, with its products by weights as MatMulNBits, every weight rounded to one of 2^bits levels.
 
-    bits: 4 or 8. Embeddings, norms, tied heads and products of activations stay as they are
+    bits: 4 or 8. Embeddings, norms, tied heads, weights with slots and products of activations stay as they are
     Raises ExportError where nothing can be quantised.
     """
     root = logging.getLogger()

@@ -1,12 +1,14 @@
 """Slots: inputs of an ONNX file with default values, through which an adapter changes the base at run time.
 
-    y = x Wᵀ + b + (x A) B        A [in, r], B [r, out], by default of rank 0
+    Wᵀ + A B        A [in, r], B [r, out], by default of rank 0
 
-A weight W has the slot `<W>.lora_A` and `<W>.lora_B`; the method's scale is in B. A tensor that an adapter replaces as
-a whole, such as a trained head or a bias, is an input under its own name, by default the base's value.
+is computed once a run and read by all that reads W, so that the rest of the file is the base's. A weight W has the slot
+`<W>.lora_A` and `<W>.lora_B`, [stack, in, r] and [stack, r, out] where it is a stack of matrices; the method's scale is
+in B. A tensor that an adapter replaces as a whole, such as a trained head or a bias, is an input under its own name, by
+default the base's value.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -18,16 +20,16 @@ from torch import fx
 from subgraph_peft.adapter import identifier, targets
 from subgraph_peft.errors import ExportError
 from subgraph_peft.fold import folds
-from subgraph_peft.forms import is_matrix
 from subgraph_peft.generate import base_of
 from subgraph_peft.graphs import aten
+from subgraph_peft.layout import MATRIX
 from subgraph_peft.lower import META
 from subgraph_peft.normalise import attribute
 from subgraph_peft.program import Program
 from subgraph_peft.rewrite import resolve_ties
 from subgraph_peft.selectors import Where, select
-from subgraph_peft.sites import VECTORS, Site, find
-from subgraph_peft.uses import Use, uses
+from subgraph_peft.sites import VECTORS, Site, find, turned
+from subgraph_peft.uses import View, step
 
 from .inference import STAMP, Inference
 from .weights import converted
@@ -35,7 +37,6 @@ from .weights import converted
 A, B = ".lora_A", ".lora_B"
 IDENTITY = f"{META}.identity"
 SAMPLE_RANK = 2
-FORMS = ("linear", "addmm", "matmul", "embedding")
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,14 @@ class Slots:
                 "that do (outputs=[…]), or leave it out of the adapter."
             )
         for site in self.sites:
-            samples |= pair(graph, read[site.name], site)
+            samples |= adapt(graph, read[site.name], site)
         for name in self.whole:
             held = new_input(graph, name)
             held.meta = dict(read[name].meta)
             read[name].replace_all_uses_with(held)
             graph.erase_node(read[name])
             samples[name] = attribute(cut.module, name).detach()
-        ranks = {n: {int(n.endswith(A)): f"{n[: -len(A)]}.rank"} for n in samples if n not in self.whole}
+        ranks = {n: {rank_axis(n, s.ndim): f"{n[: -len(A)]}.rank"} for n, s in samples.items() if n not in self.whole}
         shapes = {name: sample.shape for name, sample in samples.items()}
         return replace(cut, inputs={**cut.inputs, **shapes}, axes={**cut.axes, **ranks}, samples=samples)
 
@@ -78,7 +79,7 @@ class Slots:
         for value in inputs:
             held = cut.samples[value.name]
             if value.name not in self.whole:
-                held = held.narrow(int(value.name.endswith(A)), 0, 0)
+                held = held.narrow(rank_axis(value.name, held.ndim), 0, 0)
             value.const_value = converted(TorchTensor(held), value.dtype, value.name)
             model.graph.register_initializer(value)
         try:
@@ -95,7 +96,7 @@ NONE = Slots()
 def slots_of(program: Program, wanted: bool | Where) -> Slots:
     """The slots of what the program's adapters change, and of the weights that `wanted` selects.
 
-    Raises SelectorError, and ExportError for an adapter that changes no weight, and for a weight that can have no slot.
+    Raises SelectorError, and ExportError for an adapter that changes no weight.
     """
     sites = dict(rewritten_sites(program))
     base = captured_values(program)
@@ -104,8 +105,6 @@ def slots_of(program: Program, wanted: bool | Where) -> Slots:
         weights = [site for site in find(base) if site.kind not in VECTORS]
         chosen = select(weights, wanted).sites
         resolve_ties(base, chosen, "refuse")
-        for site in chosen:
-            check(site)
         sites |= {site.name: site for site in chosen if site.name not in whole}
     if not sites and not whole:
         raise ExportError(
@@ -113,17 +112,6 @@ def slots_of(program: Program, wanted: bool | Where) -> Slots:
             "slots='*.{query,value}', or rewrite the program first; a folded program has its adapters in its weights."
         )
     return Slots(base, tuple(sites.values()), whole)
-
-
-def check(site: Site) -> None:
-    """Raises ExportError for a weight to whose calls no product can be added."""
-    forms = {call.form: call.operator for call in site.calls}
-    others = [operator for form, operator in forms.items() if form not in FORMS]
-    if others or site.stack or not is_matrix(site.layout):
-        raise ExportError(
-            f"{site.name} has no slot: {', '.join(others or forms.values())} does not apply it as x Wᵀ. Leave it out, "
-            "or fold its adapter into the weight."
-        )
 
 
 def rewritten_sites(program: Program) -> Iterator[tuple[str, Site]]:
@@ -135,7 +123,6 @@ def rewritten_sites(program: Program) -> Iterator[tuple[str, Site]]:
                 "without slots=: its nodes stay in the graph."
             )
         if target.part == "weight":
-            check(target.site)
             yield target.name, target.site
 
 
@@ -179,65 +166,62 @@ def new_input(graph: fx.Graph, name: str) -> fx.Node:
         return graph.placeholder(identifier(name))
 
 
-def pair(graph: fx.Graph, weight: fx.Node, site: Site) -> Mapping[str, torch.Tensor]:
-    """Adds (x A) B to every call of a weight, in place. Returns sample values of A and B."""
-    value = weight.meta["val"]
-    sizes = {A: (site.in_features, SAMPLE_RANK), B: (SAMPLE_RANK, site.out_features)}
+def rank_axis(name: str, dimensions: int) -> int:
+    """Where r is in A […, in, r] or B […, r, out]."""
+    return dimensions - (1 if name.endswith(A) else 2)
+
+
+def adapt(graph: fx.Graph, weight: fx.Node, site: Site) -> dict[str, torch.Tensor]:
+    """Puts the sum in place of a weight. Returns sample values of A and B.
+
+    A weight stored as [out, in] is summed as [in, out], in which products by it read it.
+    """
+    value, readers = weight.meta["val"], list(weight.users)
+    depth = (site.stack,) if site.stack else ()
+    sizes = {A: (*depth, site.in_features, SAMPLE_RANK), B: (*depth, SAMPLE_RANK, site.out_features)}
     factors = [new_input(graph, site.name + end) for end in sizes]
-    done: dict[fx.Node, fx.Node] = {}
-    for use in list(uses(weight)):
-        Call(graph, site, replace(use, x=done.get(use.x, use.x)), value.dtype).add(*factors, done)
+    before = next(node for node in graph.nodes if node in weight.users)
+
+    def emit(target: object, args: tuple, term: str) -> fx.Node:
+        with graph.inserting_before(before):
+            made = graph.call_function(target, args)
+        made.meta = {key: held for key, held in before.meta.items() if key in ("nn_module_stack", "stack_trace")}
+        custom = {META: {"site": site.name, "adapter": "slot", "term": term}}
+        made.meta["custom"] = {**custom, STAMP: f"{site.name}.{term}"}
+        return made
+
+    update = emit(aten.matmul.default, tuple(factors), "update")
+    if site.layout == MATRIX:
+        laid = emit(aten.add.Tensor, (emit(aten.t.default, (weight,), "transposed"), update), "adapted")
+        laid.meta["val"] = value.t()
+        readers = [reader for reader in readers if not read_laid(reader, weight, laid)]
+        stored = emit(aten.t.default, (laid,), "stored") if readers else weight
+    else:
+        update = turned(site.layout).emit_stored(update, site.shape, emit, "update")
+        stored = emit(aten.add.Tensor, (weight, update), "adapted")
+    stored.meta["val"] = value  # which a linear that takes it as its input asks for
+    for reader in readers:
+        reader.replace_input_with(weight, stored)
     return {site.name + end: torch.zeros(size, dtype=value.dtype, device=value.device) for end, size in sizes.items()}
 
 
-class Call:
-    """One call of a weight, to which (x A) B is added: with the rows and columns it reads, or with Bᵀ and Aᵀ where it
-    reads Wᵀ. A bias is added last where it is an operator of its own in ONNX, so that what follows fuses with it."""
-
-    def __init__(self, graph: fx.Graph, site: Site, use: Use, dtype: torch.dtype):
-        self.graph, self.site, self.use, self.dtype = graph, site, use, dtype
-        self.before = use.node.next
-
-    def emit(self, target: object, args: tuple, term: str) -> fx.Node:
-        node = self.use.node
-        with self.graph.inserting_before(self.before):
-            made = self.graph.call_function(target, args)
-        made.meta = {key: value for key, value in node.meta.items() if key in ("nn_module_stack", "stack_trace")}
-        custom = {META: {"site": self.site.name, "adapter": "slot", "term": term}}
-        made.meta["custom"] = {**custom, STAMP: f"{node.name}_slot_{term}"}
-        return made
-
-    def add(self, A: fx.Node, B: fx.Node, done: dict[fx.Node, fx.Node]) -> None:
-        node, use = self.use.node, self.use
-        first, second = self.seen(A, B)
-        if use.form == "embedding":
-            picked = [use.x] if node.target is aten.index.Tensor else use.x
-            low = self.emit(node.target, (first, picked), "A")
+def read_laid(reader: fx.Node, weight: fx.Node, laid: fx.Node) -> bool:
+    """Has a reader of a weight [out, in] read the same weight `laid` out as [in, out] instead, where it is a linear or
+    a transpose; whether it is. A linear becomes a product and a sum, or one addmm, as it does in ONNX."""
+    if reader.target is aten.linear.default and not reader.kwargs and reader.args[0] is not weight:
+        x, _, bias = (*reader.args, None)[:3]
+        if bias is None:
+            reader.target, reader.args = aten.matmul.default, (x, laid)
+        elif x.meta["val"].ndim == 2:
+            reader.target, reader.args = aten.addmm.default, (bias, x, laid)
         else:
-            low = self.emit(aten.matmul.default, (use.x, first), "A")
-        update = self.emit(aten.matmul.default, (low, second), "B")
-        users = list(node.users)
-        bias = use.bias if node.target is aten.linear.default and node.meta["val"].ndim > 2 else None
-        if bias is not None:
-            node.args = node.args[:2]
-        total = self.emit(aten.add.Tensor, (node, update), "sum")
-        if bias is not None:
-            total = self.emit(aten.add.Tensor, (total, bias), "bias")
-        total.meta["val"] = node.meta["val"]
-        for user in users:
-            user.replace_input_with(node, total)
-        done[node] = total
-
-    def seen(self, A: fx.Node, B: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """The factors of what the call sees of Wᵀ, in the dtype it sees."""
-        for dim, start, stop in self.use.view.cuts:
-            if dim in self.site.layout.out:
-                B = self.emit(aten.slice.Tensor, (B, 1, start, stop), "B_part")
-            else:
-                A = self.emit(aten.slice.Tensor, (A, 0, start, stop), "A_part")
-        if self.use.layout != self.site.layout:
-            A, B = (self.emit(aten.t.default, (factor,), f"{name}_t") for factor, name in ((B, "B"), (A, "A")))
-        dtype = self.use.node.meta["val"].dtype
-        if dtype != self.dtype:
-            A, B = (self.emit(aten.to.dtype, (f, dtype), f"{name}_cast") for f, name in ((A, "A"), (B, "B")))
-        return A, B
+            with reader.graph.inserting_before(reader):
+                product = reader.graph.call_function(aten.matmul.default, (x, laid))
+            product.meta = dict(reader.meta)
+            reader.target, reader.args = aten.add.Tensor, (product, bias)
+        return True
+    if reader.op == "call_function" and step(reader, View((0, 1))) == View((1, 0)):
+        reader.replace_all_uses_with(laid)
+        reader.graph.erase_node(reader)
+        return True
+    return False

@@ -45,8 +45,8 @@ def updates(program: Program, rank: int | None = None, tolerance: float = 0.01) 
             values[target.name] = target.evaluate(held)
             continue
         down, up, errors[target.name] = own_factors(target, held, rank) or low_rank(target, held, rank)
-        ranks[target.name] = len(down)
-        values |= {target.name + A: down.T.contiguous(), target.name + B: up.T.contiguous()}
+        ranks[target.name] = down.shape[-2]
+        values |= {target.name + A: down.mT.contiguous(), target.name + B: up.mT.contiguous()}
     check(errors, rank, tolerance)
     return Updates(values, ranks, errors)
 
@@ -63,5 +63,5 @@ def own_factors(
     if type(method) not in (LoRA, RsLoRA) or (rank is not None and method.r > rank):
         return None
     down, up = tensors["A"], tensors["B"]
-    unit = torch.eye(len(down), dtype=down.dtype, device=down.device)
+    unit = torch.eye(down.shape[-2], dtype=down.dtype, device=down.device)
     return down, method.weight(torch.zeros_like(up), unit, up), 0.0

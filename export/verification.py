@@ -18,6 +18,7 @@ from subgraph_peft.module import home_of
 from subgraph_peft.program import Program
 from subgraph_peft.signature import Signature
 
+from .adapters import Adapters
 from .axes import Axes, other_sizes, resize, sizes_of
 from .inference import axes_of, flat_example
 from .report import Drift, Verification
@@ -83,6 +84,7 @@ def verify(
     example: Mapping[str, Any] | None = None,
     *,
     bound: float | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> Verification:
     """Run the ONNX file at `path` and `reference` on the same inputs, at two sizes of every dynamic dimension.
 
@@ -91,8 +93,10 @@ def verify(
     bound:      on the largest difference of each output, absolute or relative to its largest value: by default 1e-4
                 for float32, 1e-6 for float64, 1e-2 for float16, 5e-2 for bfloat16 and 8-bit weights, 0.5 for 4-bit
                 ones, whichever of both sides is coarser. Other outputs have to be equal
+    adapter:    an adapter file in the model's slots
 
-    Raises ExportError where the file cannot be run, takes other inputs, or differs by more than the bound.
+    Raises ExportError where the file cannot be run, takes other inputs, or differs by more than the bound, and for an
+    adapter that does not fit.
     """
     opened = session(path)
     if isinstance(reference, Program):
@@ -103,7 +107,8 @@ def verify(
     else:
         expected = module_reference(reference, example, opened)
     bound = bound_of(opened, expected.dtype) if bound is None else bound
-    return compare(opened, expected.cases(inputs_of(opened)), bound)
+    slots = Adapters(opened).load(adapter).values if adapter else {}
+    return compare(opened, expected.cases(inputs_of(opened)), bound, slots)
 
 
 def program_reference(program: Program, example: Mapping[str, Any] | None = None) -> Reference:

@@ -216,6 +216,7 @@ def verify(
     set_: Set = [],  # noqa: B006
     output: Output = None,
     adapter: Adapter = None,
+    file: Annotated[Path | None, typer.Option("--adapter-file", help="onnxruntime adapter in the file's slots")] = None,
 ) -> None:
     """Compare an ONNX file with the pipeline's torch model, adapter folded in, in onnxruntime."""
     from .export import verify as verify_
@@ -223,7 +224,7 @@ def verify(
 
     with refusals():
         state = with_adapter(configured(against, set_, output), adapter)
-        print_rows("Verified", verify_(model, Fold()(state).state.program).rows())
+        print_rows("Verified", verify_(model, Fold()(state).state.program, adapter=file).rows())
 
 
 @app.command()

@@ -75,6 +75,9 @@ def test_run_with_slots_writes_the_base_and_an_adapter(pipeline, tmp_path):
     for stage, adapter in (("before", None), ("after", folder / "adapter.onnx_adapter")):
         found = evaluate(folder / "model.onnx", rows(), adapter=adapter)
         assert found["loss"] == pytest.approx(scores[stage]["loss"], abs=1e-5)
+    verify = ("verify", folder / "model.onnx", "--against", pipeline)
+    assert "drift of logits" in call(*verify, "--adapter-file", folder / "adapter.onnx_adapter")
+    assert "differs from torch" in call(*verify, code=1)
     again = call("export", pipeline, "--set", "export.file=again.onnx", "--set", "export.adapter=again.onnx_adapter")
     assert "replaces" in again
     assert (folder / "again.onnx_adapter").read_bytes() == (folder / "adapter.onnx_adapter").read_bytes()

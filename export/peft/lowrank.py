@@ -32,7 +32,7 @@ def lora_pieces(program: Program, rank: int | None, tolerance: float) -> tuple[l
         if target.part == "weight":
             adapter, site = target.chain[0]
             A, B, errors[target.name] = low_rank(target, held, rank)
-            method = LoRA(r=len(A), alpha=len(A))
+            method = LoRA(r=A.shape[-2], alpha=A.shape[-2])
             found.append(Piece(adapter.name, site, method, {"A": A, "B": B}, {}))
     check(errors, rank, tolerance)
     return found, errors
@@ -41,7 +41,7 @@ def lora_pieces(program: Program, rank: int | None, tolerance: float) -> tuple[l
 def low_rank(
     target: Target, held: Mapping[str, torch.Tensor], rank: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """A [r, in] and B [out, r] in the dtype of the adapter, and ‖ΔW − B A‖ / ‖ΔW‖."""
+    """A [r, in] and B [out, r] in the dtype of the adapter, a stack of them for a stack, and ‖ΔW − B A‖ / ‖ΔW‖."""
     adapter, site = target.chain[0]
     dtype = held[next(iter(adapter.paths(site).values()))].dtype
     W = Target("weight", target.name, site, ()).evaluate(held, torch.float64)
@@ -61,20 +61,22 @@ def check(errors: Mapping[str, float], rank: int | None, tolerance: float) -> No
 
 
 def factors(update: torch.Tensor, W: torch.Tensor, where: str, rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of rank at most `rank`, with B A the closest to the update; a zero row and column where it is zero."""
+    """A and B of rank at most `rank`, with B A the closest to the update; a zero row and column where it is zero. In a
+    stack the largest rank is that of all."""
     U, S, Vh = torch.linalg.svd(update, full_matrices=False)
-    noise = max(update.shape) * torch.finfo(S.dtype).eps * (torch.linalg.matrix_norm(W) + S[0])
-    full = int((noise < S).sum())
+    rows, columns = update.shape[-2:]
+    noise = max(rows, columns) * torch.finfo(S.dtype).eps * (torch.linalg.matrix_norm(W)[..., None] + S[..., :1])
+    full = int((noise < S).sum(-1).max())
     r = max(1, full if rank is None else min(rank, full))
-    if rank is None and r * sum(update.shape) >= update.numel():
+    if rank is None and r * (rows + columns) >= rows * columns:
         raise MethodError(
             f"The update of {where} {list(update.shape)} has rank {full}: it is not low. Give rank= for a truncated "
             "one with its error stated, or fold it into plain weights."
         )
-    root = torch.where(S[:r] > noise, S[:r], 0).sqrt()
-    return root[:, None] * Vh[:r], U[:, :r] * root
+    root = torch.where(noise < S, S, 0)[..., :r].sqrt()
+    return root[..., None] * Vh[..., :r, :], U[..., :r] * root[..., None, :]
 
 
 def relative(lost: torch.Tensor, update: torch.Tensor) -> float:
-    size = torch.linalg.matrix_norm(update).item()
-    return torch.linalg.matrix_norm(lost).item() / size if size else 0.0
+    size = torch.linalg.vector_norm(update).item()
+    return torch.linalg.vector_norm(lost).item() / size if size else 0.0

@@ -47,8 +47,8 @@ def plain(method: Method, tensors: Tensors) -> tuple[Method, Tensors]:
         inner, factors = plain(method.of, {name: value for name, value in tensors.items() if name != "m"})
         return DoRA(of=inner, norm_gradient=method.norm_gradient), {**factors, "m": tensors["m"]}
     if isinstance(method, PiSSA):
-        A = torch.cat([tensors["A"], tensors["A0"]])
-        B = torch.cat([tensors["B"], -tensors["B0"]], dim=1)
+        A = torch.cat([tensors["A"], tensors["A0"]], dim=-2)
+        B = torch.cat([tensors["B"], -tensors["B0"]], dim=-1)
         alpha = method.r if method.alpha is None else method.alpha
         return LoRA(r=2 * method.r, alpha=2 * alpha), {"A": A, "B": B}
     return method, tensors

@@ -113,6 +113,18 @@ def test_two_adapters_act_at_once_where_they_share_no_slot(model, opened, tmp_pa
         np.testing.assert_allclose(kept, opened.run(x, *adapters)["output_1"].numpy(), atol=1e-6)
 
 
+def test_a_file_is_verified_with_an_adapter(model, exported, tmp_path):
+    program, path = adapted(), tmp_path / "adapter.onnx_adapter"
+    export.to_adapter(program, path, model)
+    for reference in (program, sp.fold(program)):
+        assert export.verify(model, reference, adapter=path).drift["output_1"].relative < 1e-5
+    for reference, given in ((program, None), (captured("mlp"), path)):
+        with pytest.raises(sp.ExportError, match="differs from torch: output_1"):
+            export.verify(model, reference, adapter=given)
+    with pytest.raises(sp.ExportError, match="The model has no slots"):
+        export.verify(exported("mlp").path, program, adapter=path)
+
+
 def test_a_model_without_slots_is_refused(exported, tmp_path):
     with pytest.raises(sp.ExportError, match="The model has no slots for adapters: export.to_onnx"):
         export.Adapters(exported("mlp").path)
