@@ -56,6 +56,7 @@ def fuse(model: ir.Model) -> dict[str, int]:
     """
     with set_aside(model.graph):
         optimize_for_ort(model)
+    repeat_positions(model.graph)
     for node in list(model.graph):
         if node.op_type == "Concat":
             sum_once(node)
@@ -65,6 +66,26 @@ def fuse(model: ir.Model) -> dict[str, int]:
             store(node, joined(parts, node.attributes["axis"].as_int()), common([v.name for v in node.inputs]))
     passes.RemoveUnusedNodesPass()(model)
     return dict(Counter(node.op_type for node in model.graph if node.domain == MICROSOFT))
+
+
+def repeat_positions(graph: ir.Graph) -> None:
+    """Positions [1, length] of rotary embeddings, which the sequences of a batch share, repeated for each of them:
+    onnxruntime asks for as many."""
+    repeated: dict[ir.Value, ir.Value] = {}
+    for node in [node for node in graph if node.op_type == "RotaryEmbedding" and node.domain == MICROSOFT]:
+        x, positions = node.inputs[:2]
+        if positions.shape is None or len(positions.shape) != 2 or positions.shape[0] != 1:
+            continue
+        if positions not in repeated:
+            batch = ir.node("Shape", [x], {"start": 0, "end": 1})
+            length = ir.node("Shape", [positions], {"start": 1, "end": 2})
+            sizes = ir.node("Concat", [batch.outputs[0], length.outputs[0]], {"axis": 0})
+            expand = ir.node("Expand", [positions, sizes.outputs[0]])
+            for index, made in enumerate((batch, length, sizes, expand)):
+                made.outputs[0].name = f"{positions.name}_repeated_{index}"
+                graph.insert_before(node, made)
+            repeated[positions] = expand.outputs[0]
+        node.replace_input_with(1, repeated[positions])
 
 
 def sum_once(node: ir.Node) -> None:

@@ -137,6 +137,30 @@ def test_what_is_fused(tmp_path, exported, name, fused):
     export.verify(tmp_path / "model.onnx", captured(name))
 
 
+class Rotary(nn.Module):
+    """Queries turned by their positions, the same for all sequences of a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Linear(24, 24)
+        self.register_buffer("inv_freq", 1.0 / 50.0 ** (torch.arange(0, 12, 2) / 12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(x.shape[1])[None, None].float()
+        angles = (self.inv_freq[None, :, None].expand(1, -1, 1) @ places).transpose(1, 2)
+        angles = torch.cat((angles, angles), dim=-1)
+        q = self.query(x).view(x.shape[0], x.shape[1], 2, 12).transpose(1, 2)
+        turned = torch.cat((-q[..., 6:], q[..., :6]), dim=-1)
+        return q * angles.cos().unsqueeze(1) + turned * angles.sin().unsqueeze(1)
+
+
+def test_rotary_embeddings_of_positions_that_a_batch_shares(tmp_path):
+    torch.manual_seed(0)
+    program = sp.capture(Rotary(), {"x": torch.randn(3, 5, 24)})
+    report = export.to_onnx(program, tmp_path / "model.onnx", optimize=True)
+    assert report.fused == {"RotaryEmbedding": 1} and report.drift["output"].relative < 1e-5
+
+
 def test_a_half_precision_model_is_fused_like_a_whole_one(tmp_path):
     report = export.to_onnx(captured("tied_llama"), tmp_path / "model.onnx", optimize=True, dtype="float16")
     assert report.fused == {"MultiHeadAttention": 2, "SkipSimplifiedLayerNormalization": 4}
