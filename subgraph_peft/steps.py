@@ -249,7 +249,6 @@ class Export(Pass):
 
     def apply(self, state: State) -> tuple[State, str]:
         from .export import to_adapter, to_onnx
-        from .merged import save_merged
 
         parts = (getattr(state.model, "config", None), state.tokenizer)
 
@@ -259,9 +258,7 @@ class Export(Pass):
                 optimize=self.optimize, quantize=self.quantize, slots=self.slots,
                 beside=[part for part in parts if hasattr(part, "save_pretrained")],
             )  # fmt: skip
-            merged = None
-            if self.weights and state.folder is not None and not state.program.adapters:
-                merged = save_merged(state.program, state.model, state.tokenizer, state.folder / "merged")
+            merged = write_merged(state) if self.weights else None
             adapter = None
             if self.slots and state.program.adapters:
                 adapter = to_adapter(state.program, state.resolve(self.adapter), report.path)
@@ -298,8 +295,18 @@ class Export(Pass):
         )
 
 
+def write_merged(state: State) -> Any:
+    """The merged model, where the program is one and there is a folder to write to."""
+    from .merged import save_merged
+
+    if state.folder is None or state.program.adapters:
+        return None
+    return save_merged(state.program, state.model, state.tokenizer, state.folder / "merged")
+
+
 class Decoder(Pass):
-    """Write a folder that generates: ONNX with a key-value cache, verified in onnxruntime, and the tokenizer."""
+    """Write a folder that generates: ONNX with a key-value cache, verified in onnxruntime, and the tokenizer; with
+    `weights`, the merged model too."""
 
     name: ClassVar[str] = "decoder"
 
@@ -309,6 +316,7 @@ class Decoder(Pass):
     optimize: bool = Field(False, description="fuse attention, norms and activations for onnxruntime")
     quantize: Literal[4, 8] | None = Field(None, description="bits of the weights of matrix products")
     logits_to_keep: int = Field(1, ge=0, description="of the last tokens; 0 keeps the logits of all")
+    weights: bool = True
 
     def requires(self, state: State) -> None:
         if state.program is None or state.model is None:
@@ -317,11 +325,18 @@ class Decoder(Pass):
     def apply(self, state: State) -> tuple[State, str]:
         from .export import to_decoder
 
-        options = self.model_dump(exclude={"folder"})
+        options = self.model_dump(exclude={"folder", "weights"})
         target = state.resolve(self.folder)
-        report = on_first(lambda: to_decoder(state.program, state.model, target, tokenizer=state.tokenizer, **options))
+
+        def write() -> Any:
+            report = to_decoder(state.program, state.model, target, tokenizer=state.tokenizer, **options)
+            return report, write_merged(state) if self.weights else None
+
+        report, merged = on_first(write)
         size = sum(file.bytes for file in report.files.values()) / 2**20
         summary = f"{report.folder}: {', '.join(report.files)}, {size:.1f} MiB, drift {report.drift:.1e}"
+        if merged is not None:
+            summary += f"; weights: {merged}"
         return state.with_record("decoder", report), summary
 
 
