@@ -124,7 +124,7 @@ class Adapters:
         """A value on the session's device; numpy, by which it gets there, has no bfloat16."""
         if provider(self.session) != CUDA or value.data_type() == "tensor(bfloat16)":
             return value
-        return onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy(), "cuda", 0)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy(), "cuda", torch.cuda.current_device())
 
     def run(self, inputs: Mapping[str, torch.Tensor], *adapters: LoadedAdapter) -> dict[str, torch.Tensor]:
         """Outputs by name, on the CPU, of the base under these adapters. Raises ExportError."""

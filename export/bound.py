@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import onnxruntime
 import torch
@@ -13,6 +14,8 @@ from subgraph_peft.errors import ExportError
 
 from .adapters import LoadedAdapter, together
 from .runtime import CUDA, first_line, provider, session
+
+SHAPES = 32  # whose buffers are kept
 
 
 @dataclass
@@ -35,9 +38,9 @@ class BoundSession:
 
     path:        an ONNX file
     cuda_graph:  on CUDA, record each shape at its first calls and launch the recording from then on; possible where all
-                 of the model runs on the device. Few shapes: each keeps its buffers
+                 of the model runs on the device. The last 32 shapes, each with its adapters, keep their buffers
 
-    On the CPU provider it runs as any session. Raises ExportError for inputs that the file does not take.
+    On the CPU provider it runs as any session. Raises ExportError for inputs that the file lacks, or does not take.
     """
 
     def __init__(self, path: str | os.PathLike, *, cuda_graph: bool = True):
@@ -45,7 +48,9 @@ class BoundSession:
         options = {} if self.stream is None else {"user_compute_stream": str(self.stream.cuda_stream)}
         self.opened = session(path, enable_cuda_graph="1" if cuda_graph else "0", **options)
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.on_cuda else torch.device("cpu")
+        self.taken = {value.name: dtype_of(value) for value in self.opened.get_inputs()}
         self.bindings: dict[tuple, Binding] = {}
+        self.numbers = count(1)
 
     @property
     def on_cuda(self) -> bool:
@@ -55,17 +60,30 @@ class BoundSession:
         self, inputs: Mapping[str, torch.Tensor], adapters: Sequence[LoadedAdapter] = ()
     ) -> dict[str, torch.Tensor]:
         """adapters: from `export.Adapters(run.opened).load(path)`, active for this run"""
-        key = (*((name, *tensor.shape) for name, tensor in sorted(inputs.items())), *map(id, adapters))
-        if key not in self.bindings:
-            self.bindings[key] = self.bind(inputs, adapters)
-        binding = self.bindings[key]
+        inputs = self.checked(inputs)
+        key = (*((name, *tensor.shape) for name, tensor in inputs.items()), *map(id, adapters))
+        caller = torch.cuda.current_stream(self.device) if self.on_cuda else None
+        if caller:
+            self.stream.wait_stream(caller)
         with torch.cuda.stream(self.stream):
-            if self.stream is not None:
-                self.stream.wait_stream(torch.cuda.default_stream())
+            binding = self.bindings.pop(key, None) or self.bind(inputs, adapters)
+            self.bindings[key] = binding
+            if len(self.bindings) > SHAPES:
+                del self.bindings[next(iter(self.bindings))]
             for name, buffer in binding.inputs.items():
                 buffer.copy_(inputs[name], non_blocking=True)
-        self.run(binding)
+            self.run(binding)
+        if caller:
+            caller.wait_stream(self.stream)
         return binding.outputs
+
+    def checked(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """In the file's order. Raises ExportError."""
+        wrong = [f"{name} is not given" for name in self.taken if not isinstance(inputs.get(name), torch.Tensor)]
+        wrong += [f"{name} is none of its inputs" for name in inputs if name not in self.taken]
+        if wrong:
+            raise ExportError(f"The file takes {', '.join(self.taken)}; {', '.join(wrong)}.")
+        return {name: inputs[name] for name in self.taken}
 
     def run(self, binding: Binding) -> None:
         try:
@@ -76,24 +94,21 @@ class BoundSession:
             ) from error
 
     def bind(self, inputs: Mapping[str, torch.Tensor], adapters: Sequence[LoadedAdapter]) -> Binding:
-        taken = {value.name: dtype_of(value) for value in self.opened.get_inputs()}
-        if missing := [name for name in taken if name not in inputs]:
-            raise ExportError(f"The file takes {', '.join(taken)}; {', '.join(missing)} is not given.")
-        held = {name: inputs[name].to(self.device, dtype, copy=True).contiguous() for name, dtype in taken.items()}
+        held = {name: inputs[name].to(self.device, dtype, copy=True).contiguous() for name, dtype in self.taken.items()}
         bound = self.opened.io_binding()
         for name, tensor in held.items():
-            bound.bind_input(name, *place(tensor))
+            bound.bind_input(name, *memory(tensor))
         for name, value in together(adapters).items():
             bound.bind_ortvalue_input(name, value)
         for value in self.opened.get_outputs():
             bound.bind_output(value.name, self.device.type, self.device.index or 0)
         self.run(Binding(held, {}, bound, self.options(-1), adapters))  # for the sizes of its outputs
-        binding = Binding(held, {}, bound, self.options(len(self.bindings) + 1), adapters)
+        binding = Binding(held, {}, bound, self.options(next(self.numbers)), adapters)
         for value, found in zip(self.opened.get_outputs(), bound.get_outputs(), strict=True):
             binding.outputs[value.name] = torch.empty(found.shape(), dtype=dtype_of(value), device=self.device)
         bound.clear_binding_outputs()
         for name, tensor in binding.outputs.items():
-            bound.bind_output(name, *place(tensor))
+            bound.bind_output(name, *memory(tensor))
         return binding
 
     def options(self, graph: int) -> onnxruntime.RunOptions:
@@ -104,7 +119,7 @@ class BoundSession:
         return options
 
 
-def place(tensor: torch.Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
+def memory(tensor: torch.Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
     """Device, its number, dtype, shape and address, as `bind_input` takes them."""
     return (
         tensor.device.type,

@@ -35,6 +35,7 @@ def data_name(target: Path) -> str:
 
 def write(model: ir.Model, path: Path, external: bool) -> None:
     """`path`; and `<name>.data` with the weights, where one file cannot hold them or `external` asks for it."""
+    path.with_name(data_name(path)).unlink(missing_ok=True)  # of a form that was written to be checked
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     apart = external or size > PROTOBUF_LIMIT - ROOM_FOR_THE_GRAPH
     try:
@@ -57,9 +58,9 @@ def place(folder: Path, target: Path) -> None:
 
     Data of a former model goes when the new one has none.
     """
-    staged_model, former = folder / target.name, folder / "former"
+    staged_model = folder / target.name
     new = sorted(file.name for file in folder.iterdir() if file != staged_model)
-    former.mkdir()
+    former = Path(tempfile.mkdtemp(dir=folder, prefix="former"))
     names = sorted({*new, data_name(target)})
     try:
         for name in names:
@@ -72,7 +73,7 @@ def place(folder: Path, target: Path) -> None:
         if staged_model.exists():
             for name in names:
                 if name in new and not (folder / name).exists():
-                    (target.parent / name).unlink()
+                    os.replace(target.parent / name, folder / name)
                 if (former / name).exists():
                     os.replace(former / name, target.parent / name)
         raise

@@ -21,7 +21,7 @@ def lay_out(model: ir.Model) -> None:
         if node.op_type == "Gemm":
             split(node)
     for node in list(model.graph):
-        if node.op_type == "Transpose" and alone(node.inputs[0]):
+        if node.op_type == "Transpose" and alone(node.inputs[0]) and not node.outputs[0].is_graph_output():
             (weight,) = node.inputs
             store(node, transposed(weight.const_value, node.attributes["perm"].as_ints()), f"{weight.name}.T")
 
@@ -125,10 +125,16 @@ def store(node: ir.Node, tensor: ir.TensorProtocol, name: str) -> None:
             del graph.initializers[value.name]
 
 
+def is_tied(node: ir.Node) -> bool:
+    """A weight that others read too, transposed inside the graph."""
+    (weight,) = node.inputs
+    return weight is not None and weight.is_initializer() and not node.outputs[0].is_graph_output()
+
+
 @contextmanager
 def set_aside(graph: ir.Graph) -> Iterator[None]:
     """Transposed tied weights are inputs meanwhile, so that no rule computes and stores them a second time."""
-    nodes = [n for n in graph if n.op_type == "Transpose" and n.inputs[0] is not None and n.inputs[0].is_initializer()]
+    nodes = [node for node in graph if node.op_type == "Transpose" and is_tied(node)]
     weights = [node.inputs[0] for node in nodes]
     stands = []
     for node in nodes:

@@ -7,29 +7,33 @@ import torch
 from onnx_ir.passes import common as passes
 from onnx_ir.traversal import RecursiveGraphIterator
 
-from .weights import converted
+from .weights import converted, values
 
 FLOAT = ir.DataType.FLOAT
 DTYPES = {torch.float32: FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
 
-ANGLES = {"Cos", "Sin"}  # and what they are computed from: positions beyond 2048 are no float16
+ANGLES = {"Cos", "Sin"}  # and what computes them from positions: those beyond 2048 are no float16
 ALONE = {"Pow", "Exp", "Log", "Softplus", "Range", "CumSum"}
-REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSumExp"}
+REDUCTIONS = {
+    "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSumExp", "ReduceMax", "ReduceMin",
+}  # fmt: skip
 CARRIED = {"Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Neg", "Max", "Min", "Clip"}  # on the way to x / √mean
+LAYERS = {"Gemm", "Conv", "ConvTranspose", "Gather", "LayerNormalization", "GroupNormalization", "LSTM", "GRU", "RNN"}
+INTEGERS = {ir.DataType.INT64, ir.DataType.INT32}
 ALWAYS_FLOAT = {"Resize": (1, 2)}
 
 
 def narrow(model: ir.Model, dtype: torch.dtype) -> None:
     """Compute the float32 part of `model` in `dtype`, float16 or bfloat16, in place.
 
-    Inputs, outputs and weights are of that dtype. Means, sums, powers, exponentials and the angles of rotary embeddings
-    stay in float32, and what joins a mean with the values that it is the mean of; norms and softmax that are one
-    operator accumulate in float32 by themselves.
+    Inputs, outputs and weights are of that dtype. Means, sums, powers, exponentials, the angles of rotary embeddings
+    and what is rounded to integers stay in float32, and what joins a mean with the values that it is the mean of, or
+    adds a number that the dtype does not have; norms and softmax that are one operator accumulate in float32.
     """
     target = DTYPES[dtype]
     passes.ShapeInferencePass()(model)
-    wide = in_float32(model.graph)
-    made = [value for value in values(model.graph) if value.dtype is FLOAT]
+    wide = in_float32(model.graph, dtype)
+    made = {value for value in everything(model.graph) if value.dtype is FLOAT}
     held: dict[ir.Value, ir.Value] = {}
     for value in made:
         if value.producer() not in wide:
@@ -52,7 +56,7 @@ def narrow(model: ir.Model, dtype: torch.dtype) -> None:
     passes.RemoveUnusedNodesPass()(model)
 
 
-def values(graph: ir.Graph) -> Iterator[ir.Value]:
+def everything(graph: ir.Graph) -> Iterator[ir.Value]:
     yield from (*graph.inputs, *graph.initializers.values())
     for node in RecursiveGraphIterator(graph):
         yield from node.outputs
@@ -69,7 +73,7 @@ def floats(found: Iterable[ir.Value | None]) -> list[ir.Value]:
     return [value for value in found if value is not None and value.dtype is FLOAT]
 
 
-def in_float32(graph: ir.Graph) -> set[ir.Node]:
+def in_float32(graph: ir.Graph, dtype: torch.dtype) -> set[ir.Node]:
     """The nodes that stay in float32."""
     wide: set[ir.Node] = set()
     means: set[ir.Node] = set()  # nodes whose result is a mean, or comes from means alone
@@ -79,27 +83,49 @@ def in_float32(graph: ir.Graph) -> set[ir.Node]:
         varying = [value.producer() for value in floats(node.inputs) if not value.is_initializer()]
         if node.op_type in REDUCTIONS:
             means.add(node)
+            wide.update(
+                producer for producer in varying if producer is not None and producer.op_type == "Mul"
+            )  # squares
         elif node.op_type in CARRIED and means.intersection(varying):
             wide.add(node)
             if means.issuperset(varying):
                 means.add(node)
-        if node.op_type in ALONE | REDUCTIONS:
+        if node.op_type in ALONE | REDUCTIONS or adds_what_vanishes(node, dtype):
             wide.add(node)
-        if node.op_type in ANGLES:
+        if node.op_type in ANGLES or node.op_type == "Cast" and node.outputs[0].dtype in INTEGERS:
             wide.update(cone(node))
     return wide
 
 
+def adds_what_vanishes(node: ir.Node, dtype: torch.dtype) -> bool:
+    """A number such as the 1e-10 that keeps a logarithm finite."""
+    numbers = [value.const_value for value in floats(node.inputs) if value.is_initializer()]
+    small = [values(number) for number in numbers if node.op_type in CARRIED and number.size == 1]
+    return any(number.item() != 0 and number.to(dtype).item() == 0 for number in small)
+
+
 def cone(node: ir.Node) -> set[ir.Node]:
-    """`node` and all that computes its float inputs."""
+    """`node` and what computes its float inputs, from the last layers on."""
     found, open_ = {node}, [node]
     while open_:
         for value in floats(open_.pop().inputs):
             producer = value.producer()
-            if producer is not None and producer not in found:
+            if producer is not None and producer not in found and not is_layer(producer):
                 found.add(producer)
                 open_.append(producer)
     return found
+
+
+def is_layer(node: ir.Node) -> bool:
+    """Whether it has weights, as the products of positions and frequencies do not."""
+    return node.op_type in LAYERS or node.op_type == "MatMul" and any(map(is_matrix, node.inputs))
+
+
+def is_matrix(value: ir.Value) -> bool:
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Transpose":
+        return is_matrix(producer.inputs[0])
+    return value.is_initializer() and sum(size != 1 for size in value.shape) > 1
 
 
 def retarget(node: ir.Node, target: ir.DataType, wide: set[ir.Node]) -> None:

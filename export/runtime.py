@@ -45,7 +45,7 @@ def session(path: str | os.PathLike, on: str | None = None, **cuda: str) -> onnx
     if on in (None, CUDA) and CUDA in available:
         with contextlib.redirect_stdout(io.StringIO()):
             onnxruntime.preload_dlls()
-        wanted = [(CUDA, {"use_tf32": "0", **cuda}), CPU]
+        wanted = [(CUDA, {"use_tf32": "0", "device_id": str(torch.cuda.current_device()), **cuda}), CPU]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
     try:

@@ -90,7 +90,7 @@ def verify(
 
     reference:  a Program, or an eager module whose arguments and outputs have the file's names
     example:    inputs by name; a Program brings its own. The second size is one shorter, cropped from these
-    bound:      on the largest difference of each output, absolute or relative to its largest value: by default 1e-4
+    bound:      on the largest difference of each output, relative to its largest value: by default 1e-4
                 for float32, 1e-6 for float64, 1e-2 for float16, 5e-2 for bfloat16 and 8-bit weights, 0.5 for 4-bit
                 ones, whichever of both sides is coarser. Other outputs have to be equal
     adapter:    an adapter file in the model's slots

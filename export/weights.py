@@ -9,6 +9,8 @@ from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 
 from subgraph_peft.errors import ExportError
 
+MASK = 1e30  # at least this is what hides positions, not a weight
+
 
 class Computed(ir.LazyTensor):
     """Values that `compute` gives each time they are asked for."""
@@ -37,20 +39,21 @@ def joined(tensors: Sequence[ir.TensorProtocol], axis: int) -> Computed:
 
 
 def converted(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str) -> Computed:
-    """In another dtype. A single number, as a mask holds it, is clamped to the dtype's range; raises ExportError, when
-    it is computed, for a weight beyond it."""
+    """In another dtype. Numbers of a mask's size are clamped to the dtype's range; raises ExportError, when it is
+    computed, for a weight beyond it."""
 
     def compute() -> torch.Tensor:
         wide, target = values(tensor), to_torch_dtype(dtype)
         limit = torch.finfo(target).max
-        if wide.numel() == 1:
-            return torch.where(wide.isinf(), wide, wide.clamp(-limit, limit)).to(target)
         narrow = wide.to(target)
-        if narrow.isinf().any() and not wide.isinf().any():
+        beyond = narrow.isinf() & ~wide.isinf()
+        if not beyond.any():
+            return narrow
+        if wide.numel() > 1 and wide[beyond].abs().min() < MASK:
             raise ExportError(
-                f"{name} holds {wide.abs().max().item():.3g}, beyond the largest {dtype.name.lower()} ({limit:.0f}). "
-                "Export it in bfloat16 or float32."
+                f"{name} holds {wide[beyond].abs().max().item():.3g}, beyond the largest {dtype.name.lower()} "
+                f"({limit:.0f}). Export it in {'bfloat16 or ' if target is torch.float16 else ''}float32."
             )
-        return narrow
+        return torch.where(beyond, wide.sign() * limit, wide).to(target)
 
     return Computed(compute, dtype, tensor.shape.numpy())

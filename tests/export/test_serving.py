@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx_ir.passes.common import ShapeInferencePass
 from onnxruntime import InferenceSession, SessionOptions
-from subgraph_peft.export import fuse, precision, quantize, weights
+from subgraph_peft.export import files, fuse, precision, quantize, weights
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
@@ -86,6 +86,94 @@ def test_means_of_squares_do_not_overflow(tmp_path):
     report = export.to_onnx(program, tmp_path / "model.onnx", dtype=torch.float16)
     assert report.drift["output"].relative < 2e-3
     assert operators(tmp_path / "model.onnx")["Cast"] >= 2
+
+
+class Spread(nn.Module):
+    """x / its deviation, whose squares overflow in half precision."""
+
+    def __init__(self, form: str):
+        super().__init__()
+        self.form, self.scale = form, nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 600
+        d = x - x.mean(-1, keepdim=True)
+        squares = {"var": lambda: x.var(-1, keepdim=True), "d d": lambda: (d * d).mean(-1, keepdim=True)}
+        return self.scale(d / torch.sqrt(squares[self.form]() + 1e-5))
+
+
+@pytest.mark.parametrize("form", ["var", "d d"])
+def test_deviations_do_not_overflow(tmp_path, form):
+    torch.manual_seed(0)
+    program = sp.capture(Spread(form), {"x": torch.randn(3, 6)})
+    report = export.to_onnx(program, tmp_path / "model.onnx", dtype=torch.float16)
+    assert report.drift["output"].relative < 2e-3
+
+
+class Guarded(nn.Module):
+    """What a small number keeps finite."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"unit": x / (x.abs().amax(-1, keepdim=True) + 1e-8), "log": torch.log(torch.relu(x) + 1e-10)}
+
+
+def test_numbers_that_half_precision_does_not_have_keep_their_effect(tmp_path):
+    program = sp.capture(Guarded(), {"x": torch.randn(3, 6)})
+    export.to_onnx(program, tmp_path / "model.onnx", dtype="float16")
+    x = torch.zeros(2, 6)
+    found = export.BoundSession(tmp_path / "model.onnx")({"x": x})
+    assert torch.equal(found["unit"].float().cpu(), x) and torch.allclose(
+        found["log"].float().cpu(), x - 23.03, atol=0.1
+    )
+
+
+class Snake(nn.Module):
+    """x + sin² x between layers: angles that come from weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            x = x + torch.sin(x) * torch.sin(x)
+        return x
+
+
+def test_layers_before_a_sine_are_in_half_precision(tmp_path):
+    torch.manual_seed(0)
+    export.to_onnx(sp.capture(Snake(), {"x": torch.randn(3, 32)}), tmp_path / "model.onnx", dtype="float16")
+    stored = initializers(tmp_path / "model.onnx")
+    assert all(stored[f"layers.{i}.weight"].data_type == onnx.TensorProto.FLOAT16 for i in range(3))
+
+
+class Buckets(nn.Module):
+    """Distances in logarithmic buckets, as T5 has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(32, 4)
+
+    def forward(self, distance: torch.Tensor) -> torch.Tensor:
+        far = 8 + (torch.log(distance.float() / 8) / 2.7725887 * 8).to(torch.long)
+        return self.table(torch.where(distance < 8, distance, far.clamp(max=15)))
+
+
+def test_what_is_rounded_to_integers_is_computed_in_whole(tmp_path):
+    program = sp.capture(Buckets(), {"distance": torch.arange(1, 7)[None].repeat(2, 1)})
+    export.to_onnx(program, tmp_path / "model.onnx", dtype="float16")
+    model = ir.load(tmp_path / "model.onnx")
+    ShapeInferencePass()(model)
+    (log,) = (node for node in model.graph if node.op_type == "Log")
+    near = [log, log.inputs[0].producer(), *(use.node for use in log.outputs[0].uses())]
+    assert [node.outputs[0].dtype for node in near] == [ir.DataType.FLOAT] * 3
+
+
+def test_a_mask_of_the_lowest_numbers_is_clamped():
+    held = weights.TorchTensor(torch.full((2, 2), torch.finfo(torch.float32).min))
+    for dtype, lowest in ((ir.DataType.FLOAT16, -65504.0), (ir.DataType.BFLOAT16, torch.finfo(torch.bfloat16).min)):
+        assert weights.values(weights.converted(held, dtype, "mask")).unique().item() == lowest
 
 
 def test_a_weight_beyond_the_range_is_an_error_and_leaves_no_file(tmp_path):
@@ -256,6 +344,33 @@ def test_quantising_leaves_logging_alone(tmp_path):
     before = logging.getLogger().level, list(logging.getLogger().handlers)
     export.to_onnx(captured("mlp"), tmp_path / "model.onnx", quantize=8)
     assert (logging.getLogger().level, list(logging.getLogger().handlers)) == before
+
+
+def test_data_of_the_form_before_is_not_kept(tmp_path, monkeypatch):
+    """A model that is too large for one file, and is not once it is quantised."""
+    whole = sum(tensor.nbytes for tensor in captured("bert").module.parameters())
+    monkeypatch.setattr(files, "PROTOBUF_LIMIT", files.ROOM_FOR_THE_GRAPH + int(0.8 * whole))
+    report = export.to_onnx(captured("bert"), tmp_path / "model.onnx", quantize=4)
+    assert report.files == ("model.onnx",) and [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+class ReturnsItsWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": x @ self.w.T, "wt": self.w.t()}
+
+
+@pytest.mark.parametrize("options", [{"optimize": True}, {"quantize": 8}], ids=str)
+def test_a_transposed_weight_that_is_an_output(tmp_path, options):
+    program = sp.capture(ReturnsItsWeight(), {"x": torch.randn(3, 6)})
+    if "quantize" in options:
+        with pytest.raises(sp.ExportError, match="no product by a weight that onnxruntime quantises"):
+            export.to_onnx(program, tmp_path / "model.onnx", **options)
+    else:
+        export.to_onnx(program, tmp_path / "model.onnx", **options)
 
 
 # what goes with the file
