@@ -17,7 +17,10 @@ ALONE = {"Pow", "Exp", "Log", "Softplus", "Range", "CumSum"}
 REDUCTIONS = {
     "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSumExp", "ReduceMax", "ReduceMin",
 }  # fmt: skip
-CARRIED = {"Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Neg", "Max", "Min", "Clip"}  # on the way to x / √mean
+CARRIED = {  # on the way to x / √mean
+    "Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Neg", "Max", "Min", "Clip", "Identity", "Reshape", "Expand",
+    "Squeeze", "Unsqueeze", "Transpose",
+}  # fmt: skip
 LAYERS = {"Gemm", "Conv", "ConvTranspose", "Gather", "LayerNormalization", "GroupNormalization", "LSTM", "GRU", "RNN"}
 INTEGERS = {ir.DataType.INT64, ir.DataType.INT32}
 ALWAYS_FLOAT = {"Resize": (1, 2)}
@@ -32,6 +35,7 @@ def narrow(model: ir.Model, dtype: torch.dtype) -> None:
     """
     target = DTYPES[dtype]
     passes.ShapeInferencePass()(model)
+    drop_casts(model.graph)
     wide = in_float32(model.graph, dtype)
     made = {value for value in everything(model.graph) if value.dtype is FLOAT}
     held: dict[ir.Value, ir.Value] = {}
@@ -54,6 +58,15 @@ def narrow(model: ir.Model, dtype: torch.dtype) -> None:
     for graph in (model.graph, *bodies(model.graph)):
         finish(graph, target)
     passes.RemoveUnusedNodesPass()(model)
+
+
+def drop_casts(graph: ir.Graph) -> None:
+    """Casts from float32 to float32, which would hide what computes a mean's values."""
+    for node in list(graph):
+        changes_nothing = node.op_type == "Cast" and node.inputs[0].dtype is node.outputs[0].dtype is FLOAT
+        if changes_nothing and not node.outputs[0].is_graph_output():
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
+            graph.remove(node, safe=True)
 
 
 def everything(graph: ir.Graph) -> Iterator[ir.Value]:
@@ -83,9 +96,8 @@ def in_float32(graph: ir.Graph, dtype: torch.dtype) -> set[ir.Node]:
         varying = [value.producer() for value in floats(node.inputs) if not value.is_initializer()]
         if node.op_type in REDUCTIONS:
             means.add(node)
-            wide.update(
-                producer for producer in varying if producer is not None and producer.op_type == "Mul"
-            )  # squares
+            squares = (producer for producer in varying if producer is not None and producer.op_type == "Mul")
+            wide.update(squares)
         elif node.op_type in CARRIED and means.intersection(varying):
             wide.add(node)
             if means.issuperset(varying):

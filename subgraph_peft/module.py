@@ -139,6 +139,7 @@ class GraphModel(Checkpointed, nn.Module):
             if isinstance(module, Block):
                 module.runners.clear()
         for graph in self.graphs():
+            graph.owning_module = None  # what it reads has this module's names
             graphs.check(graph)
         if self.block_paths or self.checkpointing:
             self.make_runners()

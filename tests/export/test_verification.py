@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from subgraph_peft.export import exporter
 from subgraph_peft.export.axes import axis_names, other_sizes, resize
 from subgraph_peft.export.verification import difference
+from torch import nn
 
 import subgraph_peft as sp
 from subgraph_peft import export
