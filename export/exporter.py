@@ -79,6 +79,8 @@ def to_onnx(
     dtype = chosen(program, dtype)
     if quantize not in (None, 4, 8):
         raise ExportError(f"Weights are quantised to 4 or 8 bits, not {quantize!r}.")
+    if quantize and dtype not in (torch.float32, torch.float16):
+        raise ExportError(f"onnxruntime quantises float32 and float16 weights; {program.source} is in {dtype}.")
     opened = slots_of(program, slots) if slots else NONE
     update = updates(program) if slots and program.adapters else None
     base = opened.base or program
