@@ -63,7 +63,7 @@ def replacing_folder(
         raise error(f"{target} is a file; name a folder.")
     for read in inputs:
         if read.resolve().is_relative_to(target.resolve()):
-            raise error(f"{read} is read here and would be lost with {target}; name a new folder.")
+            raise error(f"{read} is read here, and {target} would be replaced; name a new folder.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:

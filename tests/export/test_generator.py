@@ -1,6 +1,7 @@
 """Tokens from onnxruntime are those of transformers."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -183,14 +184,40 @@ def test_refusals(generator, tmp_path):
         generator("llama").generate(*right.values())
     with pytest.raises(sp.ExportError, match="need do_sample=True"):
         generator("llama").generate(*inputs.values(), top_p=0.5)
-    with pytest.raises(ValueError, match="strictly positive"):
-        generator("llama").generate(*inputs.values(), do_sample=True, temperature=-1.0)
+    for options, message in {
+        ("temperature", -1.0): "temperature is -1.0, not above 0. For the likeliest token, do not sample",
+        ("temperature", 0.0): "temperature is 0.0, not above 0",
+        ("top_k", -1): "`top_k` has to be a strictly positive integer",
+        ("top_p", 1.5): "`top_p` has to be a float",
+    }.items():
+        with pytest.raises(sp.ExportError, match=message):
+            generator("llama").generate(*inputs.values(), do_sample=True, **dict([options]))
+    ids = inputs["input_ids"]
+    for name, given, message in (
+        ("llama", (ids[0],), r"inputs has shape \[6\]: give a batch \[batch, length\] of at least one token"),
+        ("llama", (ids[:, :0],), r"inputs has shape \[3, 0\]"),
+        ("llama", (ids, torch.ones(3, 5)), r"attention_mask is \[3, 5\], inputs are \[3, 6\]"),
+        ("t5", (ids[0],), r"inputs has shape \[6\]"),
+    ):
+        with pytest.raises(sp.ExportError, match=message):
+            generator(name).generate(*given)
+    with pytest.raises(sp.ExportError, match=r"decoder_input_ids has shape \[3, 0\]"):
+        generator("t5").generate(ids, decoder_input_ids=ids[:, :0])
     (tmp_path / "model.onnx").write_text("")
     with pytest.raises(sp.ExportError, match=r"TPUExecutionProvider cannot be used here; those that can: .*CPU"):
         export.Generator(tmp_path, "TPUExecutionProvider")
     export.to_onnx(captured("mlp"), tmp_path / "plain.onnx")
     with pytest.raises(sp.ExportError, match=r"plain.onnx is no decoder with a cache .*it has x, output_1"):
         export.Generator(tmp_path / "plain.onnx")
+
+
+@pytest.mark.parametrize("name", ["genai_config.json", "generation_config.json"])
+@pytest.mark.parametrize("text", ["{bad", "[1]", b"\xff"])
+def test_damaged_settings_are_named(folder, tmp_path, name, text):
+    shutil.copytree(folder("llama"), tmp_path / "copy")
+    (tmp_path / "copy" / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(sp.ExportError, match=f"{name} is damaged: .*Mend it, or write the folder again"):
+        export.Generator(tmp_path / "copy")
 
 
 # onnxruntime-genai
@@ -274,5 +301,12 @@ def test_a_pipeline_ends_in_a_folder_that_answers(tmp_path):
     ids = torch.tensor([[5, 6, 7]])
     tokens = export.Generator(folder).generate(ids, max_new_tokens=4)
     assert answer.output.split() == words().decode(tokens[0]).split()
+    refused = {
+        ("w5", "--sample", "--temperature", "0"): "temperature is 0.0, not above 0",
+        ("",): "inputs has shape [1, 0]",
+    }
+    for arguments, message in refused.items():
+        done = CliRunner().invoke(app, ["generate", str(folder), *arguments])
+        assert done.exit_code == 1 and message in " ".join(done.output.split()), done.output + str(done.exception)
     (folder / "tokenizer.json").unlink(), (folder / "tokenizer_config.json").unlink()
     assert "holds no tokenizer" in CliRunner().invoke(app, ["generate", str(folder), "w5"]).output
