@@ -78,9 +78,6 @@ CASES = {
     "llama": (models.llama, torch.float32, {}),
     "tied": (models.tied_llama, torch.float32, {}),
     "untied": (models.tied_llama, torch.float32, {"where": ["*.1.*.q_proj", "lm_head"], "tied": "untie"}),
-    "tied trained": (
-        models.tied_llama, torch.float32, {"trainable": ["model.embed_tokens.weight", "lm_head.weight"]}
-    ),
     "both untied": (models.tied_llama, torch.float32, {"where": ["*.embed_tokens", "lm_head"], "tied": "untie"}),
     "conv1d": (models.gpt2, torch.float32, {"where": "*.1.attn.c_attn"}),
     "bert": (models.bert, torch.float32, {"where": "*.1.*.query", "trainable": "classifier"}),
@@ -251,6 +248,23 @@ def test_a_source_that_stores_both_names_of_a_tie_keeps_both(tmp_path):
     assert delta.unties() and load_file(delta.path).keys() == {"lm_head.weight"}
     export.apply_delta(delta.path, tmp_path / "source", tmp_path / "applied")
     assert contents(tmp_path / "applied") == contents(tmp_path / "out")
+
+
+def test_a_tied_weight_that_changed_stays_tied(tmp_path):
+    model, inputs = stored(tmp_path / "source", models.tied_llama)
+    base = sp.capture(copy.deepcopy(model), inputs)
+    program = sp.capture(model, inputs)
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.1)
+    delta = export.to_delta(program, tmp_path / "delta.safetensors", base=base)
+    assert delta.tensors.keys() == {"model.embed_tokens.weight", "lm_head.weight"} and not delta.unties()
+    export.apply_delta(delta.path, tmp_path / "source", tmp_path / "out")
+    assert tensors(tmp_path / "out").keys() == tensors(tmp_path / "source").keys()
+    for applied in (type(model).from_pretrained(tmp_path / name) for name in ("out", "source")):
+        if not torch.equal(applied.lm_head.weight, model.lm_head.weight):
+            export.apply_delta(delta.path, applied)
+        equal(applied, program)
+        assert applied.lm_head.weight is applied.model.embed_tokens.weight and applied.config.tie_word_embeddings
 
 
 def test_models_that_are_not_of_transformers(tmp_path):

@@ -16,9 +16,9 @@ from transformers import GenerationMixin
 from typer.testing import CliRunner
 
 import subgraph_peft as sp
-from subgraph_peft import export
+from subgraph_peft import export, steps
+from subgraph_peft import merged as saving
 from subgraph_peft.cli import app
-from subgraph_peft.merged import save_merged
 from tests import decoders
 from tests.export.conftest import captured
 from tests.export.test_decoder import folded
@@ -246,7 +246,7 @@ def test_onnxruntime_genai_gives_the_same_tokens(folder, generator, name):
 def test_the_builder_of_onnxruntime_genai_takes_the_merged_folder(tmp_path):
     pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
     program, model = folded("llama")
-    save_merged(program, model, words(), tmp_path / "merged")
+    saving.save_merged(program, model, words(), tmp_path / "merged")
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "merged", "-o", "built"]
     done = subprocess.run(
         [*command, "-p", "fp32", "-e", "cpu", "-c", "cache"], cwd=tmp_path, capture_output=True, text=True
@@ -275,7 +275,20 @@ def words():
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", pad_token="<pad>", bos_token="<start>")
 
 
-def test_a_pipeline_ends_in_a_folder_that_answers(tmp_path):
+def test_a_pipeline_ends_in_a_folder_that_answers(tmp_path, monkeypatch):
+    done = []
+
+    def counted(module, name):
+        function = getattr(module, name)
+
+        def called(*given, **options):
+            done.append((name, options.get("dtype")))
+            return function(*given, **options)
+
+        monkeypatch.setattr(module, name, called)
+
+    counted(saving, "save_merged")
+    counted(steps, "fold")
     rows = [{"text": f"w{i} w{i + 1} w{i + 2}", "answer": f"w{i + 3} w{i + 4}"} for i in range(3, 60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     decoders.MODELS["llama"]()[0].save_pretrained(tmp_path / "base")
@@ -285,14 +298,21 @@ def test_a_pipeline_ends_in_a_folder_that_answers(tmp_path):
         "data": {"train": str(tmp_path / "rows.jsonl"), "completion": "answer", "eval_share": 0},
         "passes": [
             "capture", {"lora": {"r": 2, "where": "*.{q,v}_proj"}}, {"train": {"max_steps": 2, "batch_size": 4}},
-            "fold", "decoder",
+            {"fold": {"dtype": "float64", "delta": True}}, {"export": {"outputs": ["logits"]}}, "decoder",
         ],
         "output": str(tmp_path / "out"),
     }  # fmt: skip
     path = tmp_path / "pipeline.yaml"
     path.write_text(yaml.safe_dump(config))
-    done = CliRunner().invoke(app, ["run", str(path)])
-    assert done.exit_code == 0, done.output + str(done.exception)
+    for command in ("run", "export"):  # the second one replaces merged/ and decoder/
+        ran = CliRunner().invoke(app, [command, str(path)])
+        assert ran.exit_code == 0, ran.output + str(ran.exception)
+        assert done == [("fold", torch.float64), ("save_merged", None)]
+        done.clear()
+    (tmp_path / "out/delta.safetensors").unlink()
+    verified = CliRunner().invoke(app, ["verify", str(tmp_path / "out/model.onnx"), "--against", str(path)])
+    assert verified.exit_code == 0, verified.output + str(verified.exception)
+    assert done == [("fold", torch.float64)] and not (tmp_path / "out/delta.safetensors").exists()
     folder = tmp_path / "out" / "decoder"
     assert {"model.onnx", "tokenizer.json", "genai_config.json"} <= {file.name for file in folder.iterdir()}
     assert "## Decoder" in (tmp_path / "out" / "report.md").read_text()
@@ -306,7 +326,7 @@ def test_a_pipeline_ends_in_a_folder_that_answers(tmp_path):
         ("",): "inputs has shape [1, 0]",
     }
     for arguments, message in refused.items():
-        done = CliRunner().invoke(app, ["generate", str(folder), *arguments])
-        assert done.exit_code == 1 and message in " ".join(done.output.split()), done.output + str(done.exception)
+        refusal = CliRunner().invoke(app, ["generate", str(folder), *arguments])
+        assert refusal.exit_code == 1 and message in " ".join(refusal.output.split()), refusal.output
     (folder / "tokenizer.json").unlink(), (folder / "tokenizer_config.json").unlink()
     assert "holds no tokenizer" in CliRunner().invoke(app, ["generate", str(folder), "w5"]).output
