@@ -9,7 +9,7 @@ from torch import nn
 from subgraph_peft import shards
 from subgraph_peft.errors import CheckpointError
 from subgraph_peft.files import replacing_folder
-from subgraph_peft.merged import assign, edit_config
+from subgraph_peft.merged import LAID_OUT, assign, edit_config
 
 from .delta import Delta, read_delta
 
@@ -24,7 +24,7 @@ def apply_delta(
             tensor in memory at a time. A delta of a wider dtype widens the model's other tensors too
 
     All or nothing. Raises CheckpointError, with the tensor's name, for another base, a missing tensor, other shapes or
-    dtypes, and a damaged file.
+    dtypes, and a damaged file; and for an output that holds the delta, the base or files that are not written to it.
     """
     delta = read_delta(path)
     if isinstance(base, nn.Module):
@@ -57,10 +57,6 @@ def to_folder(delta: Delta, folder: Path, output: Path) -> list[str]:
     source = shards.stored(folder)
     if source is None:
         raise CheckpointError(f"{folder} is no folder with {shards.WEIGHTS} or {shards.INDEX}.")
-    if output.resolve() == folder.resolve():
-        raise CheckpointError(f"{output} is the base itself; name another folder to write.")
-    if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
-        raise CheckpointError(f"{output} holds files that are no model; name a new folder.")
 
     def held(name: str) -> torch.Tensor | None:
         found = next((n for n in (name, *delta.twins(name)) if n in source.places), None)
@@ -75,8 +71,8 @@ def to_folder(delta: Delta, folder: Path, output: Path) -> list[str]:
         return tensor.to(torch.promote_types(tensor.dtype, delta.dtype))
 
     delta.check(held, str(folder))
-    added = {name: delta.shard.tensor(name) for name in delta.tensors if name not in source.places}
-    with replacing_folder(output, CheckpointError) as target:
+    added = {n: delta.shard.tensor(n) for n in delta.tensors if n not in source.places and delta.parts(n)}
+    with replacing_folder(output, CheckpointError, inputs=(delta.path, folder), earlier=LAID_OUT) as target:
         copied = shards.copy(source, target, value, added)
         shards.copy_beside(folder, target)
         edit_config(target, delta.dtype if copied.retyped else None, delta.unties())

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from subgraph_peft.capture import capture
 from subgraph_peft.errors import ExportError
-from subgraph_peft.files import replacing_folder, write_json
+from subgraph_peft.files import TOKENIZER, check_former, replacing_folder, write_json
 from subgraph_peft.kernels import group_keys
 from subgraph_peft.program import Program
 from subgraph_peft.surroundings import unwritten
@@ -29,6 +29,7 @@ from .shared import over
 from .verification import full_precision
 
 MODEL, ENCODER, DECODER = "model.onnx", "encoder_model.onnx", "decoder_model.onnx"
+FILES = *(f"{name}{data}" for name in (MODEL, ENCODER, DECODER) for data in ("", ".data")), "genai_config.json"
 BATCH, LENGTH, BEFORE = 2, 3, 4
 Inputs = dict[str, Any]
 
@@ -89,30 +90,21 @@ def to_decoder(
     Raises ExportError: what `to_onnx` does; for adapters that are not folded; for a model that keeps other things than
     keys and values; for a folder with other files in it.
     """
-    target = Path(folder)
-    check_folder(target)
+    target, earlier = Path(folder), (*FILES, *(TOKENIZER if tokenizer is not None else ()))
     twin = over(program, model)
     check_model(twin)
     reports: dict[str, ExportReport] = {}
-    with replacing_folder(target, ExportError) as made:
-        for part in served(twin, program, logits_to_keep):
-            reports[part.file] = replace(write(twin, part, made / part.file, options), path=str(target / part.file))
+    with replacing_folder(target, ExportError, earlier=earlier) as made:
         twin.config.to_json_file(made / "config.json")
         twin.generation_config.to_json_file(made / "generation_config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
+        check_former(target, made, ExportError, earlier)
+        for part in served(twin, program, logits_to_keep):
+            reports[part.file] = replace(write(twin, part, made / part.file, options), path=str(target / part.file))
         if MODEL in reports:
             write_json(made / "genai_config.json", genai_config(twin, reports[MODEL], MODEL), ExportError)
     return DecoderReport(str(target), reports)
-
-
-def check_folder(target: Path) -> None:
-    """Raises ExportError for a folder that would lose other things than an earlier decoder."""
-    held = {path.name for path in target.iterdir()} if target.is_dir() else set()
-    earlier = "generation_config.json" in held and held & {MODEL, DECODER}
-    if target.is_file() or (held and not earlier):
-        what = f"a folder with other files ({', '.join(sorted(held)[:3])} …)" if held else "a file"
-        raise ExportError(f"{target} is {what}; name a folder that is new, or that an earlier export wrote.")
 
 
 def check_model(model: nn.Module) -> None:

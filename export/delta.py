@@ -55,9 +55,14 @@ class Delta:
         """The names that are tied to this one in the base."""
         return [other for group in self.ties if name in group for other in group if other != name]
 
+    def parts(self, name: str) -> bool:
+        """Whether a replaced tensor becomes another one than those that are tied to it in the base."""
+        others = [self.tensors.get(other) for other in self.twins(name)]
+        return any(other is None or other.after != self.tensors[name].after for other in others)
+
     def unties(self) -> bool:
-        """Whether a tensor is replaced that is tied, in the base, to one that is not."""
-        return any(other not in self.tensors for name in self.tensors for other in self.twins(name))
+        """Whether any tensor parts from its twins."""
+        return any(map(self.parts, self.tensors))
 
     def check(self, held: Callable[[str], torch.Tensor | None], where: str) -> None:
         """CheckpointError unless `held` gives the base's tensors; narrower ones pass as the same numbers."""
@@ -109,7 +114,7 @@ def to_delta(folded: Program, path: str | os.PathLike, *, base: Program | None =
     changed = [name for name in new if not same(new[name], old[name].to(new[name].dtype))]
     if not changed:
         raise ExportError(f"Every weight of {folded.source} is the base's: there is no delta to write.")
-    tensors = {name: new[name].detach().cpu().contiguous() for name in changed}
+    tensors = apart({name: new[name].detach().cpu().contiguous() for name in changed})
     replaced = {n: Replaced(digest(old[n].to(tensor.dtype)), digest(tensor)) for n, tensor in tensors.items()}
     described = {
         "format": FORMAT,
@@ -149,6 +154,13 @@ def read_delta(path: str | os.PathLike) -> Delta:
 def saved(program: Program) -> dict[str, torch.Tensor]:
     """The state dict's tensors themselves, tied names included."""
     return program.module.state_dict(keep_vars=True)
+
+
+def apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, with memory of its own for every one after the first that shares it: safetensors takes no others."""
+    held: dict[int, str] = {}
+    owners = {name: held.setdefault(t.untyped_storage().data_ptr(), name) for name, t in tensors.items()}
+    return {name: t if owners[name] == name else t.clone() for name, t in tensors.items()}
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -1,7 +1,7 @@
 """Write a program as ONNX: translate, store, compare with torch in onnxruntime, and only then let the file appear."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -88,7 +88,7 @@ def to_onnx(
         reference = program_reference(base, example)
         cut = opened.open(inference(base, outputs))
         cases = reference.cases(cut.own)
-        cases += [({name: inputs[name] for name in cut.own}, expected) for inputs, expected in also]
+        cases += [(own_inputs(inputs, cut.own), expected) for inputs, expected in also]
         adapted = program_reference(program, example).cases(cut.own) if update else []
         model = translate(base, cut, reference.example, opset)
         if dtype is not reference.dtype:
@@ -148,6 +148,15 @@ def chosen(program: Program, dtype: torch.dtype | str | None) -> torch.dtype:
             f"in {wanted} or float32, or fold into float32."
         )
     return wanted
+
+
+def own_inputs(inputs: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The inputs of the file among those of a case of `also`. Raises ExportError."""
+    if missing := [name for name in names if name not in inputs]:
+        raise ExportError(
+            f"A case of also= lacks {', '.join(missing)}: give every input of the file ({', '.join(names)})."
+        )
+    return {name: inputs[name] for name in names}
 
 
 def written(program: Program, cut: Inference, model: ir.Model, target: Path) -> dict[str, Any]:

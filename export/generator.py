@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ class Generator:
     folder:    a folder, or an ONNX file in one, with generation_config.json or genai_config.json
     provider:  of onnxruntime; by default CUDA where torch sees a GPU, else the CPU
 
-    Raises ExportError for other files.
+    Raises ExportError for other files and damaged ones.
     """
 
     def __init__(self, folder: str | os.PathLike, provider: str | None = None):
@@ -102,7 +102,7 @@ class Generator:
         self.encoder = Graph(encoder, provider) if encoder is not None and encoder.is_file() else None
         self.decoder = Graph(path if path.is_file() else home / (DECODER if self.encoder else MODEL), provider)
         self.device = self.decoder.device
-        self.options = json.loads(file.read_text()) if (file := home / "genai_config.json").is_file() else {}
+        self.options = read(file) if (file := home / "genai_config.json").is_file() else {}
         part = ".decoder" if self.encoder else ""
         self.heads = {n: self.size(n) for n in self.decoder.inputs if n.startswith(f"{PAST}.") and part in n}
         self.shared = self.options.get("search", {}).get("past_present_share_buffer", False)
@@ -121,8 +121,8 @@ class Generator:
         return count, width
 
     def configured(self, home: Path) -> GenerationConfig:
-        if (home / "generation_config.json").is_file():
-            return GenerationConfig.from_pretrained(home)
+        if (file := home / "generation_config.json").is_file():
+            return read(file, GenerationConfig.from_dict)
         known = self.options.get("model", {})
         return GenerationConfig(**{name: known.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
 
@@ -152,6 +152,9 @@ class Generator:
         eos_token_id:    ends a row, which is padded with `pad_token_id` then; by default the model's own, [] for none
         seed:            of the draws; torch's own random state by default
         streamer:        of transformers: `put` takes the prompt and every token, `end` is called at the end
+
+        Raises ExportError for a prompt without tokens or of another shape, padding on the right, and options of
+        sampling that do not fit.
         """
         sampler = Sampler(do_sample, temperature, top_k, top_p, seed, self.device)
         ends, pad = self.endings(eos_token_id, pad_token_id)
@@ -194,12 +197,16 @@ class Generator:
         self, inputs: torch.Tensor, mask: torch.Tensor | None, decoder_input_ids: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(token ids, mask) that the decoder starts from, once an encoder has run."""
+        check_batch("inputs", inputs, inputs.dim() if self.encoder else 2)
         inputs = inputs.to(self.device)
         mask = inputs.new_ones(inputs.shape[:2], dtype=torch.int64) if mask is None else mask
         mask = mask.to(self.device, torch.int64)
+        if mask.shape != inputs.shape[:2]:
+            raise ExportError(f"attention_mask is {list(mask.shape)}, inputs are {list(inputs.shape)}.")
         if self.encoder:
             self.encode(inputs, mask)
             inputs = self.start(len(inputs)) if decoder_input_ids is None else decoder_input_ids.to(self.device)
+            check_batch("decoder_input_ids", inputs, 2)
             mask = torch.ones_like(inputs)
         if not mask[:, -1].all():
             raise ExportError("A row of the prompt is padded on the right: pad on the left (padding_side='left').")
@@ -243,3 +250,17 @@ class Generator:
         if token is None:
             raise ExportError("generation_config.json names no decoder_start_token_id: give decoder_input_ids.")
         return torch.full((batch, 1), token, dtype=torch.int64, device=self.device)
+
+
+def check_batch(name: str, given: torch.Tensor, dims: int) -> None:
+    """Raises ExportError for anything but a batch, of `dims` dimensions, of one token or more."""
+    if given.dim() != max(dims, 2) or not given.numel():
+        raise ExportError(f"{name} has shape {list(given.shape)}: give a batch [batch, length] of at least one token.")
+
+
+def read(path: Path, make: Callable[[dict[str, Any]], Any] = dict) -> Any:
+    """What `make` gives of a JSON file. Raises ExportError."""
+    try:
+        return make(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ExportError(f"{path} is damaged: {error}. Mend it, or write the folder again.") from error

@@ -9,8 +9,8 @@ from subgraph_peft.errors import ExportError
 class Sampler:
     """Logits [batch, vocabulary] to token ids [batch].
 
-    Raises ExportError for filters without `do_sample`; ValueError, as transformers' filters do, for a temperature that
-    is not positive and a top_p outside (0, 1].
+    Raises ExportError for filters without `do_sample`, a temperature that is not positive, a negative top_k and a top_p
+    outside (0, 1].
     """
 
     def __init__(
@@ -21,12 +21,17 @@ class Sampler:
         self.filters = LogitsProcessorList()
         if not do_sample and (temperature != 1.0 or top_k or top_p is not None):
             raise ExportError("temperature, top_k and top_p shape what is drawn: they need do_sample=True.")
+        if not temperature > 0:
+            raise ExportError(f"temperature is {temperature}, not above 0. For the likeliest token, do not sample.")
         if temperature != 1.0:
             self.filters.append(TemperatureLogitsWarper(float(temperature)))
-        if top_k:
-            self.filters.append(TopKLogitsWarper(top_k))
-        if top_p is not None and top_p != 1.0:
-            self.filters.append(TopPLogitsWarper(top_p))
+        try:
+            if top_k:
+                self.filters.append(TopKLogitsWarper(top_k))
+            if top_p is not None and top_p != 1.0:
+                self.filters.append(TopPLogitsWarper(top_p))
+        except ValueError as error:
+            raise ExportError(f"{error}.") from error
         if seed is not None:
             self.random = torch.Generator(device).manual_seed(seed)
 

@@ -170,6 +170,13 @@ def with_adapter(config, adapter: Path | None):
     return replace(state, program=load(state.program, adapter or Path(config.output) / "adapter"))
 
 
+def fold_pass(config):
+    """The pipeline's own fold, or the default one."""
+    from .steps import Fold
+
+    return next((item for item in config.pipeline().passes if isinstance(item, Fold)), Fold())
+
+
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="adapter folder; the pipeline's own by default")]
 
 
@@ -177,14 +184,12 @@ Adapter = Annotated[Path | None, typer.Option("--adapter", help="adapter folder;
 def fold(pipeline: Config, set_: Set = [], output: Output = None, adapter: Adapter = None) -> None:  # noqa: B006
     """Fold a trained adapter into plain weights and write them to OUTPUT/merged."""
     from .merged import save_merged
-    from .steps import Fold
     from .tables import fold_table
 
     with refusals():
         config = configured(pipeline, set_, output)
         state = with_adapter(config, adapter)
-        folding = next((item for item in config.pipeline().passes if isinstance(item, Fold)), Fold())
-        result = folding(state)
+        result = fold_pass(config)(state)
         report = save_merged(result.state.program, state.model, state.tokenizer, Path(config.output) / "merged")
         out.print(fold_table(result.state.program))
         announce(f"{result.summary}\nMerged weights: {report}")
@@ -194,19 +199,22 @@ def fold(pipeline: Config, set_: Set = [], output: Output = None, adapter: Adapt
 def export(pipeline: Config, set_: Set = [], output: Output = None, adapter: Adapter = None) -> None:  # noqa: B006
     """Fold a trained adapter and write the merged model as ONNX, checked in onnxruntime: what the pipeline's `export`
     and `decoder` passes say; with --set export.slots=true the base and an onnxruntime adapter."""
-    from .steps import Decoder, Export, Fold
+    from .steps import Decoder, Export
 
     with refusals():
         config = configured(pipeline, set_, output)
-        passes = config.pipeline().passes
         state = with_adapter(config, adapter)
-        folding = next((item for item in passes if isinstance(item, Fold)), Fold())
-        for item in [item for item in passes if isinstance(item, (Export, Decoder))] or [Export()]:
-            unfolded = isinstance(item, Export) and item.slots
-            records = item(state if unfolded else folding(state).state).state.records
-            print_rows(item.name.capitalize(), records[item.name].rows())
-            if "adapter_file" in records:
-                print_rows("Adapter file", records["adapter_file"].rows())
+        items = [item for item in config.pipeline().passes if isinstance(item, (Export, Decoder))] or [Export()]
+        slotted = [item for item in items if isinstance(item, Export) and item.slots]
+        folded = state if slotted == items else fold_pass(config)(state).state
+        for item in items:
+            after = item(state if item in slotted else folded).state
+            print_rows(item.name.capitalize(), after.records[item.name].rows())
+            if item in slotted:
+                if "adapter_file" in after.records:
+                    print_rows("Adapter file", after.records["adapter_file"].rows())
+            else:
+                folded = after
 
 
 @app.command()
@@ -220,11 +228,12 @@ def verify(
 ) -> None:
     """Compare an ONNX file with the pipeline's torch model, adapter folded in, in onnxruntime."""
     from .export import verify as verify_
-    from .steps import Fold
 
     with refusals():
-        state = with_adapter(configured(against, set_, output), adapter)
-        print_rows("Verified", verify_(model, Fold()(state).state.program, adapter=file).rows())
+        config = configured(against, set_, output)
+        folding = fold_pass(config).model_copy(update={"delta": False})
+        folded = folding(with_adapter(config, adapter)).state.program
+        print_rows("Verified", verify_(model, folded, adapter=file).rows())
 
 
 @app.command()

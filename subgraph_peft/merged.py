@@ -13,11 +13,12 @@ from torch import nn
 
 from . import shards
 from .errors import CheckpointError, FoldError
-from .files import replacing, replacing_folder
+from .files import TOKENIZER, replacing, replacing_folder
 from .program import Program
 from .sources import folder_of, quiet
 from .stored_names import StoredNames
 
+LAID_OUT = shards.WEIGHTS, "model-*-of-*.safetensors", shards.INDEX, "config.json", "generation_config.json"
 UNCOMPARED = "transformers_version", "dtype", "torch_dtype", "architectures"
 
 
@@ -51,14 +52,15 @@ class MergedReport:
 
 
 def save_merged(program: Program, model: nn.Module | None, tokenizer: Any, folder: str | Path) -> MergedReport:
-    """The folded weights as a folder, which appears whole and replaces an older one.
+    """The folded weights as a folder, which appears whole and replaces a former one.
 
     A model that was loaded from a folder of safetensors gets that folder's files, names, order and metadata; a file in
     which no tensor changed is the same byte for byte. Otherwise `save_pretrained` decides, or, where the model has
     none, there is one `model.safetensors`. The dtype is the folded program's: that of a 16-bit model is kept by
     `fold(…, dtype=…)`, which refuses to lose updates. The model keeps its weights, and no weight is copied in memory.
 
-    Raises FoldError for a program with adapters, a model that is not the captured one, and what cannot be written.
+    Raises FoldError for a program with adapters, a model that is not the captured one, what cannot be written, and a
+    folder that holds the model's own files or any that a merged one does not have.
     """
     check_plain(program, "save")
     folder, dtype = Path(folder), program.module.home.dtype
@@ -67,7 +69,9 @@ def save_merged(program: Program, model: nn.Module | None, tokenizer: Any, folde
             save_model(program.module, str(temporary), {"format": "pt"})
         return MergedReport(folder, dtype, reason="the model has no save_pretrained")
     merged, untied = merged_model(program, model)
-    with replacing_folder(folder, FoldError) as target, quiet():
+    inputs = [own] if (own := folder_of(model)) else []
+    earlier = (*LAID_OUT, *(TOKENIZER if tokenizer is not None else ()))
+    with replacing_folder(folder, FoldError, inputs=inputs, earlier=earlier) as target, quiet():
         names, source, reason = layout(merged, untied)
         if source is None:
             merged.save_pretrained(target)

@@ -177,6 +177,7 @@ class Train(Pass, TrainOptions):
             collate=data.collate,
         )
         on_first(lambda: state.program.save(state.folder / "adapter"))
+        state = unmerged(state)
         least = sum(p.nbytes * (4 if p.requires_grad else 1) for _, p in state.program.parameters())
         summary = f"{result.steps} steps in {result.seconds:.1f} s"
         summary += f"; weights, gradients and moments alone take {least / 2**20:,.0f} MiB"
@@ -214,7 +215,7 @@ class Fold(Pass):
             summary += f"; {', '.join(report.remaining)} cannot fold and stays in the graph"
         if self.delta:
             summary += f"; {state.folder / 'delta.safetensors'}"
-        after = replace(state, program=program)
+        after = replace(unmerged(state), program=program)
         if state.data is not None and state.data.eval is not None and "train" in state.records:
             scores = evaluate(program, state.data.eval, collate=state.data.collate)
             after = after.with_record("folded", scores)
@@ -279,6 +280,7 @@ class Export(Pass):
         if report.unmerged:
             summary += f"; not merged: {', '.join(report.unmerged)}, put `fold` before it"
         if merged is not None:
+            state = state.with_record("merged", merged)
             summary += f"; weights: {merged}"
         return state.with_record("export", report), summary
 
@@ -295,11 +297,16 @@ class Export(Pass):
         )
 
 
+def unmerged(state: State) -> State:
+    """Without the record of a merged model: its weights are to change."""
+    return replace(state, records={name: value for name, value in state.records.items() if name != "merged"})
+
+
 def write_merged(state: State) -> Any:
-    """The merged model, where the program is one and there is a folder to write to."""
+    """The merged model, where the program is one, there is a folder to write to and no pass has written it yet."""
     from .merged import save_merged
 
-    if state.folder is None or state.program.adapters:
+    if state.folder is None or state.program.adapters or "merged" in state.records:
         return None
     return save_merged(state.program, state.model, state.tokenizer, state.folder / "merged")
 
@@ -336,6 +343,7 @@ class Decoder(Pass):
         size = sum(file.bytes for file in report.files.values()) / 2**20
         summary = f"{report.folder}: {', '.join(report.files)}, {size:.1f} MiB, drift {report.drift:.1e}"
         if merged is not None:
+            state = state.with_record("merged", merged)
             summary += f"; weights: {merged}"
         return state.with_record("decoder", report), summary
 

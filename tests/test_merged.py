@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -77,6 +78,7 @@ CASES = {
     "llama": (models.llama, torch.float32, {}),
     "tied": (models.tied_llama, torch.float32, {}),
     "untied": (models.tied_llama, torch.float32, {"where": ["*.1.*.q_proj", "lm_head"], "tied": "untie"}),
+    "both untied": (models.tied_llama, torch.float32, {"where": ["*.embed_tokens", "lm_head"], "tied": "untie"}),
     "conv1d": (models.gpt2, torch.float32, {"where": "*.1.attn.c_attn"}),
     "bert": (models.bert, torch.float32, {"where": "*.1.*.query", "trainable": "classifier"}),
     "bf16": (models.llama, torch.bfloat16, {"dtype": torch.bfloat16}),
@@ -113,7 +115,7 @@ def test_a_merged_folder_is_the_source_but_for_what_changed(case, tmp_path):
     if name == "bf16 widened":
         assert report.retyped and "float32, other than stored there" in str(report)
         assert not any(report.files.values()) and json.loads(ours["config.json"])["dtype"] == "float32"
-    elif name == "untied":
+    elif name in ("untied", "both untied"):
         assert differing - report.files.keys() == {"config.json", INDEX}
         assert json.loads(ours["config.json"])["tie_word_embeddings"] is False
         assert json.loads(ours[INDEX])["weight_map"]["lm_head.weight"] == list(report.files)[-1]
@@ -138,9 +140,10 @@ def test_a_delta_applied_is_write_to_bit_for_bit(case, tmp_path):
     assert sorted(export.apply_delta(tmp_path / "delta.safetensors", applied)) == sorted(program.write_to(written))
     expected = written.state_dict()
     assert all(torch.equal(t, expected[n]) for n, t in applied.state_dict().items())
-    if name in ("tied", "untied", "bf16 widened"):
-        assert (applied.lm_head.weight is applied.model.embed_tokens.weight) == (name != "untied")
-        assert applied.config.tie_word_embeddings == written.config.tie_word_embeddings == (name != "untied")
+    if "tied" in name or name == "bf16 widened":
+        tied = "untied" not in name
+        assert (applied.lm_head.weight is applied.model.embed_tokens.weight) == tied
+        assert applied.config.tie_word_embeddings == written.config.tie_word_embeddings == tied
 
 
 def test_a_delta_applied_to_the_folder_is_the_merged_folder_byte_for_byte(case, tmp_path):
@@ -245,6 +248,23 @@ def test_a_source_that_stores_both_names_of_a_tie_keeps_both(tmp_path):
     assert delta.unties() and load_file(delta.path).keys() == {"lm_head.weight"}
     export.apply_delta(delta.path, tmp_path / "source", tmp_path / "applied")
     assert contents(tmp_path / "applied") == contents(tmp_path / "out")
+
+
+def test_a_tied_weight_that_changed_stays_tied(tmp_path):
+    model, inputs = stored(tmp_path / "source", models.tied_llama)
+    base = sp.capture(copy.deepcopy(model), inputs)
+    program = sp.capture(model, inputs)
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.1)
+    delta = export.to_delta(program, tmp_path / "delta.safetensors", base=base)
+    assert delta.tensors.keys() == {"model.embed_tokens.weight", "lm_head.weight"} and not delta.unties()
+    export.apply_delta(delta.path, tmp_path / "source", tmp_path / "out")
+    assert tensors(tmp_path / "out").keys() == tensors(tmp_path / "source").keys()
+    for applied in (type(model).from_pretrained(tmp_path / name) for name in ("out", "source")):
+        if not torch.equal(applied.lm_head.weight, model.lm_head.weight):
+            export.apply_delta(delta.path, applied)
+        equal(applied, program)
+        assert applied.lm_head.weight is applied.model.embed_tokens.weight and applied.config.tie_word_embeddings
 
 
 def test_models_that_are_not_of_transformers(tmp_path):
@@ -405,12 +425,63 @@ def test_where_a_delta_writes(delta, tmp_path):
     delta, model = delta
     with pytest.raises(sp.CheckpointError, match="Give output="):
         export.apply_delta(delta.path, tmp_path / "source")
-    with pytest.raises(sp.CheckpointError, match="is the base itself"):
+    with pytest.raises(
+        sp.CheckpointError, match="source is read here, and .*source would be replaced; name a new folder"
+    ):
         export.apply_delta(delta.path, tmp_path / "source", tmp_path / "source")
     with pytest.raises(sp.CheckpointError, match="output= belongs to a base folder"):
         export.apply_delta(delta.path, model, tmp_path / "out")
-    with pytest.raises(sp.CheckpointError, match="holds files that are no model"):
+    with pytest.raises(sp.CheckpointError, match="delta.safetensors is read here"):
         export.apply_delta(delta.path, tmp_path / "source", tmp_path)
+    export.apply_delta(delta.path, tmp_path / "source", tmp_path / "out")
+    (tmp_path / "out/model-00006-of-00006.safetensors").write_text("of an earlier run")
+    export.apply_delta(delta.path, tmp_path / "source", tmp_path / "out")
+    assert contents(tmp_path / "out").keys() == contents(tmp_path / "source").keys()
+
+
+OTHERS = (
+    "thesis.txt",
+    "adapter/weights",
+    ".git/HEAD",
+    ".hidden",
+    "notes.bin",
+    "pytorch_model.bin",
+    "config.json/inner",
+)
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_folder_with_anything_else_in_it_is_not_replaced(delta, llama, tmp_path, other):
+    delta, model = delta
+    out = tmp_path / "out"
+    (out / other).parent.mkdir(parents=True)
+    (out / other).write_text("mine")
+    if not other.startswith("config.json"):
+        (out / "config.json").write_text("{}")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    message = rf"out is a folder with other files, which would be lost: {re.escape(other.split('/')[0])}"
+    with pytest.raises(sp.CheckpointError, match=message):
+        export.apply_delta(delta.path, tmp_path / "source", out)
+    with pytest.raises(sp.FoldError, match=message):
+        save_merged(llama[2], llama[1], None, out)
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_a_merged_folder_replaces_a_former_one_but_not_the_one_that_was_loaded(delta, llama, tmp_path):
+    model = type(llama[1]).from_pretrained(tmp_path / "source")
+    program = folded(model, models.llama()[1])
+    for name in ("config.json", "model.safetensors", "model-00001-of-00009.safetensors", "tokenizer.json"):
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_text("{}")
+    with pytest.raises(sp.FoldError, match="which would be lost: tokenizer.json. Name a new folder"):
+        save_merged(program, model, None, tmp_path / "out")
+    (tmp_path / "out/tokenizer.json").unlink()
+    save_merged(program, model, None, tmp_path / "out")
+    assert contents(tmp_path / "out").keys() == contents(tmp_path / "source").keys()
+    before = contents(tmp_path / "source")
+    with pytest.raises(sp.FoldError, match="source is read here"):
+        save_merged(program, model, None, tmp_path / "source")
+    assert contents(tmp_path / "source") == before
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])

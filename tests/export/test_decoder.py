@@ -165,9 +165,29 @@ def test_recurrent_states_are_refused(tmp_path):
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    refusal(r"is a folder with other files \(mine.txt …\)", *folded("llama"), tmp_path)
+    refusal("is a folder with other files, which would be lost: mine.txt", *folded("llama"), tmp_path)
     refusal("mine.txt is a file", *folded("llama"), tmp_path / "mine.txt")
     assert contents(tmp_path) == {"mine.txt": b"mine"}
+    folded("llama")[1].save_pretrained(tmp_path / "hub")
+    for name in ("onnx/model.onnx", "model.onnx", "tokenizer.json"):
+        (tmp_path / "hub" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "hub" / name).write_text("mine")
+    before = contents(tmp_path)
+    refusal("lost: model.safetensors, onnx/, tokenizer.json. Name a new", *folded("llama"), tmp_path / "hub")
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_with_other_files_is_refused_before_anything_is_exported(tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text("mine")
+    monkeypatch.setattr(decoder, "write", lambda *_: pytest.fail("a graph was exported"))
+    refusal("mine.txt", *folded("llama"), tmp_path)
+
+
+def test_a_former_decoder_of_other_files_is_replaced(tmp_path):
+    for name in ("encoder_model.onnx", "decoder_model.onnx.data", "model.onnx", "config.json"):
+        (tmp_path / name).write_text("former")
+    export.to_decoder(*folded("llama"), tmp_path)
+    assert sorted(contents(tmp_path)) == ["config.json", "genai_config.json", "generation_config.json", "model.onnx"]
 
 
 @pytest.mark.parametrize("error", [sp.ExportError("no"), KeyboardInterrupt(), OSError(28, "No space left on device")])

@@ -1,6 +1,7 @@
 """Tokens from onnxruntime are those of transformers."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -15,9 +16,9 @@ from transformers import GenerationMixin
 from typer.testing import CliRunner
 
 import subgraph_peft as sp
-from subgraph_peft import export
+from subgraph_peft import export, steps
+from subgraph_peft import merged as saving
 from subgraph_peft.cli import app
-from subgraph_peft.merged import save_merged
 from tests import decoders
 from tests.export.conftest import captured
 from tests.export.test_decoder import folded
@@ -183,14 +184,40 @@ def test_refusals(generator, tmp_path):
         generator("llama").generate(*right.values())
     with pytest.raises(sp.ExportError, match="need do_sample=True"):
         generator("llama").generate(*inputs.values(), top_p=0.5)
-    with pytest.raises(ValueError, match="strictly positive"):
-        generator("llama").generate(*inputs.values(), do_sample=True, temperature=-1.0)
+    for options, message in {
+        ("temperature", -1.0): "temperature is -1.0, not above 0. For the likeliest token, do not sample",
+        ("temperature", 0.0): "temperature is 0.0, not above 0",
+        ("top_k", -1): "`top_k` has to be a strictly positive integer",
+        ("top_p", 1.5): "`top_p` has to be a float",
+    }.items():
+        with pytest.raises(sp.ExportError, match=message):
+            generator("llama").generate(*inputs.values(), do_sample=True, **dict([options]))
+    ids = inputs["input_ids"]
+    for name, given, message in (
+        ("llama", (ids[0],), r"inputs has shape \[6\]: give a batch \[batch, length\] of at least one token"),
+        ("llama", (ids[:, :0],), r"inputs has shape \[3, 0\]"),
+        ("llama", (ids, torch.ones(3, 5)), r"attention_mask is \[3, 5\], inputs are \[3, 6\]"),
+        ("t5", (ids[0],), r"inputs has shape \[6\]"),
+    ):
+        with pytest.raises(sp.ExportError, match=message):
+            generator(name).generate(*given)
+    with pytest.raises(sp.ExportError, match=r"decoder_input_ids has shape \[3, 0\]"):
+        generator("t5").generate(ids, decoder_input_ids=ids[:, :0])
     (tmp_path / "model.onnx").write_text("")
     with pytest.raises(sp.ExportError, match=r"TPUExecutionProvider cannot be used here; those that can: .*CPU"):
         export.Generator(tmp_path, "TPUExecutionProvider")
     export.to_onnx(captured("mlp"), tmp_path / "plain.onnx")
     with pytest.raises(sp.ExportError, match=r"plain.onnx is no decoder with a cache .*it has x, output_1"):
         export.Generator(tmp_path / "plain.onnx")
+
+
+@pytest.mark.parametrize("name", ["genai_config.json", "generation_config.json"])
+@pytest.mark.parametrize("text", ["{bad", "[1]", b"\xff"])
+def test_damaged_settings_are_named(folder, tmp_path, name, text):
+    shutil.copytree(folder("llama"), tmp_path / "copy")
+    (tmp_path / "copy" / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(sp.ExportError, match=f"{name} is damaged: .*Mend it, or write the folder again"):
+        export.Generator(tmp_path / "copy")
 
 
 # onnxruntime-genai
@@ -219,7 +246,7 @@ def test_onnxruntime_genai_gives_the_same_tokens(folder, generator, name):
 def test_the_builder_of_onnxruntime_genai_takes_the_merged_folder(tmp_path):
     pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
     program, model = folded("llama")
-    save_merged(program, model, words(), tmp_path / "merged")
+    saving.save_merged(program, model, words(), tmp_path / "merged")
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "merged", "-o", "built"]
     done = subprocess.run(
         [*command, "-p", "fp32", "-e", "cpu", "-c", "cache"], cwd=tmp_path, capture_output=True, text=True
@@ -248,7 +275,20 @@ def words():
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", pad_token="<pad>", bos_token="<start>")
 
 
-def test_a_pipeline_ends_in_a_folder_that_answers(tmp_path):
+def test_a_pipeline_ends_in_a_folder_that_answers(tmp_path, monkeypatch):
+    done = []
+
+    def counted(module, name):
+        function = getattr(module, name)
+
+        def called(*given, **options):
+            done.append((name, options.get("dtype")))
+            return function(*given, **options)
+
+        monkeypatch.setattr(module, name, called)
+
+    counted(saving, "save_merged")
+    counted(steps, "fold")
     rows = [{"text": f"w{i} w{i + 1} w{i + 2}", "answer": f"w{i + 3} w{i + 4}"} for i in range(3, 60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     decoders.MODELS["llama"]()[0].save_pretrained(tmp_path / "base")
@@ -258,14 +298,21 @@ def test_a_pipeline_ends_in_a_folder_that_answers(tmp_path):
         "data": {"train": str(tmp_path / "rows.jsonl"), "completion": "answer", "eval_share": 0},
         "passes": [
             "capture", {"lora": {"r": 2, "where": "*.{q,v}_proj"}}, {"train": {"max_steps": 2, "batch_size": 4}},
-            "fold", "decoder",
+            {"fold": {"dtype": "float64", "delta": True}}, {"export": {"outputs": ["logits"]}}, "decoder",
         ],
         "output": str(tmp_path / "out"),
     }  # fmt: skip
     path = tmp_path / "pipeline.yaml"
     path.write_text(yaml.safe_dump(config))
-    done = CliRunner().invoke(app, ["run", str(path)])
-    assert done.exit_code == 0, done.output + str(done.exception)
+    for command in ("run", "export"):  # the second one replaces merged/ and decoder/
+        ran = CliRunner().invoke(app, [command, str(path)])
+        assert ran.exit_code == 0, ran.output + str(ran.exception)
+        assert done == [("fold", torch.float64), ("save_merged", None)]
+        done.clear()
+    (tmp_path / "out/delta.safetensors").unlink()
+    verified = CliRunner().invoke(app, ["verify", str(tmp_path / "out/model.onnx"), "--against", str(path)])
+    assert verified.exit_code == 0, verified.output + str(verified.exception)
+    assert done == [("fold", torch.float64)] and not (tmp_path / "out/delta.safetensors").exists()
     folder = tmp_path / "out" / "decoder"
     assert {"model.onnx", "tokenizer.json", "genai_config.json"} <= {file.name for file in folder.iterdir()}
     assert "## Decoder" in (tmp_path / "out" / "report.md").read_text()
@@ -274,5 +321,12 @@ def test_a_pipeline_ends_in_a_folder_that_answers(tmp_path):
     ids = torch.tensor([[5, 6, 7]])
     tokens = export.Generator(folder).generate(ids, max_new_tokens=4)
     assert answer.output.split() == words().decode(tokens[0]).split()
+    refused = {
+        ("w5", "--sample", "--temperature", "0"): "temperature is 0.0, not above 0",
+        ("",): "inputs has shape [1, 0]",
+    }
+    for arguments, message in refused.items():
+        refusal = CliRunner().invoke(app, ["generate", str(folder), *arguments])
+        assert refusal.exit_code == 1 and message in " ".join(refusal.output.split()), refusal.output
     (folder / "tokenizer.json").unlink(), (folder / "tokenizer_config.json").unlink()
     assert "holds no tokenizer" in CliRunner().invoke(app, ["generate", str(folder), "w5"]).output

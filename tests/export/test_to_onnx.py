@@ -195,6 +195,12 @@ def test_opset(tmp_path, opset):
     assert export.to_onnx(captured("mlp"), tmp_path / "model.onnx", opset=opset).opset == opset
 
 
+def test_a_further_case_without_an_input_is_refused(tmp_path):
+    with pytest.raises(sp.ExportError, match=r"A case of also= lacks x: give every input of the file \(x\)"):
+        export.to_onnx(captured("mlp"), tmp_path / "model.onnx", also=[({"labels": torch.zeros(2)}, {})])
+    assert not (tmp_path / "model.onnx").exists()
+
+
 def test_an_old_opset_is_refused(tmp_path):
     with pytest.raises(sp.ExportError, match="Opset 17 is too old; the oldest that can be written is 18"):
         export.to_onnx(captured("mlp"), tmp_path / "model.onnx", opset=17)
