@@ -109,8 +109,8 @@ def unusable(path: str | os.PathLike, error: Exception) -> ExportError:
             where = f" (node {found['node']})" if found["node"] else ""
             return ExportError(
                 f"onnxruntime has no {found['operator']} kernel for {weight_dtype(path)}{where} on this machine. "
-                "Write it in float32 or float16: leave out dtype=, or convert a 16-bit model (model.float()) before it is "
-                "captured; its adapters fold into float32 by default. For bfloat16 CUDA has kernels, the CPU none."
+                "Write it in float32 or float16: leave out dtype=, or convert a 16-bit model (model.float()) before it "
+                "is captured; its adapters fold into float32 by default. For bfloat16 CUDA has kernels, the CPU none."
             )
     name = Path(path).name
     return ExportError(f"onnxruntime cannot open {name}: {first_line(error).replace(os.fspath(path), name)}")
