@@ -88,7 +88,7 @@ def inference(program: Program, outputs: Sequence[str] | None = None) -> Inferen
         if node.op == "call_function":
             node.meta["custom"] = {**node.meta.get("custom", {}), STAMP: node.name}
     return Inference(
-        module=runner(graph, source, baked),
+        module=runner(graph, source, baked, {*inputs, *chosen}),
         inputs=inputs,
         outputs=chosen,
         axes=axes_of(program),
@@ -146,7 +146,8 @@ def is_scalar(node: fx.Node) -> bool:
     return "val" in node.meta and node.meta["val"].ndim == 0
 
 
-def runner(graph: fx.Graph, source: nn.Module, baked: Mapping[str, torch.Tensor]) -> Runner:
+def runner(graph: fx.Graph, source: nn.Module, baked: Mapping[str, torch.Tensor], taken: set[str]) -> Runner:
+    """taken: names of inputs and outputs; a tensor `x` of one's name is `x.tensor`"""
     first: dict[int, str] = {}
     for name, tensor in source.tensors():
         first.setdefault(id(tensor), name)
@@ -155,6 +156,7 @@ def runner(graph: fx.Graph, source: nn.Module, baked: Mapping[str, torch.Tensor]
         name = str(node.target)
         value = baked[name] if name in baked else attribute(source, name)
         node.target = first.get(id(value), node.target)
+        node.target = f"{node.target}.tensor" if node.target in taken else node.target
         attach(module, node.target, value)
     return module.eval()
 

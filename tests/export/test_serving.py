@@ -353,6 +353,25 @@ def test_data_of_the_form_before_is_not_kept(tmp_path, monkeypatch):
     assert report.files == ("model.onnx",) and [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
+class Clashing(nn.Module):
+    """Parameters with the names of the only input and output."""
+
+    def __init__(self):
+        super().__init__()
+        self.x, self.output = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x + self.x) @ self.output
+
+
+def test_parameters_with_the_names_of_input_and_output(tmp_path):
+    torch.manual_seed(0)
+    program = sp.capture(Clashing(), {"x": torch.randn(2, 4)})
+    report = export.to_onnx(program, tmp_path / "model.onnx")
+    assert report.inputs.keys() == {"x"} and report.outputs.keys() == {"output"}
+    assert {"x.tensor", "output.tensor"} <= initializers(tmp_path / "model.onnx").keys()
+
+
 class ReturnsItsWeight(nn.Module):
     def __init__(self):
         super().__init__()
