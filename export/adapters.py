@@ -17,14 +17,10 @@ import torch
 
 from subgraph_peft.errors import ExportError, suggestion
 
-from .runtime import CUDA, first_line, provider, run, session, value_of
+from .runtime import CUDA, dtype_of, first_line, provider, run, session, value_of
 from .slots import IDENTITY, A, B, version, weights_of
 
 Values = Mapping[str, onnxruntime.OrtValue]
-DTYPES = {
-    "tensor(float)": torch.float32, "tensor(float16)": torch.float16,
-    "tensor(double)": torch.float64, "tensor(bfloat16)": torch.bfloat16,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,7 +110,7 @@ class Adapters:
         """Tensors in the dtypes of their slots. Raises ExportError where one is not finite there."""
         values = {}
         for name, tensor in tensors.items():
-            dtype = DTYPES[self.slots[name].type]
+            dtype = dtype_of(self.slots[name])
             if not torch.isfinite(cast := tensor.to(dtype)).all():
                 raise ExportError(f"{name} has values that {dtype} cannot hold. Export the slots in float32.")
             values[name] = value_of(cast)

@@ -7,13 +7,12 @@ from itertools import count
 
 import onnxruntime
 import torch
-from onnx_ir import DataType
-from onnx_ir.tensor_adapters import from_torch_dtype, to_torch_dtype
+from onnx_ir.tensor_adapters import from_torch_dtype
 
 from subgraph_peft.errors import ExportError
 
 from .adapters import LoadedAdapter, together
-from .runtime import CUDA, first_line, provider, session
+from .runtime import CUDA, dtype_of, first_line, provider, session
 
 SHAPES = 32  # whose buffers are kept
 
@@ -128,9 +127,3 @@ def memory(tensor: torch.Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
         tuple(tensor.shape),
         tensor.data_ptr(),
     )
-
-
-def dtype_of(value: onnxruntime.NodeArg) -> torch.dtype:
-    """`tensor(float16)` -> torch.float16"""
-    name = value.type.removeprefix("tensor(").removesuffix(")").upper()
-    return to_torch_dtype(DataType[name])

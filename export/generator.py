@@ -12,10 +12,9 @@ from transformers import GenerationConfig
 
 from subgraph_peft.errors import ExportError
 
-from .bound import dtype_of
 from .cached import PAST, PRESENT
 from .decoder import DECODER, ENCODER, MODEL
-from .runtime import CUDA, provider, session
+from .runtime import CUDA, dtype_of, provider, session
 from .sampling import Sampler
 
 

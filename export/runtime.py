@@ -14,12 +14,13 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
+from onnx_ir.tensor_adapters import to_torch_dtype
 
 from subgraph_peft.errors import ExportError
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 FATAL = 4
-HALVES = {"tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
+HALVES = (torch.float16, torch.bfloat16)
 NO_KERNEL = r"Could not find an implementation for (?P<operator>\w+)\(\d+\) node with name '(?P<node>[^']*)'"
 CUT_SHORT = (
     r"External initializer: (?P<tensor>\S+) offset: (?P<start>\d+) size to read: (?P<size>\d+) "
@@ -70,7 +71,7 @@ def run(
     """Outputs by name, on the CPU, with `slots` in place of default values. Raises ExportError for inputs that the file
     does not take or cannot be run on."""
     names = [value.name for value in opened.get_outputs()]
-    narrow = {value.name: HALVES[value.type] for value in opened.get_inputs() if value.type in HALVES}
+    narrow = {value.name: dtype for value in opened.get_inputs() if (dtype := dtype_of(value)) in HALVES}
     fed = {n: t.to(narrow[n]) if n in narrow and t.is_floating_point() else t for n, t in inputs.items()}
     try:
         values = {name: value_of(tensor) for name, tensor in fed.items()}
@@ -80,6 +81,12 @@ def run(
         message = f"onnxruntime ({provider(opened)}) cannot run the model on {shapes}: {first_line(error)}"
         raise ExportError(message) from error
     return {name: tensor_of(value) for name, value in zip(names, results, strict=True)}
+
+
+def dtype_of(value: onnxruntime.NodeArg) -> torch.dtype:
+    """`tensor(float16)` -> torch.float16"""
+    name = value.type.removeprefix("tensor(").removesuffix(")").upper()
+    return to_torch_dtype(ir.DataType[name])
 
 
 def value_of(tensor: torch.Tensor) -> onnxruntime.OrtValue:

@@ -22,7 +22,7 @@ from .adapters import Adapters
 from .axes import Axes, other_sizes, resize, sizes_of
 from .inference import axes_of, flat_example
 from .report import Drift, Verification
-from .runtime import provider, run, session
+from .runtime import dtype_of, provider, run, session
 
 BOUND = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 QUANTIZED = {8: 5e-2, 4: 5e-1}  # by bits
@@ -152,11 +152,10 @@ def inputs_of(opened: onnxruntime.InferenceSession) -> list[str]:
 
 def bound_of(opened: onnxruntime.InferenceSession, dtype: torch.dtype) -> float:
     """What the drift of a file from a program in `dtype` is held to by default."""
-    types = {torch.float16: "tensor(float16)", torch.bfloat16: "tensor(bfloat16)"}
-    held = {value.type for value in opened.get_outputs()}
+    held = {dtype_of(value) for value in opened.get_outputs()}
     bits = int(opened.get_modelmeta().custom_metadata_map.get(QUANTIZE, 0))
-    narrow = [BOUND[narrow] for narrow, name in types.items() if name in held]
-    return max(BOUND.get(dtype, BOUND[torch.float32]), *narrow, QUANTIZED.get(bits, 0.0), 0.0)
+    coarse = max(BOUND.get(other, 0.0) for other in held)
+    return max(BOUND.get(dtype, BOUND[torch.float32]), coarse, QUANTIZED.get(bits, 0.0))
 
 
 def compare(
