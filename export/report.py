@@ -19,7 +19,7 @@ class Drift:
 
     def exceeds(self, bound: float) -> bool:
         """Relative to the largest value more than `bound`, and more than rounding; so is what is not a number."""
-        return not (self.relative <= bound or self.absolute <= ROUNDING)
+        return not (self.relative <= bound or self.absolute <= min(bound, ROUNDING))
 
     def __str__(self) -> str:
         return f"{self.absolute:.1e} at most, {self.relative:.1e} of the largest value, {self.mean:.1e} on average"
