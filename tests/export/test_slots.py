@@ -38,6 +38,11 @@ WHERE = {"bert": "*.{query,value,dense}", "gpt2": "*.{c_attn,c_fc}", "llama": "*
 TRAINED = {"bert": "classifier", "gpt2": (), "llama": ()}
 
 
+@pytest.fixture(autouse=True)
+def one_seed():
+    torch.manual_seed(0)
+
+
 def adapted(name: str, method: Method, **options) -> sp.Program:
     return shake(sp.rewrite(captured(name), method, **{"where": WHERE[name], "trainable": TRAINED[name], **options}))
 
