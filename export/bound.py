@@ -12,7 +12,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from subgraph_peft.errors import ExportError
 
 from .adapters import LoadedAdapter, together
-from .runtime import CUDA, dtype_of, first_line, provider, session
+from .runtime import CUDA, device_of, dtype_of, first_line, provider, session
 
 SHAPES = 32  # whose buffers are kept
 
@@ -46,7 +46,7 @@ class BoundSession:
         self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         options = {} if self.stream is None else {"user_compute_stream": str(self.stream.cuda_stream)}
         self.opened = session(path, enable_cuda_graph="1" if cuda_graph else "0", **options)
-        self.device = torch.device("cuda", torch.cuda.current_device()) if self.on_cuda else torch.device("cpu")
+        self.device = device_of(self.opened)
         self.taken = {value.name: dtype_of(value) for value in self.opened.get_inputs()}
         self.bindings: dict[tuple, Binding] = {}
         self.numbers = count(1)
@@ -118,12 +118,15 @@ class BoundSession:
         return options
 
 
-def memory(tensor: torch.Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
-    """Device, its number, dtype, shape and address, as `bind_input` takes them."""
+def memory(tensor: torch.Tensor, shape: Sequence[int] | None = None) -> tuple[str, int, int, tuple[int, ...], int]:
+    """Device, its number, dtype, shape and address, as `bind_input` takes them.
+
+    shape: of the part at the start of its memory, by default the tensor's
+    """
     return (
         tensor.device.type,
         tensor.device.index or 0,
         int(from_torch_dtype(tensor.dtype)),
-        tuple(tensor.shape),
+        tuple(tensor.shape if shape is None else shape),
         tensor.data_ptr(),
     )

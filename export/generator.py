@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from onnx_ir.tensor_adapters import from_torch_dtype
 from transformers import GenerationConfig
 
 from subgraph_peft.errors import ExportError
 
+from .bound import memory
 from .cached import PAST, PRESENT
 from .decoder import DECODER, ENCODER, MODEL
-from .runtime import CUDA, dtype_of, provider, session
+from .runtime import device_of, dtype_of, provider, session
 from .sampling import Sampler
 
 
@@ -24,25 +24,19 @@ class Graph:
 
     def __init__(self, path: Path, on: str | None):
         self.session = session(path, on)
-        self.device = torch.device("cuda" if provider(self.session) == CUDA else "cpu")
+        self.device = device_of(self.session)
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = {value.name: value for value in self.session.get_outputs()}
         self.io = self.session.io_binding()
         self.held: dict[str, torch.Tensor] = {}
         self.dtypes = {name: dtype_of(value) for name, value in (self.inputs | self.outputs).items()}
-        self.numbers = {dtype: int(from_torch_dtype(dtype)) for dtype in self.dtypes.values()}
-        self.place = self.device.type, self.device.index or 0
 
     def feed(self, name: str, tensor: torch.Tensor, shape: Sequence[int] | None = None) -> None:
-        self.io.bind_input(
-            name, *self.place, self.numbers[tensor.dtype], shape or tuple(tensor.shape), tensor.data_ptr()
-        )
+        self.io.bind_input(name, *memory(tensor, shape))
         self.held[name] = tensor
 
     def fetch(self, name: str, tensor: torch.Tensor, shape: Sequence[int] | None = None) -> None:
-        self.io.bind_output(
-            name, *self.place, self.numbers[tensor.dtype], shape or tuple(tensor.shape), tensor.data_ptr()
-        )
+        self.io.bind_output(name, *memory(tensor, shape))
         self.held[name] = tensor
 
     def release(self) -> None:
@@ -236,7 +230,7 @@ class Generator:
         for name in masked:
             graph.feed(name, mask.contiguous())
         for name in graph.outputs:
-            graph.io.bind_output(name, *graph.place)
+            graph.io.bind_output(name, graph.device.type, graph.device.index or 0)
         graph.run()
         for name, value in zip(graph.outputs, graph.io.get_outputs(), strict=True):
             if (past := name.replace(PRESENT, PAST, 1)) in self.decoder.inputs:

@@ -7,6 +7,7 @@ import torch
 from onnx_ir.passes import common as passes
 from onnx_ir.traversal import RecursiveGraphIterator
 
+from .walk import bodies, graph_values
 from .weights import converted, values
 
 FLOAT = ir.DataType.FLOAT
@@ -70,16 +71,9 @@ def drop_casts(graph: ir.Graph) -> None:
 
 
 def everything(graph: ir.Graph) -> Iterator[ir.Value]:
-    yield from (*graph.inputs, *graph.initializers.values())
-    for node in RecursiveGraphIterator(graph):
-        yield from node.outputs
+    yield from graph_values(graph)
     for body in bodies(graph):
         yield from (*body.inputs, *body.initializers.values())
-
-
-def bodies(graph: ir.Graph) -> list[ir.Graph]:
-    attributes = (a for node in RecursiveGraphIterator(graph) for a in node.attributes.values())
-    return [attribute.as_graph() for attribute in attributes if attribute.type is ir.AttributeType.GRAPH]
 
 
 def floats(found: Iterable[ir.Value | None]) -> list[ir.Value]:

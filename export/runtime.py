@@ -63,6 +63,11 @@ def provider(opened: onnxruntime.InferenceSession) -> str:
     return opened.get_providers()[0]
 
 
+def device_of(opened: onnxruntime.InferenceSession) -> torch.device:
+    """Where a session that was just opened computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if provider(opened) == CUDA else torch.device("cpu")
+
+
 def run(
     opened: onnxruntime.InferenceSession,
     inputs: Mapping[str, torch.Tensor],

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from subgraph_peft.errors import ExportError
+from subgraph_peft.merged import set_parameter
 from subgraph_peft.program import Program
 
 
@@ -32,10 +33,7 @@ def over(program: Program, model: nn.Module) -> nn.Module:
     tensors = {**theirs, **dict(model.named_buffers(remove_duplicate=False))}
     twin = copy.deepcopy(model, {id(tensor): own[name] for name, tensor in tensors.items() if name in own})
     for name in untied(theirs, own):
-        owner, _, leaf = name.rpartition(".")
-        setattr(twin.get_submodule(owner), leaf, own[name])
-        if hasattr(getattr(twin, "config", None), "tie_word_embeddings"):
-            twin.config.tie_word_embeddings = False
+        set_parameter(twin, name, own[name])
     if hasattr(twin, "config"):
         twin.config.dtype = program.module.home.dtype
     return twin.eval()

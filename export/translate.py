@@ -28,6 +28,7 @@ from subgraph_peft.recurrent import Whole
 from .axes import resize, sizes_of
 from .inference import STAMP, Inference
 from .operators import translations
+from .walk import bodies, graph_values
 
 OLDEST_OPSET = 18  # what torch translates to; it converts to older ones without names and metadata
 NOISY = ("torch.onnx", "onnxscript", "onnx_ir", "onnxruntime.quantization")
@@ -174,8 +175,7 @@ def simplify(model: ir.Model) -> None:
 
 def own_outputs(model: ir.Model) -> None:
     """Bodies of If and Loop compute what they return: onnxruntime refuses one that returns a value from outside."""
-    held = [a.as_graph() for n in RecursiveGraphIterator(model.graph) for a in n.attributes.values() if is_body(a)]
-    for body in held:
+    for body in bodies(model.graph):
         for index, value in enumerate(body.outputs):
             producer = value.producer()
             if producer is None or producer.graph is not body:
@@ -183,10 +183,6 @@ def own_outputs(model: ir.Model) -> None:
                 copied.outputs[0].shape, copied.outputs[0].type = value.shape, value.type
                 body.append(copied)
                 body.outputs[index] = copied.outputs[0]
-
-
-def is_body(attribute: ir.Attr) -> bool:
-    return attribute.type is ir.AttributeType.GRAPH
 
 
 def name_axes(model: ir.Model, cut: Inference) -> None:
@@ -201,15 +197,9 @@ def name_axes(model: ir.Model, cut: Inference) -> None:
             return size
         return re.sub(r"[^\W\d]\w*", lambda found: symbols.get(found.group(), found.group()), str(size.value))
 
-    for value in values(model.graph):
+    for value in graph_values(model.graph):
         if value.shape is not None:
             value.shape = ir.Shape([renamed(size) for size in value.shape])
-
-
-def values(graph: ir.Graph) -> Iterator[ir.Value]:
-    yield from (*graph.inputs, *graph.initializers.values())
-    for node in RecursiveGraphIterator(graph):
-        yield from node.outputs
 
 
 def describe(model: ir.Model, program: Program, identity: str, **options: Any) -> None:
