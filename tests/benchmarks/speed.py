@@ -34,12 +34,13 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import subgraph_peft as sp
 from subgraph_peft.files import write_json
+from subgraph_peft.optimise import optimisations
 
 from .attach import machine
 from .sides import ATTENTION_AND_MLP, LABELS
 
 RANK, ALPHA, MIB = 16, 16.0, 2**20
-OFF = dict.fromkeys(("gram", "changes", "attention", "tidy", "scalars", "sums", "siblings", "rotary"), False)
+OFF = dict.fromkeys(optimisations(), False)
 Inputs = dict[str, torch.Tensor]
 Step = Callable[[], torch.Tensor]
 
