@@ -16,11 +16,12 @@ from subgraph_peft.generate import rebuild
 from subgraph_peft.program import Program
 
 from .adapters import Adapters
+from .reference import cases_of, program_reference
 from .report import Verification
 from .runtime import first_line
-from .slots import A, B, captured_values, rewritten_sites, version, weights_of
+from .slots import MERGED, A, B, captured_values, rewritten_sites, version, weights_of
 from .updates import Updates, updates
-from .verification import bound_of, compare, inputs_of, program_reference
+from .verification import bound_of, compare
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ def to_adapter(
     update = updates(program, rank, tolerance)
     if not update.values:
         raise ExportError("The program has no adapters to write; a folded program has them in its weights.")
-    whole = tuple(name for name in adapters.slots if not name.endswith((A, B)))
-    if missing := [name for name in update.values if name not in adapters.slots]:
+    whole = tuple(name for name in adapters.slots if not name.endswith((A, B, MERGED)))
+    if missing := [name for name in update.values if adapters.slot(name) is None]:
         raise ExportError(
             f"The model has no slot for {', '.join(weights_of(missing))}. Export one from this program "
             "(to_onnx(program, …, slots=True)), or fold the adapter into plain weights."
@@ -90,7 +91,7 @@ def to_adapter(
     values = adapters.fitted(update.values)
     reference = program_reference(program if rank is None else truncated(program, update, sites))
     bound = bound_of(adapters.session, reference.dtype) if bound is None else bound
-    verification = compare(adapters.session, reference.cases(inputs_of(adapters.session)), bound, values)
+    verification = compare(adapters.session, cases_of(adapters.session, reference), bound, adapters.held(values))
     target = Path(path)
     with replacing(target, ExportError) as temporary:
         store(values, adapters.identity, temporary)

@@ -1,24 +1,27 @@
 """Adapters of a slotted ONNX file: one onnxruntime session serves the base and any of them.
 
-An `.onnx_adapter` file holds tensors by the names of the file's slots, and the base's identity as its `model_version`.
+An `.onnx_adapter` file holds A and B by weight and tensors that replace the base's, and the base's identity as its
+`model_version`. Where the model's slots are merged on load, Wᵀ + A B is computed then, in float32 at least.
 onnxruntime itself asks little of it: a name that the file lacks and another dtype fail when it runs, half a pair and
 another base do not, and of two active adapters with the same names the first wins.
 """
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import onnx_ir as ir
 import onnxruntime
 import torch
 
 from subgraph_peft.errors import ExportError, suggestion
 
-from .runtime import CUDA, dtype_of, first_line, provider, run, session, value_of
-from .slots import IDENTITY, A, B, version, weights_of
+from .runtime import device_of, dtype_of, first_line, run, session, tensor_of, value_of
+from .slots import IDENTITY, MERGED, A, B, version, weights_of
+from .weights import values as stored
 
 Values = Mapping[str, onnxruntime.OrtValue]
 
@@ -79,24 +82,35 @@ class Adapters:
         values = made.get_parameters()
         self.check(where, values)
         ranks = {name.removesuffix(A): value.shape()[-1] for name, value in values.items() if name.endswith(A)}
-        return LoadedAdapter(os.fspath(path), {name: self.placed(value) for name, value in values.items()}, ranks)
+        return LoadedAdapter(os.fspath(path), self.held(values), ranks)
+
+    def slot(self, name: str) -> onnxruntime.NodeArg | None:
+        """What takes a tensor of an adapter file: the slot of its name, or the weight that A or B is merged into."""
+        (weight,) = weights_of([name])
+        return self.slots.get(name) or (self.slots.get(weight + MERGED) if name != weight else None)
+
+    def sizes(self, name: str) -> tuple[int | str, ...]:
+        """The shape that a tensor of an adapter file has to have, a name where any size will do."""
+        shape = tuple(self.slot(name).shape)
+        if name in self.slots:
+            return shape
+        return (*shape[:-1], "r") if name.endswith(A) else (*shape[:-2], "r", shape[-1])
 
     def check(self, where: str, values: Values) -> None:
         """Raises ExportError for values that the slots do not take."""
         if not values:
             raise ExportError(f"{where} is empty.")
         for name, value in values.items():
-            if name not in self.slots:
+            if (slot := self.slot(name)) is None:
                 close = suggestion(name, self.slots)
                 raise ExportError(f"{where} has {name!r}, for which the model has no slot.{close}")
-            slot = self.slots[name]
             if value.data_type() != slot.type:
                 raise ExportError(
                     f"{where}: {name} is a {value.data_type()}, the model takes a {slot.type}. Write the adapter again "
                     "for this model, by export.to_adapter(program, …, model)."
                 )
-            if not fits(value.shape(), slot.shape):
-                wanted = ", ".join("r" if isinstance(size, str) else str(size) for size in slot.shape)
+            if not fits(value.shape(), self.sizes(name)):
+                wanted = ", ".join("r" if isinstance(size, str) else str(size) for size in self.sizes(name))
                 raise ExportError(f"{where}: {name} is {value.shape()}, the model takes [{wanted}].")
         for weight in weights_of(name for name in values if name.endswith((A, B))):
             halves = [name for name in (weight + A, weight + B) if name in values]
@@ -107,28 +121,54 @@ class Adapters:
                 raise ExportError(f"{where}: {halves[0]} is {down} and {halves[1]} is {up}: their ranks differ.")
 
     def fitted(self, tensors: Mapping[str, torch.Tensor]) -> Values:
-        """Tensors in the dtypes of their slots. Raises ExportError where one is not finite there."""
+        """Tensors in the dtypes of their slots, as an adapter file holds them. Raises ExportError where one is not
+        finite there."""
         values = {}
         for name, tensor in tensors.items():
-            dtype = dtype_of(self.slots[name])
+            dtype = dtype_of(self.slot(name))
             if not torch.isfinite(cast := tensor.to(dtype)).all():
                 raise ExportError(f"{name} has values that {dtype} cannot hold. Export the slots in float32.")
             values[name] = value_of(cast)
         return values
 
-    def placed(self, value: onnxruntime.OrtValue) -> onnxruntime.OrtValue:
-        """A value on the session's device; numpy, by which it gets there, has no bfloat16."""
-        if provider(self.session) != CUDA or value.data_type() == "tensor(bfloat16)":
-            return value
-        return onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy(), "cuda", torch.cuda.current_device())
+    @torch.no_grad()
+    def held(self, values: Values) -> Values:
+        """An adapter file's values as the session takes them: on its device, with A B added to weights that are merged
+        on load. Raises ExportError where a sum is not finite."""
+        device = device_of(self.session)
+        placed = {name: value_of(tensor_of(value), device) for name, value in values.items() if name in self.slots}
+        for weight, base in self.weights(weights_of(name for name in values if name not in self.slots)):
+            wide = torch.promote_types(base.dtype, torch.float32)
+            W, down, up = (t.to(device, wide) for t in (base, *(tensor_of(values[weight + half]) for half in (A, B))))
+            merged = (W + down @ up).to(base.dtype)
+            if not merged.isfinite().all():
+                raise ExportError(f"{weight} has values under the adapter that {base.dtype} cannot hold.")
+            placed[weight + MERGED] = value_of(merged, device)
+        return placed
+
+    def weights(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The base's weights [in, out] that are merged on load, out of the session's file. Raises ExportError."""
+        if not names:
+            return
+        if (path := getattr(self.session, "_model_path", None)) is None:
+            raise ExportError("The model's slots are merged on load, with the weights of its file: Adapters(path).")
+        initializers = ir.load(path).graph.initializers
+        for name in names:
+            yield name, stored(initializers[name + MERGED].const_value)
 
     def run(self, inputs: Mapping[str, torch.Tensor], *adapters: LoadedAdapter) -> dict[str, torch.Tensor]:
         """Outputs by name, on the CPU, of the base under these adapters. Raises ExportError."""
         return run(self.session, inputs, together(adapters))
 
     def options(self, *adapters: LoadedAdapter) -> onnxruntime.RunOptions:
-        """For `session.run(names, feeds, options)`. Raises ExportError for adapters that share a slot."""
+        """For `session.run(names, feeds, options)`. Raises ExportError for adapters that share a slot, and for slots
+        that are merged on load, of which onnxruntime knows nothing."""
         together(adapters)
+        if any(name.endswith(MERGED) for name in self.slots):
+            raise ExportError(
+                "The model's slots are merged on load: bind its adapters (Adapters.bind, BoundSession), or export "
+                "with merge='run'."
+            )
         return Options([adapter.native for adapter in adapters])
 
     def bind(self, binding: onnxruntime.IOBinding, *adapters: LoadedAdapter) -> None:

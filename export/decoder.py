@@ -13,10 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache
 
 from subgraph_peft.capture import capture
+from subgraph_peft.checkpoint import onto
 from subgraph_peft.errors import ExportError
 from subgraph_peft.files import TOKENIZER, check_former, replacing_folder, write_json
 from subgraph_peft.kernels import group_keys
 from subgraph_peft.program import Program
+from subgraph_peft.selectors import Where
 from subgraph_peft.surroundings import unwritten
 
 from . import cached
@@ -24,9 +26,10 @@ from .cached import PAST, PRESENT
 from .exporter import to_onnx
 from .genai import genai_config
 from .inference import axes_of
+from .reference import full_precision
 from .report import ExportReport
 from .shared import over
-from .verification import full_precision
+from .slots import slots_of
 
 MODEL, ENCODER, DECODER = "model.onnx", "encoder_model.onnx", "decoder_model.onnx"
 FILES = *(f"{name}{data}" for name in (MODEL, ENCODER, DECODER) for data in ("", ".data")), "genai_config.json"
@@ -68,15 +71,19 @@ def to_decoder(
     *,
     tokenizer: Any = None,
     logits_to_keep: int = 1,
+    slots: bool | Where = False,
     **options: Any,
 ) -> DecoderReport:
     """Write `program` as a decoder with a key-value cache, for `Generator`, onnxruntime-genai and others.
 
-    program:         captured from `model` in training, and folded; its weights are written, those of `model` stay
+    program:         captured from `model` in training, and folded, but with slots; its weights are written, those of
+                     `model` stay
     model:           the transformers model that it was captured from, with a language model head
     tokenizer:       saved beside, if given
     logits_to_keep:  of the last tokens; 0 keeps the logits of all
-    options:         of `to_onnx`: dtype, optimize, quantize, opset, bound, external_data
+    slots:           write the base that was captured, with inputs through which `Generator` and onnxruntime-genai
+                     change it by an adapter file, see `to_onnx`; of a decoder, not of an encoder-decoder
+    options:         of `to_onnx`: dtype, optimize, quantize, opset, bound, external_data, merge
 
     A decoder is `model.onnx`: input_ids [batch, length], attention_mask [batch, past + length], position_ids [batch,
     length] and past_key_values.N.key, .value [batch, heads, past, width] to logits [batch, kept, vocabulary] and
@@ -91,8 +98,10 @@ def to_decoder(
     keys and values; for a folder with other files in it.
     """
     target, earlier = Path(folder), (*FILES, *(TOKENIZER if tokenizer is not None else ()))
-    twin = over(program, model)
+    twin = over(slots_of(program, slots).base if slots else program, model)
     check_model(twin)
+    if slots and twin.config.is_encoder_decoder:
+        raise ExportError(f"{type(model).__name__} is two files, encoder and decoder, which have no slots: fold it.")
     reports: dict[str, ExportReport] = {}
     with replacing_folder(target, ExportError, earlier=earlier) as made:
         twin.config.to_json_file(made / "config.json")
@@ -101,7 +110,12 @@ def to_decoder(
             tokenizer.save_pretrained(made)
         check_former(target, made, ExportError, earlier)
         for part in served(twin, program, logits_to_keep):
-            reports[part.file] = replace(write(twin, part, made / part.file, options), path=str(target / part.file))
+            cached_program = capture_of(twin, part)
+            if program.adapters:
+                cached_program = onto(cached_program, program)
+            also = [(flat(inputs), real(inputs, run(twin, part.function, inputs))) for inputs in part.also]
+            report = to_onnx(cached_program, made / part.file, also=also, slots=slots, **options)
+            reports[part.file] = replace(report, path=str(target / part.file))
         if MODEL in reports:
             write_json(made / "genai_config.json", genai_config(twin, reports[MODEL], MODEL), ExportError)
     return DecoderReport(str(target), reports)
@@ -116,10 +130,9 @@ def check_model(model: nn.Module) -> None:
         model.set_attn_implementation("sdpa")
 
 
-def write(model: nn.Module, part: Served, path: Path, options: Mapping[str, Any]) -> ExportReport:
-    """Capture the function as the model's own forward, so that weights keep their qualified names, and export it with
-    grouped keys as they are."""
-    also = [(flat(inputs), real(inputs, run(model, part.function, inputs))) for inputs in part.also]
+def capture_of(model: nn.Module, part: Served) -> Program:
+    """The function captured as the model's own forward, so that weights keep their qualified names, grouped keys as
+    they are."""
     held = vars(model).get("forward")
     try:
         model.forward = part.function
@@ -132,7 +145,7 @@ def write(model: nn.Module, part: Served, path: Path, options: Mapping[str, Any]
     for graph in program.module.graphs():
         group_keys(graph)
     program.module.make_runners()
-    return to_onnx(program, path, also=also, **options)
+    return program
 
 
 def run(model: nn.Module, function: Callable[..., Inputs], inputs: Inputs) -> dict[str, torch.Tensor]:

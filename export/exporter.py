@@ -22,12 +22,13 @@ from .fuse import fuse, lay_out
 from .inference import Inference, inference
 from .precision import DTYPES, narrow
 from .quantize import quantize as quantized
+from .reference import Case, program_reference
 from .report import ExportReport, Verification
 from .runtime import session
 from .slots import NONE, slots_of, weights_of
 from .translate import describe, quiet, translate
 from .updates import updates
-from .verification import Case, bound_of, compare, program_reference
+from .verification import bound_of, compare
 
 
 def to_onnx(
@@ -44,6 +45,7 @@ def to_onnx(
     external_data: bool = False,
     beside: Sequence[Any] = (),
     slots: bool | Where = False,
+    merge: Literal["run", "load"] = "run",
     also: Sequence[Case] = (),
 ) -> ExportReport:
     """Write `program`, in eval mode, to the ONNX file `path`.
@@ -61,6 +63,8 @@ def to_onnx(
     beside:         what has `save_pretrained`, such as a tokenizer and a config, written to the file's folder with it
     slots:          write the base that was captured, with inputs through which adapter files change it at run time,
                     see `to_adapter`. True: for what the program's adapters change; a selector: for these weights too
+    merge:          when W + A B of a slot is computed: at every "run", by onnxruntime itself, or at the "load" of an
+                    adapter, by `Adapters`: a run then costs what the base's does, an adapter the memory of its weights
     also:           further (inputs, outputs of torch), by name, that onnxruntime has to reproduce; an output may be
                     a function of what onnxruntime gives
 
@@ -81,7 +85,9 @@ def to_onnx(
         raise ExportError(f"Weights are quantised to 4 or 8 bits, not {quantize!r}.")
     if quantize and dtype not in (torch.float32, torch.float16):
         raise ExportError(f"onnxruntime quantises float32 and float16 weights; {program.source} is in {dtype}.")
-    opened = slots_of(program, slots) if slots else NONE
+    if merge not in ("run", "load"):
+        raise ExportError(f"An adapter is merged at every 'run' or on 'load', not {merge!r}.")
+    opened = slots_of(program, slots, merge == "load") if slots else NONE
     update = updates(program) if slots and program.adapters else None
     base = opened.base or program
     with staged(target) as folder:
@@ -105,9 +111,12 @@ def to_onnx(
                 found = compare(running, cases, allowed)
                 if update is None:
                     return found
-                return found & compare(running, adapted, allowed, Adapters(running).fitted(update.values))
+                adapters = Adapters(running)
+                return found & compare(running, adapted, allowed, adapters.held(adapters.fitted(update.values)))
             except ExportError as error:
-                raise ExportError(f"{error} {target} was not written.") from error
+                asked = " and ".join(f"{name}=" for name, value in options.items() if value)
+                advice = f"The file without {asked} gives what torch does: leave it out. " if asked else ""
+                raise ExportError(f"{error} {advice}{target} was not written.") from error
 
         if quantize or optimize:
             with quiet():

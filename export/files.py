@@ -41,15 +41,16 @@ def write(model: ir.Model, path: Path, external: bool) -> None:
     try:
         ir.save(model, path, external_data=data_name(path) if apart else None)
     except ir.serde.SerdeError as error:
-        raise cause(error) from error
+        if found := cause(error):
+            raise found from error
+        raise
 
 
-def cause(error: Exception) -> Exception:
+def cause(error: BaseException | None) -> ExportError | OSError | None:
     """What a weight raised when it was computed, where that is what failed."""
-    inner = error
-    while inner is not None and not isinstance(inner, (ExportError, OSError)):
-        inner = inner.__cause__
-    return inner or error
+    while error is not None and not isinstance(error, (ExportError, OSError)):
+        error = error.__cause__
+    return error
 
 
 def place(folder: Path, target: Path) -> None:

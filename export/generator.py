@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from subgraph_peft.errors import ExportError
 
+from .adapters import Adapters, LoadedAdapter, together
 from .bound import memory
 from .cached import PAST, PRESENT
 from .decoder import DECODER, ENCODER, MODEL
@@ -104,6 +105,10 @@ class Generator:
             raise ExportError(f"{path} is no decoder with a cache ({PAST}.0.key …, logits); it has {given}.")
         self.config = self.configured(home)
 
+    def load(self, path: str | os.PathLike) -> LoadedAdapter:
+        """An adapter file for the file's slots. Raises ExportError where it has none, or they do not fit."""
+        return Adapters(self.decoder.session).load(path)
+
     def size(self, name: str) -> tuple[int, int]:
         """(heads, width) of keys or values. The files of onnxruntime-genai's builder leave the width open."""
         _, count, _, width = self.decoder.inputs[name].shape
@@ -133,9 +138,10 @@ class Generator:
         pad_token_id: int | None = None,
         seed: int | None = None,
         decoder_input_ids: torch.Tensor | None = None,
+        adapters: Sequence[LoadedAdapter] = (),
         streamer: Any = None,
     ) -> torch.Tensor:
-        """Token ids [batch, length + new], int64, as `generate` of transformers gives them.
+        """Token ids [batch, length + new], int64, where `inputs` are, as `generate` of transformers gives them.
 
         inputs:          token ids [batch, length], shorter rows padded on the left; what an encoder takes, for an
                          encoder-decoder, whose result starts with `decoder_input_ids` (by default its start token)
@@ -144,12 +150,16 @@ class Generator:
                          have `top_p` of the probability; else take the likeliest token
         eos_token_id:    ends a row, which is padded with `pad_token_id` then; by default the model's own, [] for none
         seed:            of the draws; torch's own random state by default
+        adapters:        of the file's slots, from `load`
         streamer:        of transformers: `put` takes the prompt and every token, `end` is called at the end
 
         Raises ExportError for a prompt without tokens or of another shape, padding on the right, and options of
         sampling that do not fit.
         """
         sampler = Sampler(do_sample, temperature, top_k, top_p, seed, self.device)
+        self.decoder.release()
+        for name, value in together(adapters).items():
+            self.decoder.io.bind_ortvalue_input(name, value)
         ends, pad = self.endings(eos_token_id, pad_token_id)
         prompt, mask = self.prompt(inputs, attention_mask, decoder_input_ids)
         batch, length = prompt.shape
@@ -177,7 +187,7 @@ class Generator:
         self.decoder.release()
         if streamer is not None:
             streamer.end()
-        return tokens[:, :end]
+        return tokens[:, :end].to(inputs.device)
 
     def endings(self, eos: int | Sequence[int] | None, pad: int | None) -> tuple[torch.Tensor, int]:
         """(tokens that end a row, the one that pads it)"""

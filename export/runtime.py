@@ -22,10 +22,6 @@ CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 FATAL = 4
 HALVES = (torch.float16, torch.bfloat16)
 NO_KERNEL = r"Could not find an implementation for (?P<operator>\w+)\(\d+\) node with name '(?P<node>[^']*)'"
-CUT_SHORT = (
-    r"External initializer: (?P<tensor>\S+) offset: (?P<start>\d+) size to read: (?P<size>\d+) "
-    r"given file_length: (?P<held>\d+)"
-)
 NO_DTYPE = r"Type '[^']*' of input .* of operator \((?P<operator>\w+)\) in node \((?P<node>[^)]*)\) is invalid"
 
 
@@ -46,7 +42,9 @@ def session(path: str | os.PathLike, on: str | None = None, **cuda: str) -> onnx
     if on in (None, CUDA) and CUDA in available:
         with contextlib.redirect_stdout(io.StringIO()):
             onnxruntime.preload_dlls()
-        wanted = [(CUDA, {"use_tf32": "0", "device_id": str(torch.cuda.current_device()), **cuda}), CPU]
+        device = torch.cuda.current_device()
+        cuda |= {"device_id": str(device)} if device else {}  # it warns where one is named
+        wanted = [(CUDA, {"use_tf32": "0", **cuda}), CPU]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
     try:
@@ -94,7 +92,12 @@ def dtype_of(value: onnxruntime.NodeArg) -> torch.dtype:
     return to_torch_dtype(ir.DataType[name])
 
 
-def value_of(tensor: torch.Tensor) -> onnxruntime.OrtValue:
+def value_of(tensor: torch.Tensor, device: torch.device | None = None) -> onnxruntime.OrtValue:
+    """A value of onnxruntime's; on `device`, where that is a GPU, in the tensor's memory there."""
+    if device is not None and device.type == "cuda":
+        tensor = tensor.detach().to(device).contiguous()
+        torch.cuda.current_stream(device).synchronize()
+        return onnxruntime.OrtValue.from_dlpack(tensor)
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype is torch.bfloat16:
         bits = tensor.view(torch.uint16).numpy()
@@ -110,12 +113,8 @@ def tensor_of(value: onnxruntime.OrtValue) -> torch.Tensor:
 
 
 def unusable(path: str | os.PathLike, error: Exception) -> ExportError:
-    if found := re.search(CUT_SHORT, str(error)):
-        held, needed = int(found["held"]), int(found["start"]) + int(found["size"])
-        return ExportError(
-            f"The weights of {Path(path).name} are cut short: {found['tensor']} ends at byte {needed:,}, the file of "
-            f"external data holds {held:,}. Copy it again, or export again."
-        )
+    if found := cut_short(path):
+        return found
     for pattern in (NO_KERNEL, NO_DTYPE):
         if found := re.search(pattern, str(error)):
             where = f" (node {found['node']})" if found["node"] else ""
@@ -126,6 +125,20 @@ def unusable(path: str | os.PathLike, error: Exception) -> ExportError:
             )
     name = Path(path).name
     return ExportError(f"onnxruntime cannot open {name}: {first_line(error).replace(os.fspath(path), name)}")
+
+
+def cut_short(path: str | os.PathLike) -> ExportError | None:
+    """Of a file whose external data end before a weight does."""
+    with contextlib.suppress(Exception):  # a damaged model, of which onnxruntime's own error says more
+        for tensor in (value.const_value for value in ir.load(path).graph.initializers.values()):
+            if isinstance(tensor, ir.ExternalTensor):
+                needed, held = (tensor.offset or 0) + tensor.nbytes, os.path.getsize(tensor.path)
+                if needed > held:
+                    return ExportError(
+                        f"The weights of {Path(path).name} are cut short: {tensor.name} ends at byte {needed:,}, the "
+                        f"file of external data holds {held:,}. Copy it again, or export again."
+                    )
+    return None
 
 
 def weight_dtype(path: str | os.PathLike) -> str:

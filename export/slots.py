@@ -2,10 +2,13 @@
 
     Wᵀ + A B        A [in, r], B [r, out], by default of rank 0
 
-is computed once a run and read by all that reads W, so that the rest of the file is the base's. A weight W has the slot
-`<W>.lora_A` and `<W>.lora_B`, [stack, in, r] and [stack, r, out] where it is a stack of matrices; the method's scale is
-in B. A tensor that an adapter replaces as a whole, such as a trained head or a bias, is an input under its own name, by
-default the base's value.
+is read by all that reads W, so that the rest of the file is the base's. It is computed
+
+    once a run       from the slots `<W>.lora_A` and `<W>.lora_B`, [stack, in, r] and [stack, r, out] of a stack
+    once an adapter  where slots are merged on load, for the slot `<W>.merged`, [in, out] or [stack, in, out]
+
+The method's scale is in B. A tensor that an adapter replaces as a whole, such as a trained head or a bias, is an input
+under its own name, by default the base's value.
 """
 
 from collections.abc import Iterable, Iterator
@@ -34,7 +37,7 @@ from subgraph_peft.uses import View, step
 from .inference import STAMP, Inference
 from .weights import converted
 
-A, B = ".lora_A", ".lora_B"
+A, B, MERGED = ".lora_A", ".lora_B", ".merged"
 IDENTITY = f"{META}.identity"
 SAMPLE_RANK = 2
 
@@ -42,13 +45,15 @@ SAMPLE_RANK = 2
 @dataclass(frozen=True)
 class Slots:
     """base:   the captured program, with the values it was captured with
-    sites:  weights with a pair A, B
+    sites:  weights to which an adapter adds
     whole:  names of the tensors that an adapter replaces
+    merged: whether the sum at a site is computed when an adapter is loaded
     """
 
     base: Program | None = None
     sites: tuple[Site, ...] = ()
     whole: tuple[str, ...] = ()
+    merged: bool = False
 
     def open(self, cut: Inference) -> Inference:
         """The cut with an input for every tensor that an adapter replaces, and a pair at every site. Raises ExportError
@@ -61,24 +66,25 @@ class Slots:
                 "that do (outputs=[…]), or leave it out of the adapter."
             )
         for site in self.sites:
-            samples |= adapt(graph, read[site.name], site)
+            laid_out = site.matrix(attribute(cut.module, site.name).detach()).mT.detach()  # no view, of which traces
+            samples |= adapt(graph, read[site.name], site, laid_out if self.merged else None)  # want the base too
         for name in self.whole:
             held = new_input(graph, name)
             held.meta = dict(read[name].meta)
             read[name].replace_all_uses_with(held)
             graph.erase_node(read[name])
             samples[name] = attribute(cut.module, name).detach()
-        ranks = {n: {rank_axis(n, s.ndim): f"{n[: -len(A)]}.rank"} for n, s in samples.items() if n not in self.whole}
+        ranks = {n: {rank_axis(n, s.ndim): f"{n[: -len(A)]}.rank"} for n, s in samples.items() if n.endswith((A, B))}
         shapes = {name: sample.shape for name, sample in samples.items()}
         return replace(cut, inputs={**cut.inputs, **shapes}, axes={**cut.axes, **ranks}, samples=samples)
 
     @contextmanager
     def defaults(self, model: ir.Model, cut: Inference) -> Iterator[None]:
-        """The model with default values in the block: rank 0, and the base's own tensors."""
+        """The model with default values in the block: the base's own tensors, and rank 0."""
         inputs = [value for value in model.graph.inputs if value.name in cut.samples]
         for value in inputs:
             held = cut.samples[value.name]
-            if value.name not in self.whole:
+            if value.name.endswith((A, B)):
                 held = held.narrow(rank_axis(value.name, held.ndim), 0, 0)
             value.const_value = converted(TorchTensor(held), value.dtype, value.name)
             model.graph.register_initializer(value)
@@ -93,7 +99,7 @@ class Slots:
 NONE = Slots()
 
 
-def slots_of(program: Program, wanted: bool | Where) -> Slots:
+def slots_of(program: Program, wanted: bool | Where, merged: bool = False) -> Slots:
     """The slots of what the program's adapters change, and of the weights that `wanted` selects.
 
     Raises SelectorError, and ExportError for an adapter that changes no weight.
@@ -111,7 +117,7 @@ def slots_of(program: Program, wanted: bool | Where) -> Slots:
             f"{program.source} has no adapters whose weights would get slots. Name weights, such as "
             "slots='*.{query,value}', or rewrite the program first; a folded program has its adapters in its weights."
         )
-    return Slots(base, tuple(sites.values()), whole)
+    return Slots(base, tuple(sites.values()), whole, merged)
 
 
 def rewritten_sites(program: Program) -> Iterator[tuple[str, Site]]:
@@ -152,7 +158,7 @@ def captured_values(program: Program) -> Program:
 
 def weights_of(slots: Iterable[str]) -> tuple[str, ...]:
     """The tensors that slots change, each once."""
-    return tuple(dict.fromkeys(name.removesuffix(A).removesuffix(B) for name in slots))
+    return tuple(dict.fromkeys(name.removesuffix(A).removesuffix(B).removesuffix(MERGED) for name in slots))
 
 
 def version(identity: str) -> int:
@@ -171,15 +177,13 @@ def rank_axis(name: str, dimensions: int) -> int:
     return dimensions - (1 if name.endswith(A) else 2)
 
 
-def adapt(graph: fx.Graph, weight: fx.Node, site: Site) -> dict[str, torch.Tensor]:
-    """Puts the sum in place of a weight. Returns sample values of A and B.
+def adapt(graph: fx.Graph, weight: fx.Node, site: Site, laid_out: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Puts the sum in place of a weight. Returns sample values of its slots: A and B or, where the sum comes from
+    outside, the weight `laid_out` as [in, out].
 
     A weight stored as [out, in] is summed as [in, out], in which products by it read it.
     """
     value, readers = weight.meta["val"], list(weight.users)
-    depth = (site.stack,) if site.stack else ()
-    sizes = {A: (*depth, site.in_features, SAMPLE_RANK), B: (*depth, SAMPLE_RANK, site.out_features)}
-    factors = [new_input(graph, site.name + end) for end in sizes]
     before = next(node for node in graph.nodes if node in weight.users)
 
     def emit(target: object, args: tuple, term: str) -> fx.Node:
@@ -190,19 +194,32 @@ def adapt(graph: fx.Graph, weight: fx.Node, site: Site) -> dict[str, torch.Tenso
         made.meta["custom"] = {**custom, STAMP: f"{site.name}.{term}"}
         return made
 
-    update = emit(aten.matmul.default, tuple(factors), "update")
+    if laid_out is not None:
+        samples = {site.name + MERGED: laid_out}
+        update = new_input(graph, site.name + MERGED)
+    else:
+        depth = (site.stack,) if site.stack else ()
+        sizes = {A: (*depth, site.in_features, SAMPLE_RANK), B: (*depth, SAMPLE_RANK, site.out_features)}
+        like = {"dtype": value.dtype, "device": value.device}
+        samples = {site.name + end: torch.zeros(size, **like) for end, size in sizes.items()}
+        update = emit(aten.matmul.default, tuple(new_input(graph, name) for name in samples), "update")
     if site.layout == MATRIX:
-        laid = emit(aten.add.Tensor, (emit(aten.t.default, (weight,), "transposed"), update), "adapted")
+        laid = update
+        if laid_out is None:
+            laid = emit(aten.add.Tensor, (emit(aten.t.default, (weight,), "transposed"), update), "adapted")
         laid.meta["val"] = value.t()
         readers = [reader for reader in readers if not read_laid(reader, weight, laid)]
         stored = emit(aten.t.default, (laid,), "stored") if readers else weight
     else:
-        update = turned(site.layout).emit_stored(update, site.shape, emit, "update")
-        stored = emit(aten.add.Tensor, (weight, update), "adapted")
+        stored = turned(site.layout).emit_stored(update, site.shape, emit, "update")
+        if laid_out is None:
+            stored = emit(aten.add.Tensor, (weight, stored), "adapted")
     stored.meta["val"] = value  # which a linear that takes it as its input asks for
     for reader in readers:
         reader.replace_input_with(weight, stored)
-    return {site.name + end: torch.zeros(size, dtype=value.dtype, device=value.device) for end, size in sizes.items()}
+    if not weight.users:
+        graph.erase_node(weight)
+    return samples
 
 
 def read_laid(reader: fx.Node, weight: fx.Node, laid: fx.Node) -> bool:

@@ -1,81 +1,27 @@
 """Compare an ONNX file, in onnxruntime, with what torch computes."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import onnxruntime
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from subgraph_peft.errors import CaptureError, ExportError
+from subgraph_peft.errors import ExportError
 from subgraph_peft.lower import META
-from subgraph_peft.module import home_of
 from subgraph_peft.program import Program
-from subgraph_peft.signature import Signature
 
 from .adapters import Adapters
-from .axes import Axes, other_sizes, resize, sizes_of
-from .inference import axes_of, flat_example
+from .cached import PRESENT
+from .reference import Case, cases_of, module_reference, program_reference
 from .report import Drift, Verification
 from .runtime import dtype_of, provider, run, session
 
 BOUND = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 QUANTIZED = {8: 5e-2, 4: 5e-1}  # by bits
 QUANTIZE = f"{META}.quantize"  # metadata of a file: bits of its weights
-
-Case = tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What torch computes: `call` takes tensors by name; `axes` are the dimensions of `example` that may vary."""
-
-    call: Callable[[Mapping[str, torch.Tensor]], Any]
-    example: Mapping[str, torch.Tensor]
-    axes: Axes
-    dtype: torch.dtype
-
-    def outputs(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """Leaves of the result by name, None for what was not computed."""
-        leaves, spec = pytree.tree_flatten(self.call(inputs))
-        return dict(zip(Signature({}, {}, (), spec).output_names(), leaves, strict=True))
-
-    def cases(self, feeds: Sequence[str]) -> list[Case]:
-        """(inputs, what torch computes) at the sizes of the example, and at other ones of the inputs `feeds`: shorter,
-        or longer where the values of an input are positions in a dimension that is then too short for them, or where
-        the program is the model at some sizes only."""
-        if missing := [name for name in feeds if name not in self.example]:
-            raise ExportError(
-                f"The file takes {', '.join(feeds)}; {', '.join(missing)} is not among the example inputs."
-            )
-        sizes = sizes_of(self.axes, self.example)
-        varying = {axis: sizes[axis] for name in feeds for axis in self.axes.get(name, {}).values()}
-
-        def case(at: Mapping[str, int]) -> Case:
-            inputs = resize(self.example, self.axes, at)
-            given = {name: inputs[name] for name in feeds}
-            with full_precision():
-                return given, self.outputs(given)
-
-        found = [case(sizes)]
-        if not varying:
-            return found
-        longer = ({axis: size + 1 for axis, size in varying.items()}, {a: 2 * size for a, size in varying.items()})
-        for others in (other_sizes(varying), *longer):
-            try:
-                return [*found, case({**sizes, **others})]
-            except (IndexError, RuntimeError, CaptureError):
-                continue
-        raise ExportError(
-            "The program runs at the sizes of its example alone "
-            f"({', '.join(f'{axis} = {size}' for axis, size in varying.items())}); "
-            "capture it with dynamic={} if they are fixed."
-        )
 
 
 def verify(
@@ -108,46 +54,7 @@ def verify(
         expected = module_reference(reference, example, opened)
     bound = bound_of(opened, expected.dtype) if bound is None else bound
     slots = Adapters(opened).load(adapter).values if adapter else {}
-    return compare(opened, expected.cases(inputs_of(opened)), bound, slots)
-
-
-def program_reference(program: Program, example: Mapping[str, Any] | None = None) -> Reference:
-    """The program, without what it was promised, called with the arguments of which it is given a tensor. Outputs that
-    need others, as a loss needs labels, are None then."""
-    program = program.promise(None)
-    example = program.at_home(program.example if example is None else example)
-    signature = program.module.signature
-
-    def call(inputs: Mapping[str, torch.Tensor]) -> Any:
-        leaves = zip(signature.input_names(), signature.flatten(example), strict=True)
-        given = {}
-        for argument, spec in signature.inputs.items():
-            own = [next(leaves) for _ in range(spec.num_leaves)]
-            if argument in example and any(n in inputs or not isinstance(leaf, torch.Tensor) for n, leaf in own):
-                given[argument] = pytree.tree_unflatten([inputs.get(name, leaf) for name, leaf in own], spec)
-        return program.run(given)
-
-    return Reference(call, flat_example(program, example), axes_of(program), program.module.home.dtype)
-
-
-def module_reference(module: nn.Module, example: Mapping[str, Any], opened: onnxruntime.InferenceSession) -> Reference:
-    home = home_of(dict(module.named_parameters()))
-    axes = {v.name: {d: size for d, size in enumerate(v.shape) if isinstance(size, str)} for v in opened.get_inputs()}
-
-    def call(inputs: Mapping[str, torch.Tensor]) -> Any:
-        training = module.training
-        try:
-            with torch.no_grad():
-                return module.eval()(**{name: tensor.to(home.device) for name, tensor in inputs.items()})
-        finally:
-            module.train(training)
-
-    taken = {name: tensor for name, tensor in example.items() if name in axes}
-    return Reference(call, taken, axes, home.dtype)
-
-
-def inputs_of(opened: onnxruntime.InferenceSession) -> list[str]:
-    return [value.name for value in opened.get_inputs()]
+    return compare(opened, cases_of(opened, expected), bound, slots)
 
 
 def bound_of(opened: onnxruntime.InferenceSession, dtype: torch.dtype) -> float:
@@ -170,6 +77,8 @@ def compare(
     for inputs, expected in cases:
         shapes.append({name: tuple(tensor.shape) for name, tensor in inputs.items()})
         for name, tensor in run(opened, inputs, slots).items():
+            if name.startswith(f"{PRESENT}.") and name not in expected:
+                continue  # of a cache, which the program has not
             wanted = expected.get(name)
             wanted = wanted(tensor) if callable(wanted) else wanted
             if not isinstance(wanted, torch.Tensor):
@@ -180,20 +89,6 @@ def compare(
     verification = Verification(provider(opened), tuple(shapes), drift, bound)
     check(verification)
     return verification
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Float32 products in float32 on the GPU, as `session` asks of onnxruntime; torch runs convolutions in TF32."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def difference(expected: torch.Tensor, actual: torch.Tensor) -> Drift:

@@ -24,7 +24,11 @@ def values(tensor: ir.TensorProtocol) -> torch.Tensor:
     """As torch holds them, without a copy where it does."""
     if isinstance(tensor, Computed):
         return tensor.compute()
-    return tensor.raw.detach() if isinstance(tensor, TorchTensor) else torch.from_numpy(np.array(tensor.numpy()))
+    if isinstance(tensor, TorchTensor):
+        return tensor.raw.detach()
+    if tensor.dtype == ir.DataType.BFLOAT16:  # of which torch takes no numpy array
+        return torch.from_numpy(np.array(tensor.numpy()).view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(tensor.numpy()))
 
 
 def transposed(tensor: ir.TensorProtocol, order: Sequence[int]) -> Computed:

@@ -20,11 +20,11 @@ from .errors import CheckpointError, SubgraphPeftError, nearest
 from .files import replacing
 from .generate import generate
 from .legal import is_name
-from .method import spell
+from .method import Method, spell
 from .places import candidates
 from .program import Program
 from .rewrite import resolve_ties
-from .sites import find
+from .sites import Site, find
 
 CONFIG, TENSORS = "adapter.json", "adapter.safetensors"
 FORMAT = 1
@@ -242,6 +242,21 @@ def load(program: Program, folder: str | os.PathLike) -> Program:
     return assembled(captured, adapters, found)
 
 
+def onto(captured: Program, program: Program) -> Program:
+    """Another capture of a program's model under the program's adapters, with its tensors.
+
+    Raises CheckpointError where the capture lacks a site.
+    """
+    untied = {site.name for adapter in program.adapters for site in adapter.sites if site.ties}
+    captured = resolve_ties(captured, [site for site in find(captured) if site.name in untied], "untie")
+
+    def moved(adapter: Adapter) -> Adapter:
+        names = [site.name for site in adapter.sites]
+        return replace(adapter, sites=sites_named(captured, adapter.method, names, program.source))
+
+    return assembled(captured, tuple(map(moved, program.adapters)), state(program))
+
+
 def assembled(captured: Program, adapters: tuple[Adapter, ...], found: Mapping[str, torch.Tensor]) -> Program:
     """The captured program under adapters whose tensors are given by qualified name, along with values of the model's
     own parameters, which train, and buffers; tensors that are not saved are drawn."""
@@ -275,10 +290,15 @@ def read_adapter(captured: Program, item: Mapping[str, Any], folder: Path) -> Ad
         ) from error
     if not is_name(item["name"]):
         raise CheckpointError(f"{folder}: the adapter's name {item['name']!r} is no identifier.")
+    return Adapter(item["name"], method, sites_named(captured, method, item["sites"], folder), variants=variants)
+
+
+def sites_named(captured: Program, method: Method, names: Sequence[str], where: object) -> tuple[Site, ...]:
+    """Raises CheckpointError, which starts with `where`, for a name that is no site."""
     by_name = {site.name: site for site in candidates(captured, method)}
-    if missing := [name for name in item["sites"] if name not in by_name]:
+    if missing := [name for name in names if name not in by_name]:
         close = ", ".join(nearest(missing[0], by_name))
         raise CheckpointError(
-            f"{folder}: the program has no site {missing[0]} ({len(missing)} missing). Nearest: {close}."
+            f"{where}: the program has no site {missing[0]} ({len(missing)} missing). Nearest: {close}."
         )
-    return Adapter(item["name"], method, tuple(by_name[name] for name in item["sites"]), variants=variants)
+    return tuple(by_name[name] for name in names)

@@ -199,20 +199,21 @@ def fold(pipeline: Config, set_: Set = [], output: Output = None, adapter: Adapt
 def export(pipeline: Config, set_: Set = [], output: Output = None, adapter: Adapter = None) -> None:  # noqa: B006
     """Fold a trained adapter and write the merged model as ONNX, checked in onnxruntime: what the pipeline's `export`
     and `decoder` passes say; with --set export.slots=true the base and an onnxruntime adapter."""
-    from .steps import Decoder, Export
+    from .deploy import Decoder, Export
 
     with refusals():
         config = configured(pipeline, set_, output)
         state = with_adapter(config, adapter)
         items = [item for item in config.pipeline().passes if isinstance(item, (Export, Decoder))] or [Export()]
-        slotted = [item for item in items if isinstance(item, Export) and item.slots]
+        slotted = [item for item in items if item.slots]
         folded = state if slotted == items else fold_pass(config)(state).state
         for item in items:
             after = item(state if item in slotted else folded).state
             print_rows(item.name.capitalize(), after.records[item.name].rows())
             if item in slotted:
-                if "adapter_file" in after.records:
-                    print_rows("Adapter file", after.records["adapter_file"].rows())
+                for name in ("adapter_file", "decoder_adapter"):
+                    if name in after.records:
+                        print_rows("Adapter file", after.records[name].rows())
             else:
                 folded = after
 
@@ -246,6 +247,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    file: Annotated[list[Path], typer.Option("--adapter-file", help="onnxruntime adapter in the file's slots")] = [],  # noqa: B006
 ) -> None:
     """Continue a prompt in onnxruntime; an encoder-decoder answers it."""
     from transformers import TextStreamer
@@ -258,9 +260,11 @@ def generate(
         if tokenizer is None:
             raise ConfigError(f"{folder} holds no tokenizer: save one there, or call export.Generator with token ids.")
         encoded = tokenizer(prompt, return_tensors="pt")
-        Generator(folder).generate(
+        generator = Generator(folder)
+        generator.generate(
             encoded["input_ids"], encoded["attention_mask"], max_new_tokens=tokens, do_sample=sample, seed=seed,
             temperature=temperature, top_k=top_k, top_p=top_p, streamer=TextStreamer(tokenizer),
+            adapters=[generator.load(path) for path in file],
         )  # fmt: skip
 
 

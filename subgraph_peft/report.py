@@ -162,7 +162,7 @@ def page(document: Mapping[str, Any], results: Sequence[Result], curve: bool) ->
     if "fold" in document:
         lines += ["## Fold", "", f"Into {document['fold']['dtype']}; {difference_text(program.folded)}.", ""]
         lines += table(("module", "‖ΔW‖ / ‖W‖", "delta retained"), fold_cells(document["fold"]["sites"]))
-    for name in ("export", "adapter_file", "decoder"):
+    for name in ("export", "adapter_file", "decoder", "decoder_adapter"):
         if (written := results[-1].state.records.get(name)) is not None:
             lines += [f"## {name.capitalize().replace('_', ' ')}", "", *table(("", ""), written.rows())]
     for item in document["passes"]:

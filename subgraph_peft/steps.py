@@ -1,4 +1,4 @@
-"""The passes of a pipeline: capture, one rewrite pass for every method, train, evaluate, fold, export."""
+"""The passes of a pipeline, those that deploy it apart: capture, one rewrite pass for every method, train, fold."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,6 +13,7 @@ from . import registry
 from .capture import capture
 from .data import example_batch
 from .definition import Definition
+from .deploy import Decoder, Export
 from .errors import ConfigError, suggestion
 from .evaluate import evaluate
 from .fold import fold
@@ -222,130 +223,15 @@ class Fold(Pass):
         return after, summary
 
 
-def write_delta(program: Program, folder: Path) -> None:
-    from .export import to_delta
-
-    to_delta(program, folder / "delta.safetensors")
-
-
-class Export(Pass):
-    """Write ONNX, verified in onnxruntime, tokenizer and config beside it; with `weights`, the merged model too. With
-    `slots` the file is the base, and what was trained an onnxruntime adapter beside it."""
-
-    name: ClassVar[str] = "export"
-
-    file: str = "model.onnx"
-    outputs: list[str] | None = None
-    opset: int | None = None
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    optimize: bool = Field(False, description="fuse attention, norms and activations for onnxruntime")
-    quantize: Literal[4, 8] | None = Field(None, description="bits of the weights of matrix products")
-    slots: bool | str | list[str] = Field(False, description="inputs for adapters; or selectors of weights")
-    adapter: str = "adapter.onnx_adapter"
-    weights: bool = True
-
-    def requires(self, state: State) -> None:
-        if state.program is None:
-            raise ConfigError("export needs a captured program: put `capture` before it.")
-
-    def apply(self, state: State) -> tuple[State, str]:
-        from .export import to_adapter, to_onnx
-
-        parts = (getattr(state.model, "config", None), state.tokenizer)
-
-        def write() -> Any:
-            report = to_onnx(
-                state.program, state.resolve(self.file), outputs=self.outputs, opset=self.opset, dtype=self.dtype,
-                optimize=self.optimize, quantize=self.quantize, slots=self.slots,
-                beside=[part for part in parts if hasattr(part, "save_pretrained")],
-            )  # fmt: skip
-            merged = write_merged(state) if self.weights else None
-            adapter = None
-            if self.slots and state.program.adapters:
-                adapter = to_adapter(state.program, state.resolve(self.adapter), report.path)
-            return report, adapter, self.scores(state, adapter), merged
-
-        report, adapter, scores, merged = on_first(write)
-        drift = max((d.absolute for d in report.drift.values()), default=0.0)
-        size = f"{report.nodes} nodes, {report.bytes / 2**20:.1f} MiB"
-        summary = f"{report.path}: {size}, drift {drift:.1e} on {report.provider}"
-        if adapter:
-            state = state.with_record("adapter_file", adapter)
-            summary += f"; {adapter.path}: {adapter.bytes / 2**20:.1f} MiB"
-        if scores:
-            state = state.with_record("exported", scores)
-            before = state.records.get("folded", {})
-            changes = (f"{n} {before[n]:.4f} → {v:.4f}" if n in before else f"{n} {v:.4f}" for n, v in scores.items())
-            summary += f"; {', '.join(changes)}"
-        if report.unmerged:
-            summary += f"; not merged: {', '.join(report.unmerged)}, put `fold` before it"
-        if merged is not None:
-            state = state.with_record("merged", merged)
-            summary += f"; weights: {merged}"
-        return state.with_record("export", report), summary
-
-    def scores(self, state: State, adapter: Any) -> dict[str, float]:
-        """Of the file, with the adapter, where it computes otherwise than the program and there is data."""
-        from .export import evaluate as evaluate_file
-
-        if not (self.dtype or self.quantize) or state.data is None or state.data.eval is None:
-            return {}
-        data = state.data
-        path = adapter and adapter.path
-        return evaluate_file(
-            state.resolve(self.file), data.eval, metrics=data.metrics, collate=data.collate, adapter=path
-        )
-
-
 def unmerged(state: State) -> State:
     """Without the record of a merged model: its weights are to change."""
     return replace(state, records={name: value for name, value in state.records.items() if name != "merged"})
 
 
-def write_merged(state: State) -> Any:
-    """The merged model, where the program is one, there is a folder to write to and no pass has written it yet."""
-    from .merged import save_merged
+def write_delta(program: Program, folder: Path) -> None:
+    from .export import to_delta
 
-    if state.folder is None or state.program.adapters or "merged" in state.records:
-        return None
-    return save_merged(state.program, state.model, state.tokenizer, state.folder / "merged")
-
-
-class Decoder(Pass):
-    """Write a folder that generates: ONNX with a key-value cache, verified in onnxruntime, and the tokenizer; with
-    `weights`, the merged model too."""
-
-    name: ClassVar[str] = "decoder"
-
-    folder: str = "decoder"
-    opset: int | None = None
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    optimize: bool = Field(False, description="fuse attention, norms and activations for onnxruntime")
-    quantize: Literal[4, 8] | None = Field(None, description="bits of the weights of matrix products")
-    logits_to_keep: int = Field(1, ge=0, description="of the last tokens; 0 keeps the logits of all")
-    weights: bool = True
-
-    def requires(self, state: State) -> None:
-        if state.program is None or state.model is None:
-            raise ConfigError("decoder needs a captured program and its model: give `model`, put `capture` before it.")
-
-    def apply(self, state: State) -> tuple[State, str]:
-        from .export import to_decoder
-
-        options = self.model_dump(exclude={"folder", "weights"})
-        target = state.resolve(self.folder)
-
-        def write() -> Any:
-            report = to_decoder(state.program, state.model, target, tokenizer=state.tokenizer, **options)
-            return report, write_merged(state) if self.weights else None
-
-        report, merged = on_first(write)
-        size = sum(file.bytes for file in report.files.values()) / 2**20
-        summary = f"{report.folder}: {', '.join(report.files)}, {size:.1f} MiB, drift {report.drift:.1e}"
-        if merged is not None:
-            state = state.with_record("merged", merged)
-            summary += f"; weights: {merged}"
-        return state.with_record("decoder", report), summary
+    to_delta(program, folder / "delta.safetensors")
 
 
 STEPS: dict[str, type[Pass]] = {step.name: step for step in (Capture, Optimise, Train, Fold, Export, Decoder)}

@@ -61,17 +61,27 @@ def gpt2(dropout: float = 0.0) -> Made:
     return made(lambda: GPT2LMHeadModel(config), generation)
 
 
-def llama(tied: bool = False) -> Made:
+def llama(tied: bool = False, head_dim: int = 6) -> Made:
     """No biases, grouped-query attention."""
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=40, max_position_embeddings=32, initializer_range=0.2, tie_word_embeddings=tied,
+        head_dim=head_dim,
     )  # fmt: skip
     return made(lambda: LlamaForCausalLM(config), generation)
 
 
 def tied_llama() -> Made:
     return llama(tied=True)
+
+
+def wide_llama(tied: bool = False) -> Made:
+    """Of a head size that onnxruntime's fused attention takes on CUDA."""
+    return llama(tied, head_dim=8)
+
+
+def wide_tied_llama() -> Made:
+    return wide_llama(tied=True)
 
 
 class MLP(nn.Module):
@@ -142,6 +152,6 @@ def made(build: Callable[[], nn.Module], inputs: Callable[[], dict[str, torch.Te
 
 
 MODELS: dict[str, Callable[[], Made]] = {
-    "bert": bert, "gpt2": gpt2, "llama": llama, "tied_llama": tied_llama, "albert": albert, "deberta": deberta,
-    "mlp": mlp, "conv": conv,
+    "bert": bert, "gpt2": gpt2, "llama": llama, "tied_llama": tied_llama, "wide_llama": wide_llama,
+    "wide_tied_llama": wide_tied_llama, "albert": albert, "deberta": deberta, "mlp": mlp, "conv": conv,
 }  # fmt: skip

@@ -5,11 +5,11 @@
     python -m tests.benchmarks.serve --tiny                                 a rehearsal on the CPU
 
 latency: BERT-base with a classifier in float16 at length 128, LoRA of rank 16 on all linears: its base and its merged
-         form as fused ONNX files with the same session settings, a file with slots and the adapter in them, all with
+         form as fused ONNX files with the same session settings, files with slots and the adapter in them, all with
          bound inputs and outputs and as CUDA graphs, beside the merged model in torch: eager, torch.compile, and
          torch.compile with reduce-overhead. Inputs are on the device; a call ends when its result is there. Sides take
          turns, call by call: medians, and medians of the turns' ratios. The profile counts the operators of the merged
-         file by the provider that ran them.
+         file by the provider that ran them. Beside it: milliseconds to load an adapter into each file.
 export:  a Llama of 6.7 G parameters in float16 to fused files: seconds, and memory of the process beyond the model's.
 """
 
@@ -43,7 +43,12 @@ from .sides import ALPHA, LABELS, RANK
 
 PARTS = ("latency", "export")
 LINEARS = [f"*.{name}" for name in ("query", "key", "value", "dense")]
-SLOTTED = {"slots": LINEARS, "slots at query and value": ["*.query", "*.value"]}
+PAIR = ["*.query", "*.value"]
+SLOTTED: dict[str, tuple[list[str], Literal["run", "load"]]] = {
+    "slots": (LINEARS, "run"),
+    "slots at query and value": (PAIR, "run"),
+    "slots merged on load": (LINEARS, "load"),
+}
 Call = Callable[[], Any]
 
 
@@ -85,14 +90,14 @@ class Bench:
             model = BertForSequenceClassification(BertConfig(**sizes, num_labels=LABELS)).eval()
         length = 16 if self.tiny else 128
         program = sp.capture(model, self.batch(2, length), verify=False)
-        adapted = {name: self.adapted(program, where) for name, where in SLOTTED.items()}
+        adapted = {name: self.adapted(program, where) for name, (where, _) in SLOTTED.items()}
         folded = sp.fold(adapted["slots"])
         files = {name: folder / f"{name}.onnx" for name in ("base", "merged", *SLOTTED)}
         options = {"dtype": "float16", "optimize": True}
         reports = {"base": export.to_onnx(program, files["base"], **options)}
         reports["merged"] = export.to_onnx(folded, files["merged"], **options)
         for name, program in adapted.items():
-            reports[name] = export.to_onnx(program, files[name], slots=True, **options)
+            reports[name] = export.to_onnx(program, files[name], slots=True, merge=SLOTTED[name][1], **options)
             export.to_adapter(program, folder / f"{name}.onnx_adapter", files[name])
         folded.write_to(model)
         model = model.half() if self.cuda else model
@@ -100,6 +105,7 @@ class Bench:
             "nodes": {name: report.nodes for name, report in reports.items()},
             "fused": reports["merged"].fused,
             "drift": {name: report.drift["logits"].relative for name, report in reports.items()},
+            "load": {name: self.loading(files[name], folder / f"{name}.onnx_adapter") for name in SLOTTED},
             "batches": {},
         }
         for batch in (1, 4 if self.tiny else 32):
@@ -119,6 +125,12 @@ class Bench:
     def batch(self, size: int, length: int) -> dict[str, torch.Tensor]:
         ids = torch.randint(1, 30000, (size, length), device=self.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+
+    def loading(self, model: Path, adapter: Path) -> float:
+        """Milliseconds, the second time."""
+        served = export.Adapters(model)
+        served.load(adapter)
+        return 1e3 * self.timed(lambda: served.load(adapter))
 
     def sides(self, model: Any, files: dict[str, Path], folder: Path, batch: int, length: int) -> dict[str, Call]:
         inputs = self.batch(batch, length)

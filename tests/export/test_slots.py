@@ -33,6 +33,7 @@ from subgraph_peft import export
 from subgraph_peft.method import Method
 from tests import models
 from tests.export.conftest import captured, shake
+from tests.export.test_serving import attention
 
 WHERE = {"bert": "*.{query,value,dense}", "gpt2": "*.{c_attn,c_fc}", "llama": "*.{q_proj,v_proj,up_proj}"}
 TRAINED = {"bert": "classifier", "gpt2": (), "llama": ()}
@@ -182,9 +183,9 @@ def test_other_methods_are_refused_with_the_reason(slotted, tmp_path, method, er
     assert not list(tmp_path.iterdir())
 
 
-def check_road(program: sp.Program, folder: Path) -> export.AdapterReport:
+def check_road(program: sp.Program, folder: Path, merge: str = "run") -> export.AdapterReport:
     """Base and adapter through a file of the program's own."""
-    export.to_onnx(program, folder / "model.onnx", slots=True)
+    export.to_onnx(program, folder / "model.onnx", slots=True, merge=merge)
     report = export.to_adapter(program, folder / "adapter.onnx_adapter", folder / "model.onnx")
     opened = export.Adapters(folder / "model.onnx")
     fed = {name: value for name, value in program.example.items() if name != "labels"}
@@ -261,10 +262,11 @@ class Products(nn.Module):
         return torch.tanh(h @ self.both) @ (gram @ self.both.T)
 
 
-def test_products_of_every_kind(tmp_path):
+@pytest.mark.parametrize("merge", ["run", "load"])
+def test_products_of_every_kind(merge, tmp_path):
     program = sp.capture(Products(), torch.randn(3, 4, 6))
     program = sp.rewrite(program, LoRA(r=2), ["qkv_proj[q,v]", "cut", "stored", "both", "gram"])
-    assert check_road(shake(program), tmp_path).ranks == {
+    assert check_road(shake(program), tmp_path, merge).ranks == {
         "qkv_proj.weight": 4, "cut.weight": 2, "stored": 2, "both": 2, "gram": 2
     }  # fmt: skip
 
@@ -306,11 +308,19 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("method", [LoRA(r=1, alpha=5.0), PiSSA(r=1), MoSLoRA(r=1)], ids=lambda method: method.name)
+METHODS = {
+    "lora": (LoRA(r=1, alpha=5.0), "run"),
+    "lora merged on load": (LoRA(r=1, alpha=5.0), "load"),
+    "pissa": (PiSSA(r=1), "run"),
+    "moslora": (MoSLoRA(r=1), "run"),
+}
+
+
+@pytest.mark.parametrize("method, merge", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("made, where", WHOLE.values(), ids=WHOLE)
-def test_weights_of_other_operators(made, where, method, tmp_path):
+def test_weights_of_other_operators(made, where, method, merge, tmp_path):
     program = shake(sp.rewrite(made(), method, where), 0.3)
-    report = check_road(program, tmp_path)
+    report = check_road(program, tmp_path, merge)
     assert set(report.ranks.values()) == {2 if method.name == "pissa" else 1} and max(report.errors.values()) < 1e-6
 
 
@@ -356,15 +366,15 @@ def test_float16_and_external_data(tmp_path):
 
 def test_slots_of_a_narrow_fused_and_quantised_file(tmp_path):
     where = {"where": "*.{q_proj,v_proj}", "trainable": ["*.input_layernorm", "lm_head"]}
-    program, model = shake(sp.rewrite(captured("llama"), LoRA(r=2), **where)), tmp_path / "model.onnx"
+    program, model = shake(sp.rewrite(captured("wide_llama"), LoRA(r=2), **where)), tmp_path / "model.onnx"
     report = export.to_onnx(program, model, slots=True, dtype="float16", optimize=True, quantize=8)
     written = export.to_adapter(program, tmp_path / "adapter.onnx_adapter", model)
     assert "lm_head.weight" in written.whole and set(written.ranks) | set(written.whole) == set(report.slots)
-    assert report.fused["MultiHeadAttention"] == 2 and report.fused["MatMulNBits"] > 0
+    assert attention(report.fused)["attention"] == 2 and report.fused["MatMulNBits"] > 0
     opened = export.Adapters(model)
     loaded = opened.load(tmp_path / "adapter.onnx_adapter")
     assert {value.data_type() for value in loaded.values.values()} == {"tensor(float16)"}
-    base, own = logits(captured("llama")), logits(program)
+    base, own = logits(captured("wide_llama")), logits(program)
     for adapters, expected in (([], base), ([loaded], own)):
         found = opened.run(inputs_of(program), *adapters)["logits"]
         assert (found.float() - expected).abs().max() < 0.1 * (own - base).abs().max()
@@ -409,6 +419,86 @@ def test_fused_files_keep_every_fusion(where, sums, tmp_path):
     before, after = operators(tmp_path / "base.onnx"), operators(tmp_path / "model.onnx")
     assert after - before == added and not before - after
     export.to_adapter(program, tmp_path / "adapter.onnx_adapter", tmp_path / "model.onnx")
+    loading = export.to_onnx(program, tmp_path / "loading.onnx", optimize=True, slots=True, merge="load")
+    merged = operators(tmp_path / "loading.onnx")
+    assert loading.fused == plain.fused and merged - before == {"Concat": 2} and not before - merged
+
+
+@pytest.fixture(scope="module")
+def merging(tmp_path_factory) -> Path:
+    """BERT with slots that are merged on load, before any adapter exists."""
+    path = tmp_path_factory.mktemp("merging") / "model.onnx"
+    export.to_onnx(captured("bert"), path, slots=WHERE["bert"], merge="load")
+    return path
+
+
+def test_one_adapter_file_serves_slots_of_both_kinds(slotted, merging, tmp_path):
+    lora, pissa = (adapted("bert", method, trainable=()) for method in (LoRA(r=2, alpha=5.0), PiSSA(r=3)))
+    export.to_adapter(lora, tmp_path / "lora.onnx_adapter", slotted)
+    export.to_adapter(pissa, tmp_path / "pissa.onnx_adapter", merging)
+    read = onnxruntime.AdapterFormat.read_adapter
+    assert all(n.endswith((".lora_A", ".lora_B")) for n in read(str(tmp_path / "pissa.onnx_adapter")).get_parameters())
+    for model in (slotted, merging):
+        bound = export.BoundSession(model)
+        opened = export.Adapters(bound.opened)
+        first, second = (opened.load(tmp_path / f"{which}.onnx_adapter") for which in ("lora", "pissa"))
+        assert set(first.ranks.values()) == {2} and set(second.ranks.values()) == {6}
+        for program, loaded in ((lora, [first]), (captured("bert"), []), (pissa, [second]), (lora, [first])):
+            assert_close(opened.run(inputs_of(program), *loaded)["logits"], logits(program))
+            assert_close(bound(inputs_of(program), loaded)["logits"].cpu(), logits(program))
+
+
+def test_a_file_that_merges_on_load_is_the_base_and_runs_its_nodes(merging, exported):
+    """But for the transpose of the one product of a matrix with a bias, since the weight lies as it is read."""
+    plain, found = operators(exported("bert").path), operators(merging)
+    assert found["MatMul"] + found["Gemm"] == plain["MatMul"] + plain["Gemm"] and found.total() <= plain.total()
+    held = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(merging).graph.initializer}
+    weight = "bert.encoder.layer.0.intermediate.dense.weight"
+    own = captured("bert").module.get_parameter(weight).detach().numpy()
+    np.testing.assert_array_equal(held[f"{weight}.merged"], own.T)
+    assert weight not in held and merging.stat().st_size < 1.05 * exported("bert").path.stat().st_size
+
+
+def test_what_merging_on_load_refuses(merging, tmp_path):
+    program = adapted("bert", LoRA(r=2), trainable=())
+    export.to_adapter(program, tmp_path / "lora.onnx_adapter", merging)
+    opened = export.Adapters(merging)
+    with pytest.raises(
+        sp.ExportError, match=r"slots are merged on load: bind its adapters .* or export with merge='run'"
+    ):
+        opened.options(opened.load(tmp_path / "lora.onnx_adapter"))
+    unnamed = export.Adapters(onnxruntime.InferenceSession(merging.read_bytes(), providers=["CPUExecutionProvider"]))
+    with pytest.raises(sp.ExportError, match=r"merged on load, with the weights of its file: Adapters\(path\)"):
+        unnamed.load(tmp_path / "lora.onnx_adapter")
+    short = onnxruntime.AdapterFormat.read_adapter(str(tmp_path / "lora.onnx_adapter"))
+    values = {name: value for name, value in short.get_parameters().items() if "layer.0.intermediate" in name}
+    down, up = sorted(values)
+    for changed, match in (
+        ({down: values[down].numpy()[:-1]}, r"lora_A is \[23, 2\], the model takes \[24, r\]"),
+        ({up: values[up].numpy()[:, 1:]}, r"lora_B is \[2, 39\], the model takes \[r, 40\]"),
+        ({up: values[up].numpy().astype(np.float16)}, r"is a tensor\(float16\), the model takes a tensor\(float\)"),
+        ({up: None}, "without the other half"),
+    ):
+        kept = {name: changed.get(name, value.numpy()) for name, value in values.items()}
+        kept = {n: onnxruntime.OrtValue.ortvalue_from_numpy(v) for n, v in kept.items() if v is not None}
+        short.set_parameters(kept)
+        short.export_adapter(str(tmp_path / "short.onnx_adapter"))
+        with pytest.raises(sp.ExportError, match=match):
+            opened.load(tmp_path / "short.onnx_adapter")
+    with pytest.raises(sp.ExportError, match="merged at every 'run' or on 'load', not 'never'"):
+        export.to_onnx(program, tmp_path / "model.onnx", slots=True, merge="never")
+
+
+def test_half_precision_merged_on_load_in_external_data(tmp_path):
+    """The sum is rounded once, as a merged file's weights are."""
+    program = shake(sp.rewrite(captured("llama"), LoRA(r=2), "*.{q_proj,v_proj}"))
+    for dtype, bound in (("float16", 1e-2), ("bfloat16", 5e-2)) if torch.cuda.is_available() else (("float16", 1e-2),):
+        options = {"dtype": dtype, "bound": bound, "external_data": True}
+        export.to_onnx(program, tmp_path / "model.onnx", slots=True, merge="load", **options)
+        export.to_adapter(program, tmp_path / "adapter.onnx_adapter", tmp_path / "model.onnx", bound=bound)
+        opened = export.Adapters(tmp_path / "model.onnx")
+        found = opened.run(inputs_of(program), opened.load(tmp_path / "adapter.onnx_adapter"))["logits"]
+        torch.testing.assert_close(found.float(), logits(program).cpu(), atol=3 * bound, rtol=3 * bound)
 
 
 def test_a_file_of_rank_zero_says_so(slotted):

@@ -1,0 +1,138 @@
+"""The passes that write what a service loads: ONNX files, folders that generate, merged weights."""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from .errors import ConfigError
+from .pipeline import Pass, State
+from .processes import on_first
+
+SLOTS = "inputs for adapters; or selectors of weights"
+MERGE = "when slots are merged: at every run of onnxruntime, or when an adapter is loaded"
+
+
+class Export(Pass):
+    """Write ONNX, verified in onnxruntime, tokenizer and config beside it; with `weights`, the merged model too. With
+    `slots` the file is the base, and what was trained an onnxruntime adapter beside it."""
+
+    name: ClassVar[str] = "export"
+
+    file: str = "model.onnx"
+    outputs: list[str] | None = None
+    opset: int | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    optimize: bool = Field(False, description="fuse attention, norms and activations for onnxruntime")
+    quantize: Literal[4, 8] | None = Field(None, description="bits of the weights of matrix products")
+    slots: bool | str | list[str] = Field(False, description=SLOTS)
+    merge: Literal["run", "load"] = Field("run", description=MERGE)
+    adapter: str = "adapter.onnx_adapter"
+    weights: bool = True
+
+    def requires(self, state: State) -> None:
+        if state.program is None:
+            raise ConfigError("export needs a captured program: put `capture` before it.")
+
+    def apply(self, state: State) -> tuple[State, str]:
+        from .export import to_adapter, to_onnx
+
+        parts = (getattr(state.model, "config", None), state.tokenizer)
+
+        def write() -> Any:
+            report = to_onnx(
+                state.program, state.resolve(self.file), outputs=self.outputs, opset=self.opset, dtype=self.dtype,
+                optimize=self.optimize, quantize=self.quantize, slots=self.slots, merge=self.merge,
+                beside=[part for part in parts if hasattr(part, "save_pretrained")],
+            )  # fmt: skip
+            merged = write_merged(state) if self.weights else None
+            adapter = None
+            if self.slots and state.program.adapters:
+                adapter = to_adapter(state.program, state.resolve(self.adapter), report.path)
+            return report, adapter, self.scores(state, adapter), merged
+
+        report, adapter, scores, merged = on_first(write)
+        drift = max((d.absolute for d in report.drift.values()), default=0.0)
+        size = f"{report.nodes} nodes, {report.bytes / 2**20:.1f} MiB"
+        summary = f"{report.path}: {size}, drift {drift:.1e} on {report.provider}"
+        if adapter:
+            state = state.with_record("adapter_file", adapter)
+            summary += f"; {adapter.path}: {adapter.bytes / 2**20:.1f} MiB"
+        if scores:
+            state = state.with_record("exported", scores)
+            before = state.records.get("folded", {})
+            changes = (f"{n} {before[n]:.4f} → {v:.4f}" if n in before else f"{n} {v:.4f}" for n, v in scores.items())
+            summary += f"; {', '.join(changes)}"
+        if report.unmerged:
+            summary += f"; not merged: {', '.join(report.unmerged)}, put `fold` before it"
+        if merged is not None:
+            state = state.with_record("merged", merged)
+            summary += f"; weights: {merged}"
+        return state.with_record("export", report), summary
+
+    def scores(self, state: State, adapter: Any) -> dict[str, float]:
+        """Of the file, with the adapter, where it computes otherwise than the program and there is data."""
+        from .export import evaluate as evaluate_file
+
+        if not (self.dtype or self.quantize) or state.data is None or state.data.eval is None:
+            return {}
+        data = state.data
+        path = adapter and adapter.path
+        return evaluate_file(
+            state.resolve(self.file), data.eval, metrics=data.metrics, collate=data.collate, adapter=path
+        )
+
+
+def write_merged(state: State) -> Any:
+    """The merged model, where the program is one, there is a folder to write to and no pass has written it yet."""
+    from .merged import save_merged
+
+    if state.folder is None or state.program.adapters or "merged" in state.records:
+        return None
+    return save_merged(state.program, state.model, state.tokenizer, state.folder / "merged")
+
+
+class Decoder(Pass):
+    """Write a folder that generates: ONNX with a key-value cache, verified in onnxruntime, and the tokenizer; with
+    `weights`, the merged model too. With `slots` it is the base, and what was trained an onnxruntime adapter beside
+    it."""
+
+    name: ClassVar[str] = "decoder"
+
+    folder: str = "decoder"
+    opset: int | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    optimize: bool = Field(False, description="fuse attention, norms and activations for onnxruntime")
+    quantize: Literal[4, 8] | None = Field(None, description="bits of the weights of matrix products")
+    logits_to_keep: int = Field(1, ge=0, description="of the last tokens; 0 keeps the logits of all")
+    slots: bool | str | list[str] = Field(False, description=SLOTS)
+    merge: Literal["run", "load"] = Field("run", description=MERGE)
+    adapter: str = "decoder.onnx_adapter"
+    weights: bool = True
+
+    def requires(self, state: State) -> None:
+        if state.program is None or state.model is None:
+            raise ConfigError("decoder needs a captured program and its model: give `model`, put `capture` before it.")
+
+    def apply(self, state: State) -> tuple[State, str]:
+        from .export import to_adapter, to_decoder
+        from .export.decoder import MODEL
+
+        options = self.model_dump(exclude={"folder", "weights", "adapter"})
+        target = state.resolve(self.folder)
+
+        def write() -> Any:
+            report, adapter = to_decoder(state.program, state.model, target, tokenizer=state.tokenizer, **options), None
+            if self.slots and state.program.adapters:
+                adapter = to_adapter(state.program, state.resolve(self.adapter), target / MODEL)
+            return report, adapter, write_merged(state) if self.weights else None
+
+        report, adapter, merged = on_first(write)
+        size = sum(file.bytes for file in report.files.values()) / 2**20
+        summary = f"{report.folder}: {', '.join(report.files)}, {size:.1f} MiB, drift {report.drift:.1e}"
+        if adapter:
+            state = state.with_record("decoder_adapter", adapter)
+            summary += f"; {adapter.path}: {adapter.bytes / 2**20:.1f} MiB"
+        if merged is not None:
+            state = state.with_record("merged", merged)
+            summary += f"; weights: {merged}"
+        return state.with_record("decoder", report), summary
