@@ -12,7 +12,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from subgraph_peft.errors import ExportError
 
 from .adapters import LoadedAdapter, together
-from .runtime import CUDA, device_of, dtype_of, first_line, provider, session
+from .runtime import CUDA, device_of, dtype_of, first_line, provider, run_options, session
 
 SHAPES = 32  # whose buffers are kept
 
@@ -101,21 +101,14 @@ class BoundSession:
             bound.bind_ortvalue_input(name, value)
         for value in self.opened.get_outputs():
             bound.bind_output(value.name, self.device.type, self.device.index or 0)
-        self.run(Binding(held, {}, bound, self.options(-1), adapters))  # for the sizes of its outputs
-        binding = Binding(held, {}, bound, self.options(next(self.numbers)), adapters)
+        self.run(Binding(held, {}, bound, run_options(self.opened), adapters))  # for the sizes of its outputs
+        binding = Binding(held, {}, bound, run_options(self.opened, next(self.numbers)), adapters)
         for value, found in zip(self.opened.get_outputs(), bound.get_outputs(), strict=True):
             binding.outputs[value.name] = torch.empty(found.shape(), dtype=dtype_of(value), device=self.device)
         bound.clear_binding_outputs()
         for name, tensor in binding.outputs.items():
             bound.bind_output(name, *memory(tensor))
         return binding
-
-    def options(self, graph: int) -> onnxruntime.RunOptions:
-        """graph: number of the recording, -1 for none"""
-        options = onnxruntime.RunOptions()
-        if self.on_cuda:
-            options.add_run_config_entry("gpu_graph_id", str(graph))
-        return options
 
 
 def memory(tensor: torch.Tensor, shape: Sequence[int] | None = None) -> tuple[str, int, int, tuple[int, ...], int]:

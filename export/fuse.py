@@ -8,6 +8,7 @@ from itertools import takewhile
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from onnxscript.rewriter.ort_fusions import optimize_for_ort
+from onnxscript.rewriter.ort_fusions.gqa import gqa_rules
 
 from .weights import joined, transposed
 
@@ -54,7 +55,7 @@ def fuse(model: ir.Model) -> dict[str, int]:
 
     Weights that go side by side on the way are stored so, put together when they are written.
     """
-    with set_aside(model.graph):
+    with set_aside(model.graph), masks_kept():
         optimize_for_ort(model)
     repeat_positions(model.graph)
     for node in list(model.graph):
@@ -151,6 +152,16 @@ def set_aside(graph: ir.Graph) -> Iterator[None]:
             graph.initializers.setdefault(weight.name, weight)
             stand.replace_all_uses_with(node.outputs[0])
             graph.insert_before(graph[0], node)
+
+
+@contextmanager
+def masks_kept() -> Iterator[None]:
+    """Without onnxscript's rule for GroupQueryAttention, which takes any mask for one of full length and drops it."""
+    rules, gqa_rules.rules = gqa_rules.rules, []
+    try:
+        yield
+    finally:
+        gqa_rules.rules = rules
 
 
 def common(names: Sequence[str]) -> str:

@@ -78,12 +78,20 @@ def run(
     fed = {n: t.to(narrow[n]) if n in narrow and t.is_floating_point() else t for n, t in inputs.items()}
     try:
         values = {name: value_of(tensor) for name, tensor in fed.items()}
-        results = opened.run_with_ort_values(names, {**values, **slots})
+        results = opened.run_with_ort_values(names, {**values, **slots}, run_options(opened))
     except Exception as error:
         shapes = ", ".join(f"{name}{list(tensor.shape)}" for name, tensor in inputs.items())
         message = f"onnxruntime ({provider(opened)}) cannot run the model on {shapes}: {first_line(error)}"
         raise ExportError(message) from error
     return {name: tensor_of(value) for name, value in zip(names, results, strict=True)}
+
+
+def run_options(opened: onnxruntime.InferenceSession, graph: int = -1) -> onnxruntime.RunOptions:
+    """graph: number of the CUDA graph to record or launch, -1 for none; a session that records gives no results else"""
+    options = onnxruntime.RunOptions()
+    if provider(opened) == CUDA:
+        options.add_run_config_entry("gpu_graph_id", str(graph))
+    return options
 
 
 def dtype_of(value: onnxruntime.NodeArg) -> torch.dtype:

@@ -179,7 +179,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
 
 def test_a_folder_with_other_files_is_refused_before_anything_is_exported(tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("mine")
-    monkeypatch.setattr(decoder, "write", lambda *_: pytest.fail("a graph was exported"))
+    monkeypatch.setattr(decoder, "to_onnx", lambda *_, **__: pytest.fail("a graph was exported"))
     refusal("mine.txt", *folded("llama"), tmp_path)
 
 
@@ -197,11 +197,11 @@ def test_a_former_folder_survives_a_failure(tmp_path, monkeypatch, error):
     (folder / "generation_config.json").write_text("{}")
     (folder / "model.onnx").write_text("former")
 
-    def failing(model, part, path, options):
+    def failing(program, path, **options):
         path.write_text("half")
         raise error
 
-    monkeypatch.setattr(decoder, "write", failing)
+    monkeypatch.setattr(decoder, "to_onnx", failing)
     with pytest.raises((sp.ExportError, KeyboardInterrupt)):
         export.to_decoder(*folded("llama"), folder)
     assert contents(tmp_path) == {"out/generation_config.json": b"{}", "out/model.onnx": b"former"}

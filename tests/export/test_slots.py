@@ -33,7 +33,6 @@ from subgraph_peft import export
 from subgraph_peft.method import Method
 from tests import models
 from tests.export.conftest import captured, shake
-from tests.export.test_serving import attention
 
 WHERE = {"bert": "*.{query,value,dense}", "gpt2": "*.{c_attn,c_fc}", "llama": "*.{q_proj,v_proj,up_proj}"}
 TRAINED = {"bert": "classifier", "gpt2": (), "llama": ()}
@@ -370,7 +369,7 @@ def test_slots_of_a_narrow_fused_and_quantised_file(tmp_path):
     report = export.to_onnx(program, model, slots=True, dtype="float16", optimize=True, quantize=8)
     written = export.to_adapter(program, tmp_path / "adapter.onnx_adapter", model)
     assert "lm_head.weight" in written.whole and set(written.ranks) | set(written.whole) == set(report.slots)
-    assert attention(report.fused)["attention"] == 2 and report.fused["MatMulNBits"] > 0
+    assert report.fused["MultiHeadAttention"] == 2 and report.fused["MatMulNBits"] > 0
     opened = export.Adapters(model)
     loaded = opened.load(tmp_path / "adapter.onnx_adapter")
     assert {value.data_type() for value in loaded.values.values()} == {"tensor(float16)"}
