@@ -109,8 +109,8 @@ class Adapters:
                     f"{where}: {name} is a {value.data_type()}, the model takes a {slot.type}. Write the adapter again "
                     "for this model, by export.to_adapter(program, …, model)."
                 )
-            if not fits(value.shape(), self.sizes(name)):
-                wanted = ", ".join("r" if isinstance(size, str) else str(size) for size in self.sizes(name))
+            if not fits(value.shape(), sizes := self.sizes(name)):
+                wanted = ", ".join("r" if isinstance(size, str) else str(size) for size in sizes)
                 raise ExportError(f"{where}: {name} is {value.shape()}, the model takes [{wanted}].")
         for weight in weights_of(name for name in values if name.endswith((A, B))):
             halves = [name for name in (weight + A, weight + B) if name in values]
@@ -176,8 +176,13 @@ class Adapters:
         stay on the device, in place of all inputs that were bound. Bind the others after it. Raises ExportError for
         adapters that share a slot."""
         binding.clear_binding_inputs()
-        for name, value in together(adapters).items():
-            binding.bind_ortvalue_input(name, value)
+        bind(binding, adapters)
+
+
+def bind(binding: onnxruntime.IOBinding, adapters: Sequence[LoadedAdapter]) -> None:
+    """Beside what is bound already. Raises ExportError for adapters that share a slot."""
+    for name, value in together(adapters).items():
+        binding.bind_ortvalue_input(name, value)
 
 
 def together(adapters: Sequence[LoadedAdapter]) -> Values:

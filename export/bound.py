@@ -11,7 +11,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 
 from subgraph_peft.errors import ExportError
 
-from .adapters import LoadedAdapter, together
+from .adapters import LoadedAdapter, bind
 from .runtime import CUDA, device_of, dtype_of, first_line, provider, run_options, session
 
 SHAPES = 32  # whose buffers are kept
@@ -97,8 +97,7 @@ class BoundSession:
         bound = self.opened.io_binding()
         for name, tensor in held.items():
             bound.bind_input(name, *memory(tensor))
-        for name, value in together(adapters).items():
-            bound.bind_ortvalue_input(name, value)
+        bind(bound, adapters)
         for value in self.opened.get_outputs():
             bound.bind_output(value.name, self.device.type, self.device.index or 0)
         self.run(Binding(held, {}, bound, run_options(self.opened), adapters))  # for the sizes of its outputs

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from subgraph_peft.errors import ExportError
 
-from .adapters import Adapters, LoadedAdapter, together
+from .adapters import Adapters, LoadedAdapter, bind
 from .bound import memory
 from .cached import PAST, PRESENT
 from .decoder import DECODER, ENCODER, MODEL
@@ -158,8 +158,7 @@ class Generator:
         """
         sampler = Sampler(do_sample, temperature, top_k, top_p, seed, self.device)
         self.decoder.release()
-        for name, value in together(adapters).items():
-            self.decoder.io.bind_ortvalue_input(name, value)
+        bind(self.decoder.io, adapters)
         ends, pad = self.endings(eos_token_id, pad_token_id)
         prompt, mask = self.prompt(inputs, attention_mask, decoder_input_ids)
         batch, length = prompt.shape

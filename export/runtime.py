@@ -43,8 +43,8 @@ def session(path: str | os.PathLike, on: str | None = None, **cuda: str) -> onnx
         with contextlib.redirect_stdout(io.StringIO()):
             onnxruntime.preload_dlls()
         device = torch.cuda.current_device()
-        cuda |= {"device_id": str(device)} if device else {}  # it warns where one is named
-        wanted = [(CUDA, {"use_tf32": "0", **cuda}), CPU]
+        named = {"device_id": str(device)} if device else {}  # it warns where one is named
+        wanted = [(CUDA, {"use_tf32": "0", **named, **cuda}), CPU]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
     try:

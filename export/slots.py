@@ -66,8 +66,8 @@ class Slots:
                 "that do (outputs=[…]), or leave it out of the adapter."
             )
         for site in self.sites:
-            laid_out = site.matrix(attribute(cut.module, site.name).detach()).mT.detach()  # no view, of which traces
-            samples |= adapt(graph, read[site.name], site, laid_out if self.merged else None)  # want the base too
+            base = attribute(cut.module, site.name).detach() if self.merged else None
+            samples |= adapt(graph, read[site.name], site, base)
         for name in self.whole:
             held = new_input(graph, name)
             held.meta = dict(read[name].meta)
@@ -177,9 +177,9 @@ def rank_axis(name: str, dimensions: int) -> int:
     return dimensions - (1 if name.endswith(A) else 2)
 
 
-def adapt(graph: fx.Graph, weight: fx.Node, site: Site, laid_out: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def adapt(graph: fx.Graph, weight: fx.Node, site: Site, base: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """Puts the sum in place of a weight. Returns sample values of its slots: A and B or, where the sum comes from
-    outside, the weight `laid_out` as [in, out].
+    outside, the weight's value `base` as [in, out].
 
     A weight stored as [out, in] is summed as [in, out], in which products by it read it.
     """
@@ -194,8 +194,9 @@ def adapt(graph: fx.Graph, weight: fx.Node, site: Site, laid_out: torch.Tensor |
         made.meta["custom"] = {**custom, STAMP: f"{site.name}.{term}"}
         return made
 
-    if laid_out is not None:
-        samples = {site.name + MERGED: laid_out}
+    merged = base is not None
+    if merged:
+        samples = {site.name + MERGED: site.matrix(base).mT.detach()}  # a trace of a view would want its base
         update = new_input(graph, site.name + MERGED)
     else:
         depth = (site.stack,) if site.stack else ()
@@ -204,16 +205,17 @@ def adapt(graph: fx.Graph, weight: fx.Node, site: Site, laid_out: torch.Tensor |
         samples = {site.name + end: torch.zeros(size, **like) for end, size in sizes.items()}
         update = emit(aten.matmul.default, tuple(new_input(graph, name) for name in samples), "update")
     if site.layout == MATRIX:
-        laid = update
-        if laid_out is None:
-            laid = emit(aten.add.Tensor, (emit(aten.t.default, (weight,), "transposed"), update), "adapted")
+        laid = (
+            update
+            if merged
+            else emit(aten.add.Tensor, (emit(aten.t.default, (weight,), "transposed"), update), "adapted")
+        )
         laid.meta["val"] = value.t()
         readers = [reader for reader in readers if not read_laid(reader, weight, laid)]
         stored = emit(aten.t.default, (laid,), "stored") if readers else weight
     else:
-        stored = turned(site.layout).emit_stored(update, site.shape, emit, "update")
-        if laid_out is None:
-            stored = emit(aten.add.Tensor, (weight, stored), "adapted")
+        update = turned(site.layout).emit_stored(update, site.shape, emit, "update")
+        stored = update if merged else emit(aten.add.Tensor, (weight, update), "adapted")
     stored.meta["val"] = value  # which a linear that takes it as its input asks for
     for reader in readers:
         reader.replace_input_with(weight, stored)

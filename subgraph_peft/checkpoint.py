@@ -80,11 +80,20 @@ def describe(program: Program) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "base": {"source": program.source, "fingerprint": fingerprint(program, trained(program))},
-        "untied": sorted(s.name for a in program.adapters for s in a.sites if s.ties),
+        "untied": untied(program),
         "trained": trained(program),
         "buffers": written(program),
         "adapters": [entry(adapter) for adapter in program.adapters],
     }
+
+
+def untied(program: Program) -> list[str]:
+    """Weights that were tied until adapters rewrote them."""
+    return sorted(site.name for adapter in program.adapters for site in adapter.sites if site.ties)
+
+
+def untie(captured: Program, names: Sequence[str]) -> Program:
+    return resolve_ties(captured, [site for site in find(captured) if site.name in names], "untie")
 
 
 def entry(adapter: Adapter) -> dict[str, Any]:
@@ -227,10 +236,8 @@ def load(program: Program, folder: str | os.PathLike) -> Program:
     program.need_values("load adapters for", CheckpointError)
     folder = Path(folder)
     config = read_config(folder)
-    captured = program.captured
-    check_base(captured, config, folder)
-    untied = [site for site in find(captured) if site.name in config["untied"]]
-    captured = resolve_ties(captured, untied, "untie")
+    check_base(program.captured, config, folder)
+    captured = untie(program.captured, config["untied"])
     adapters = tuple(read_adapter(captured, item, folder) for item in config["adapters"])
     base = dict(captured.module.named_parameters())
     if missing := set(config["trained"]) - set(base):
@@ -247,8 +254,7 @@ def onto(captured: Program, program: Program) -> Program:
 
     Raises CheckpointError where the capture lacks a site.
     """
-    untied = {site.name for adapter in program.adapters for site in adapter.sites if site.ties}
-    captured = resolve_ties(captured, [site for site in find(captured) if site.name in untied], "untie")
+    captured = untie(captured, untied(program))
 
     def moved(adapter: Adapter) -> Adapter:
         names = [site.name for site in adapter.sites]

@@ -2,20 +2,17 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from . import __version__
-from .errors import ConfigError, SubgraphPeftError
-from .processes import processes
+from .console import announce, new, out, print_rows, refusals, together
+from .errors import ConfigError
+from .stages import adapter_folder, configured, fold_pass, run_folder, until, with_adapter, with_model
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,9 +20,6 @@ app = typer.Typer(
     help="A compiler for parameter-efficient fine-tuning.",
     pretty_exceptions_enable=False,
 )
-WIDE = None if sys.stdout.isatty() else 140
-out, err = Console(width=WIDE), Console(stderr=True, width=WIDE)
-
 Config = Annotated[str, typer.Argument(help="a pipeline file, or the name of a shipped one", metavar="PIPELINE")]
 Set = Annotated[
     list[str], typer.Option("--set", help="override, e.g. --set lora.r=16 --set train.epochs=1", metavar="A.B=C")
@@ -39,53 +33,6 @@ class Layout(StrEnum):
     native = "native"
     peft = "peft"
     lora = "lora"
-
-
-@contextmanager
-def refusals() -> Iterator[None]:
-    """Errors of this package as one message without a traceback."""
-    try:
-        yield
-    except SubgraphPeftError as error:
-        err.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt as error:
-        err.print(
-            f"Interrupted{escape(f': {error}' if str(error) else '')}. Nothing half-written is left; run the same"
-        )
-        err.print("command again to go on from the last checkpoint.")
-        raise typer.Exit(130) from error
-
-
-@contextmanager
-def together() -> Iterator[None]:
-    """One of the processes of torchrun or accelerate launch, of which the first prints."""
-    with refusals(), processes() as speaks:
-        out.quiet = not speaks
-        yield
-
-
-def announce(text: str) -> None:
-    out.print(escape(text), highlight=False, soft_wrap=True)
-
-
-def configured(pipeline: str, overrides: list[str], output: Path | None):
-    from .config import load_config
-
-    config = load_config(pipeline, overrides)
-    return config.model_copy(update={"output": str(output)}) if output else config
-
-
-def until(config, last: str):
-    """The configuration up to and with its pass `last`."""
-    passes = config.pipeline().passes
-    names = [item.name for item in passes]
-    if last not in names:
-        raise ConfigError(
-            f"This pipeline has no {last!r} pass; it has {', '.join(item.option_name() for item in passes)}."
-        )
-    kept = passes[: names.index(last) + 1]
-    return config.model_copy(update={"passes": ",".join(item.spelled() for item in kept)})
 
 
 @app.command()
@@ -149,32 +96,6 @@ def inspect(
             for adapter in state.program.adapters:
                 for name, why in adapter.left_out:
                     announce(f"left out by {adapter.name}: {name} ({why})")
-
-
-def with_model(config):
-    """The state of a pipeline with the captured model."""
-    from .run import prepare
-    from .steps import Capture
-
-    state = prepare(config, Path(config.output), announce)
-    return next((item for item in config.pipeline().passes if isinstance(item, Capture)), Capture())(state).state
-
-
-def with_adapter(config, adapter: Path | None):
-    """The state of a pipeline with the captured model and a trained adapter on it."""
-    from dataclasses import replace
-
-    from .checkpoint import load
-
-    state = with_model(config)
-    return replace(state, program=load(state.program, adapter or Path(config.output) / "adapter"))
-
-
-def fold_pass(config):
-    """The pipeline's own fold, or the default one."""
-    from .steps import Fold
-
-    return next((item for item in config.pipeline().passes if isinstance(item, Fold)), Fold())
 
 
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="adapter folder; the pipeline's own by default")]
@@ -266,16 +187,6 @@ def generate(
             temperature=temperature, top_k=top_k, top_p=top_p, streamer=TextStreamer(tokenizer),
             adapters=[generator.load(path) for path in file],
         )  # fmt: skip
-
-
-def run_folder(path: str) -> Path | None:
-    """The path where it is a folder that `run` or `train` wrote."""
-    return Path(path) if (Path(path) / "config.yaml").is_file() else None
-
-
-def adapter_folder(path: Path) -> Path:
-    """An adapter folder, or that of a run folder."""
-    return path if run_folder(str(path)) is None else path / "adapter"
 
 
 @app.command()
@@ -422,19 +333,6 @@ def root(version: Annotated[bool, typer.Option("--version", help="print the vers
     if version:
         out.print(__version__)
         raise typer.Exit
-
-
-def new(columns: list[str], title: str) -> Table:
-    from .tables import new_table
-
-    return new_table(title, columns)
-
-
-def print_rows(title: str, rows: list[tuple[str, str]]) -> None:
-    table = new(["", ""], title)
-    for what, value in rows:
-        table.add_row(what, escape(value))
-    out.print(table)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The passes that write what a service loads: ONNX files, folders that generate, merged weights."""
 
+import os
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -34,7 +35,7 @@ class Export(Pass):
             raise ConfigError("export needs a captured program: put `capture` before it.")
 
     def apply(self, state: State) -> tuple[State, str]:
-        from .export import to_adapter, to_onnx
+        from .export import to_onnx
 
         parts = (getattr(state.model, "config", None), state.tokenizer)
 
@@ -45,9 +46,7 @@ class Export(Pass):
                 beside=[part for part in parts if hasattr(part, "save_pretrained")],
             )  # fmt: skip
             merged = write_merged(state) if self.weights else None
-            adapter = None
-            if self.slots and state.program.adapters:
-                adapter = to_adapter(state.program, state.resolve(self.adapter), report.path)
+            adapter = adapter_file(self, state, report.path)
             return report, adapter, self.scores(state, adapter), merged
 
         report, adapter, scores, merged = on_first(write)
@@ -82,6 +81,15 @@ class Export(Pass):
         )
 
 
+def adapter_file(step: "Export | Decoder", state: State, model: str | os.PathLike) -> Any:
+    """What was trained as an adapter for the slots of `model`, where the pass gives it slots."""
+    from .export import to_adapter
+
+    if not step.slots or not state.program.adapters:
+        return None
+    return to_adapter(state.program, state.resolve(step.adapter), model)
+
+
 def write_merged(state: State) -> Any:
     """The merged model, where the program is one, there is a folder to write to and no pass has written it yet."""
     from .merged import save_merged
@@ -114,16 +122,15 @@ class Decoder(Pass):
             raise ConfigError("decoder needs a captured program and its model: give `model`, put `capture` before it.")
 
     def apply(self, state: State) -> tuple[State, str]:
-        from .export import to_adapter, to_decoder
+        from .export import to_decoder
         from .export.decoder import MODEL
 
         options = self.model_dump(exclude={"folder", "weights", "adapter"})
         target = state.resolve(self.folder)
 
         def write() -> Any:
-            report, adapter = to_decoder(state.program, state.model, target, tokenizer=state.tokenizer, **options), None
-            if self.slots and state.program.adapters:
-                adapter = to_adapter(state.program, state.resolve(self.adapter), target / MODEL)
+            report = to_decoder(state.program, state.model, target, tokenizer=state.tokenizer, **options)
+            adapter = adapter_file(self, state, target / MODEL)
             return report, adapter, write_merged(state) if self.weights else None
 
         report, adapter, merged = on_first(write)

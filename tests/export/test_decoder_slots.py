@@ -17,7 +17,7 @@ from subgraph_peft import export
 from subgraph_peft.cli import app
 from tests import decoders
 from tests.export.conftest import shake
-from tests.export.test_generator import NEW, prompts, reference, words
+from tests.export.test_generator import NEW, genai_tokens, prompts, reference, words
 
 METHODS = {"lora": LoRA(r=2, alpha=5.0), "pissa": PiSSA(r=3)}
 
@@ -47,13 +47,12 @@ def folder(tmp_path_factory) -> Callable[[str, str], Path]:
 
     @cache
     def written(name: str, merge: str) -> Path:
-        path, adapters = tmp_path_factory.mktemp(name) / "decoder", tmp_path_factory.mktemp("adapters")
+        path = tmp_path_factory.mktemp(name) / "decoder"
         model, _ = decoders.MODELS[name]()
         report = export.to_decoder(adapted(name, "lora"), model, path, slots=True, merge=merge)
         assert report.files["model.onnx"].slots == tuple(site.name for site in adapted(name, "lora").adapters[0].sites)
         for which in METHODS:
-            export.to_adapter(adapted(name, which), adapters / which, path / "model.onnx")
-            (adapters / which).rename(path / f"{which}.onnx_adapter")
+            export.to_adapter(adapted(name, which), path / f"{which}.onnx_adapter", path / "model.onnx")
         return path
 
     return written
@@ -83,15 +82,7 @@ def test_onnxruntime_genai_takes_the_adapter_files(folder):
     for which in METHODS:
         adapters.load(str(home / f"{which}.onnx_adapter"), which)
     for which in ("lora", None, "pissa"):
-        options = genai.GeneratorParams(model)
-        options.set_search_options(max_length=ids.shape[1] + NEW, do_sample=False)
-        running = genai.Generator(model, options)
-        if which:
-            running.set_active_adapter(adapters, which)
-        running.append_tokens(ids.int().numpy())
-        while not running.is_done():
-            running.generate_next_token()
-        found = torch.tensor(running.get_sequence(0).tolist())
+        (found,) = genai_tokens(model, ids, lambda running: which and running.set_active_adapter(adapters, which))  # noqa: B023
         tokens = expected("llama", which)[1][0]
         ends = (tokens[ids.shape[1] :] == decoders.SPECIAL["eos_token_id"]).nonzero()
         stop = ids.shape[1] + int(ends[0]) + 1 if len(ends) else len(tokens)

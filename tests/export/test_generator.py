@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -223,12 +225,20 @@ def test_damaged_settings_are_named(folder, tmp_path, name, text):
 # onnxruntime-genai
 
 
-def genai_tokens(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+def genai_model(folder: Path) -> Any:
     genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
-    model = genai.Model(str(folder))
+    return genai.Model(str(folder))
+
+
+def genai_tokens(
+    model: Any, ids: torch.Tensor, prepare: Callable[[Any], object] = lambda running: None
+) -> torch.Tensor:
+    import onnxruntime_genai as genai
+
     options = genai.GeneratorParams(model)
     options.set_search_options(max_length=ids.shape[1] + NEW, batch_size=len(ids), do_sample=False)
     running = genai.Generator(model, options)
+    prepare(running)
     running.append_tokens(ids.int().numpy())
     while not running.is_done():
         running.generate_next_token()
@@ -240,7 +250,7 @@ def test_onnxruntime_genai_gives_the_same_tokens(folder, generator, name):
     ids = prompts(name)[0]["input_ids"]
     for batch in (ids, ids[:1]):
         tokens = generator(name).generate(batch, max_new_tokens=NEW, eos_token_id=decoders.SPECIAL["eos_token_id"])
-        assert torch.equal(genai_tokens(folder(name), batch), tokens)
+        assert torch.equal(genai_tokens(genai_model(folder(name)), batch), tokens)
 
 
 def test_the_builder_of_onnxruntime_genai_takes_the_merged_folder(tmp_path):
@@ -256,7 +266,7 @@ def test_the_builder_of_onnxruntime_genai_takes_the_merged_folder(tmp_path):
     expected = reference(merged("llama"), {"input_ids": ids})
     generator = export.Generator(tmp_path / "built")
     assert generator.shared and torch.equal(generator.generate(ids, max_new_tokens=NEW, eos_token_id=[]), expected)
-    assert torch.equal(genai_tokens(tmp_path / "built", ids), expected)
+    assert torch.equal(genai_tokens(genai_model(tmp_path / "built"), ids), expected)
     with pytest.raises(sp.ExportError, match="takes no padding"):
         generator.generate(*prompts("llama")[0].values())
 
