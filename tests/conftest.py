@@ -1,7 +1,20 @@
+"""What every test shares: one thread a worker, a heap that the collector leaves alone, Python's own SIGINT."""
+
+import gc
 import signal
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """The modules imported so far are most of the heap, and each full collection would walk them."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
 
 
 @pytest.fixture(autouse=True, scope="session")
