@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from subgraph_peft.checkpoint import fingerprint
-from subgraph_peft.errors import ExportError
+from subgraph_peft.errors import ExportError, first_line
 from subgraph_peft.files import replacing
 from subgraph_peft.generate import rebuild
 from subgraph_peft.program import Program
@@ -18,7 +18,6 @@ from subgraph_peft.program import Program
 from .adapters import Adapters
 from .reference import cases_of, program_reference
 from .report import Verification
-from .runtime import first_line
 from .slots import MERGED, A, B, captured_values, rewritten_sites, version, weights_of
 from .updates import Updates, updates
 from .verification import bound_of, compare

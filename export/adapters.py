@@ -17,9 +17,9 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
-from subgraph_peft.errors import ExportError, suggestion
+from subgraph_peft.errors import ExportError, first_line, suggestion
 
-from .runtime import device_of, dtype_of, first_line, run, session, tensor_of, value_of
+from .runtime import device_of, dtype_of, run, session, tensor_of, value_of
 from .slots import IDENTITY, MERGED, A, B, version, weights_of
 from .weights import values as stored
 

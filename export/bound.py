@@ -9,10 +9,10 @@ import onnxruntime
 import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
 
-from subgraph_peft.errors import ExportError
+from subgraph_peft.errors import ExportError, first_line
 
 from .adapters import LoadedAdapter, bind
-from .runtime import CUDA, device_of, dtype_of, first_line, provider, run_options, session
+from .runtime import CUDA, device_of, dtype_of, provider, run_options, session
 
 SHAPES = 32  # whose buffers are kept
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from subgraph_peft.sites import layered
+from subgraph_peft.text import layered
 
 ROUNDING = 1e-6  # an absolute difference that outputs of any size may have
 

@@ -16,7 +16,7 @@ import onnxruntime
 import torch
 from onnx_ir.tensor_adapters import to_torch_dtype
 
-from subgraph_peft.errors import ExportError
+from subgraph_peft.errors import ExportError, first_line
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 FATAL = 4
@@ -157,7 +157,3 @@ def weight_dtype(path: str | os.PathLike) -> str:
         sizes[name] = sizes.get(name, 0) + value.const_value.size
     largest = max(sizes, key=sizes.__getitem__, default="this dtype")
     return {"float": "float32", "double": "float64"}.get(largest, largest)
-
-
-def first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

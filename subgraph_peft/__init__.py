@@ -1,37 +1,44 @@
 """A compiler for parameter-efficient fine-tuning: a method is its equation."""
 
-from .analysis import Analysis
-from .analyze import analyze
-from .capture import capture
-from .checkpoint import load
-from .errors import (
-    AnalysisError,
-    CacheWarning,
-    CaptureError,
-    CaptureWarning,
-    CheckpointError,
-    ConfigError,
-    ExportError,
-    FoldError,
-    MethodError,
-    SelectorError,
-    SubgraphPeftError,
-    TrainError,
-    TrainWarning,
-)
-from .evaluate import evaluate
-from .fold import fold
-from .kernels import kernels
-from .method import Method, Tensor, Wrapper, frozen, kaiming_uniform, normal, ones, trainable, zeros
-from .optimise import optimise
-from .pipeline import Pipeline
-from .program import Program
-from .rewrite import rewrite
-from .saved import read
-from .sites import Site, sites
-from .train import TrainOptions, TrainResult, parameter_groups, train
-from .train_step import TrainStep
-from .unflatten import unflatten
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .analysis import Analysis
+    from .analysis_report import write_analysis
+    from .analyze import analyze
+    from .capture import capture
+    from .checkpoint import load
+    from .errors import (
+        AnalysisError,
+        CacheWarning,
+        CaptureError,
+        CaptureWarning,
+        CheckpointError,
+        ConfigError,
+        ExportError,
+        FoldError,
+        MethodError,
+        SelectorError,
+        SubgraphPeftError,
+        TrainError,
+        TrainWarning,
+    )
+    from .evaluate import evaluate
+    from .fold import fold
+    from .kernels import kernels
+    from .method import Method, Tensor, Wrapper, frozen, kaiming_uniform, normal, ones, trainable, zeros
+    from .optimise import optimise
+    from .pipeline import Pipeline
+    from .program import Program
+    from .rewrite import rewrite
+    from .saved import read
+    from .sites import Site, sites
+    from .train import TrainOptions, TrainResult, parameter_groups, train
+    from .train_step import TrainStep
+    from .unflatten import unflatten
 
 __version__ = "0.1.0"
 
@@ -40,5 +47,53 @@ __all__ = [
     "ExportError", "FoldError", "Method", "MethodError", "Pipeline", "Program", "SelectorError", "Site",
     "SubgraphPeftError", "Tensor", "TrainError", "TrainOptions", "TrainResult", "TrainStep", "TrainWarning", "Wrapper",
     "analyze", "capture", "evaluate", "fold", "frozen", "kaiming_uniform", "kernels", "load", "normal", "ones",
-    "optimise", "parameter_groups", "read", "rewrite", "sites", "train", "trainable", "unflatten", "zeros",
+    "optimise", "parameter_groups", "read", "rewrite", "sites", "train", "trainable", "unflatten", "write_analysis",
+    "zeros",
 ]  # fmt: skip
+
+# module -> its public names, imported when one is first asked for: torch takes a second, and the help none of it
+_MODULES = {
+    "analysis": "Analysis",
+    "analysis_report": "write_analysis",
+    "analyze": "analyze",
+    "capture": "capture",
+    "checkpoint": "load",
+    "errors": "AnalysisError CacheWarning CaptureError CaptureWarning CheckpointError ConfigError ExportError "
+    "FoldError MethodError SelectorError SubgraphPeftError TrainError TrainWarning",
+    "evaluate": "evaluate",
+    "fold": "fold",
+    "kernels": "kernels",
+    "method": "Method Tensor Wrapper frozen kaiming_uniform normal ones trainable zeros",
+    "optimise": "optimise",
+    "pipeline": "Pipeline",
+    "program": "Program",
+    "rewrite": "rewrite",
+    "saved": "read",
+    "sites": "Site sites",
+    "train": "TrainOptions TrainResult parameter_groups train",
+    "train_step": "TrainStep",
+    "unflatten": "unflatten",
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """A module with the name of a public function does not take its place when it is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from .analysis import SiteAnalysis, Spectrum
 from .errors import AnalysisError
 from .files import replacing
-from .tables import layered
+from .text import layered
 
 Layer = tuple[int, ...]
 

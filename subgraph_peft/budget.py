@@ -8,7 +8,8 @@ from itertools import combinations
 from .adapter import Adapter
 from .errors import MethodError
 from .method import Method
-from .sites import Site, layered
+from .sites import Site
+from .text import layered
 from .variants import with_options
 
 Make = Callable[[Method, Sequence[Site]], Adapter]

@@ -11,6 +11,7 @@ import torch
 from . import registry
 from .formula import count_formula, equations, generic_site, shapes
 from .method import Method
+from .text import Table
 
 LEFT = {"weight": "φ(W)", "bias": "φ(b)", "output": "y", "embeddings": "X", "keys_values": "K, V"}
 COLUMNS = ("method", "family", "equation", "trained per site", "folds", "paper")
@@ -56,11 +57,14 @@ def catalogue(beside: Iterable[type[Method]] = ()) -> list[Entry]:
     return sorted(entries, key=lambda e: (order.index(e.family) if e.family in order else len(order), e.name))
 
 
+def table(beside: Iterable[type[Method]] = ()) -> Table:
+    """One row a method."""
+    return Table("Methods", COLUMNS, [item.row() for item in catalogue(beside)])
+
+
 def markdown() -> str:
     """The catalogue as the README's table."""
-    lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
-    lines += [" | ".join(cell.replace("|", "\\|") for cell in item.row()) for item in catalogue()]
-    return "\n".join(f"| {line} |" for line in lines)
+    return "\n".join(table().markdown()).strip()
 
 
 def options(cls: type[Method]) -> list[tuple[str, str, str]]:

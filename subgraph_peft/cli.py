@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from . import __version__
-from .console import announce, new, out, print_rows, refusals, together
+from .console import announce, print_rows, print_table, refusals, together
 from .errors import ConfigError
-from .stages import adapter_folder, configured, fold_pass, run_folder, until, with_adapter, with_model
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,22 +40,24 @@ def run(pipeline: Config, set_: Set = [], output: Output = None) -> None:  # noq
     On several GPUs: torchrun --nproc_per_node=GPUS -m subgraph_peft.cli run PIPELINE
     """
     from .run import run as run_
+    from .stages import configured
 
     with together():
         config = configured(pipeline, set_, output)
         run_(config, announce)
-        out.print(f"\nReport: {config.output}/report.md")
+        announce(f"\nReport: {config.output}/report.md")
 
 
 @app.command()
 def train(pipeline: Config, set_: Set = [], output: Output = None) -> None:  # noqa: B006
     """Run a pipeline up to its training; the adapter is saved. Under torchrun too."""
     from .run import run as run_
+    from .stages import configured
 
     with together():
-        config = until(configured(pipeline, set_, output), "train")
+        config = configured(pipeline, set_, output).until("train")
         run_(config, announce)
-        out.print(f"\nAdapter: {config.output}/adapter")
+        announce(f"\nAdapter: {config.output}/adapter")
 
 
 @app.command()
@@ -72,15 +72,16 @@ def inspect(
     import tempfile
 
     from . import catalogue
+    from .costs import rewrite_table
     from .run import prepare
-    from .sites import sites
+    from .sites import site_table, sites
+    from .stages import configured
     from .steps import Capture, Optimise, Rewrite
-    from .tables import rewrite_table, site_table
 
     with refusals(), tempfile.TemporaryDirectory() as scratch:
         config = configured(pipeline, set_, output)
         state = prepare(config, Path(scratch), announce)
-        for item in config.pipeline().passes:
+        for item in config.pipeline.passes:
             if isinstance(item, (Capture, Rewrite, Optimise)):
                 result = item(state)
                 state = result.state
@@ -90,9 +91,9 @@ def inspect(
                 if graph and result.difference:
                     announce("\n".join(result.difference))
         if all_sites or not state.program.adapters:
-            out.print(site_table(sites(state.program)))
+            print_table(site_table(sites(state.program)))
         if state.program.adapters:
-            out.print(rewrite_table(state.program))
+            print_table(rewrite_table(state.program))
             for adapter in state.program.adapters:
                 for name, why in adapter.left_out:
                     announce(f"left out by {adapter.name}: {name} ({why})")
@@ -104,15 +105,16 @@ Adapter = Annotated[Path | None, typer.Option("--adapter", help="adapter folder;
 @app.command()
 def fold(pipeline: Config, set_: Set = [], output: Output = None, adapter: Adapter = None) -> None:  # noqa: B006
     """Fold a trained adapter into plain weights and write them to OUTPUT/merged."""
+    from .fold import fold_table
     from .merged import save_merged
-    from .tables import fold_table
+    from .stages import configured, fold_pass, with_adapter
 
     with refusals():
         config = configured(pipeline, set_, output)
         state = with_adapter(config, adapter)
         result = fold_pass(config)(state)
         report = save_merged(result.state.program, state.model, state.tokenizer, Path(config.output) / "merged")
-        out.print(fold_table(result.state.program))
+        print_table(fold_table(result.state.program))
         announce(f"{result.summary}\nMerged weights: {report}")
 
 
@@ -120,22 +122,21 @@ def fold(pipeline: Config, set_: Set = [], output: Output = None, adapter: Adapt
 def export(pipeline: Config, set_: Set = [], output: Output = None, adapter: Adapter = None) -> None:  # noqa: B006
     """Fold a trained adapter and write the merged model as ONNX, checked in onnxruntime: what the pipeline's `export`
     and `decoder` passes say; with --set export.slots=true the base and an onnxruntime adapter."""
-    from .deploy import Decoder, Export
+    from .deploy import Deploy
+    from .deploy import Export as ExportPass
+    from .stages import configured, fold_pass, with_adapter
 
     with refusals():
         config = configured(pipeline, set_, output)
         state = with_adapter(config, adapter)
-        items = [item for item in config.pipeline().passes if isinstance(item, (Export, Decoder))] or [Export()]
+        items = [item for item in config.pipeline.passes if isinstance(item, Deploy)] or [ExportPass()]
         slotted = [item for item in items if item.slots]
         folded = state if slotted == items else fold_pass(config)(state).state
         for item in items:
             after = item(state if item in slotted else folded).state
-            print_rows(item.name.capitalize(), after.records[item.name].rows())
-            if item in slotted:
-                for name in ("adapter_file", "decoder_adapter"):
-                    if name in after.records:
-                        print_rows("Adapter file", after.records[name].rows())
-            else:
+            for table in item.tables(after):
+                print_table(table)
+            if item not in slotted:
                 folded = after
 
 
@@ -150,6 +151,7 @@ def verify(
 ) -> None:
     """Compare an ONNX file with the pipeline's torch model, adapter folded in, in onnxruntime."""
     from .export import verify as verify_
+    from .stages import configured, fold_pass, with_adapter
 
     with refusals():
         config = configured(against, set_, output)
@@ -205,9 +207,11 @@ def analyze(
     site: Annotated[str | None, typer.Option("--site", help="weight whose φ(i, j) is drawn")] = None,
 ) -> None:
     """What training did to each weight: spectra, amplification, inside and outside the base's subspace, similarity."""
-    from .analysis_report import findings, tables
+    from .analysis import findings, tables
+    from .analysis_report import write_analysis
     from .analyze import analyze as analyze_
     from .checkpoint import load
+    from .stages import adapter_folder, configured, run_folder, with_adapter
 
     with refusals():
         run = run_folder(what)
@@ -215,10 +219,10 @@ def analyze(
         program = with_adapter(config, adapter and adapter_folder(adapter)).program
         twin = other and load(program.captured, adapter_folder(other))
         analysis = analyze_(program, twin, k=k, where=where)
-        page = analysis.save(output or Path(config.output) / "analysis", site=site)
+        page = write_analysis(analysis, output or Path(config.output) / "analysis", site)
         for table in tables(analysis):
-            out.print(table)
-            out.print()
+            print_table(table)
+            announce("")
         for sentence in findings(analysis):
             announce(sentence)
         announce(f"\nTables and pictures: {page.parent} (start with {page.name})")
@@ -245,6 +249,7 @@ def convert(
     """Turn an adapter of this package into one of huggingface/peft, or one of peft into one of this package."""
     from .config import shipped_configs
     from .export.peft import convert as convert_
+    from .stages import adapter_folder, configured, run_folder, with_model
 
     with refusals():
         folder = adapter_folder(source)
@@ -288,22 +293,13 @@ def methods(
         beside = load_config(what).written() if is_file else {}
         name = name if is_file else what
         if name is None:
-            table = new(catalogue.COLUMNS, "Methods")
-            for entry in catalogue.catalogue(beside.values()):
-                table.add_row(*map(escape, entry.row()))
-            out.print(table)
+            print_table(catalogue.table(beside.values()))
             return
         cls = registry.method_class(name, beside)
         entry = catalogue.entry(cls)
-        out.print(f"[bold]{entry.name}[/]  {escape(entry.equation)}\n\n{escape(entry.text)}\n", highlight=False)
-        for title, columns, rows in (
-            ("Options", ["option", "type", "default"], catalogue.options(cls)),
-            ("Tensors at a site", ["tensor", "shape", "", "starts at"], catalogue.tensors(cls)),
-        ):
-            table = new(columns, title)
-            for row in rows:
-                table.add_row(*map(escape, row))
-            out.print(table)
+        announce(f"{entry.name}  {entry.equation}\n\n{entry.text}\n")
+        print_rows("Options", catalogue.options(cls), ("option", "type", "default"))
+        print_rows("Tensors at a site", catalogue.tensors(cls), ("tensor", "shape", "", "starts at"))
 
 
 @app.command()
@@ -323,15 +319,15 @@ def quickstart(
 
     with refusals():
         rows, best = quickstart_.quickstart(output, announce)
-        out.print()
-        out.print(quickstart_.table(rows))
-        out.print(f"\nBest: {best.method}. Its folder {best.folder} has adapter/, merged/, model.onnx and report.md.")
+        announce("")
+        print_table(quickstart_.table(rows))
+        announce(f"\nBest: {best.method}. Its folder {best.folder} has adapter/, merged/, model.onnx and report.md.")
 
 
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
     if version:
-        out.print(__version__)
+        announce(__version__)
         raise typer.Exit
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from . import registry
+from . import oneline, registry
 from .data import DataSpec
 from .definition import Definition
 from .errors import ConfigError, MethodError, suggestion
-from .pipeline import Pipeline
+from .pipeline import Pipeline, names, steps
 from .sources import ModelSpec
-from .steps import STEPS, Rewrite, names
+from .steps import Rewrite
 from .written import WRITTEN, Written
 
 
@@ -27,25 +28,35 @@ class PipelineConfig(BaseModel):
 
     model: ModelSpec
     data: DataSpec | None = None
-    passes: str | list[str | dict[str, Any]] = Field(min_length=1)
+    passes: list[str | dict[str, Any]] = Field(min_length=1)
     output: str = "runs/pipeline"
     seed: int = 0
 
     @field_validator("passes", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
-        return (
-            [{k: v or {} for k, v in item.items()} if isinstance(item, dict) else item for item in value]
-            if isinstance(value, list)
-            else value
-        )
+        """The one-line form is the list that it spells."""
+        if isinstance(value, str):
+            return [{name: options} for name, options in oneline.parse(value)]
+        if isinstance(value, list):
+            return [{k: v or {} for k, v in item.items()} if isinstance(item, dict) else item for item in value]
+        return value
 
+    @cached_property
     def pipeline(self) -> Pipeline:
         return Pipeline.read(self.passes)
 
+    def changed(self, **fields: Any) -> "PipelineConfig":
+        """The configuration with other values of some fields."""
+        return PipelineConfig(**{**{name: getattr(self, name) for name in type(self).model_fields}, **fields})
+
+    def until(self, name: str) -> "PipelineConfig":
+        """The configuration up to and with the first pass of that name. Raises ConfigError where there is none."""
+        return self.changed(passes=self.passes[: len(self.pipeline.until(name).passes)])
+
     def written(self) -> dict[str, type[Written]]:
         """The methods that the passes define, by name."""
-        methods = [item.method for item in self.pipeline().passes if isinstance(item, Rewrite)]
+        methods = [item.method for item in self.pipeline.passes if isinstance(item, Rewrite)]
         layers = [layer for method in methods for layer in method.layers()]
         return {layer.name: type(layer) for layer in layers if isinstance(layer, Written)}
 
@@ -96,8 +107,9 @@ def load_config(name: str | os.PathLike, overrides: Sequence[str] = ()) -> Pipel
     path = find_config(name)
     text = path.read_text(encoding="utf-8")
     try:
-        root = yaml.compose(text, Loader=Lines)
-        raw = yaml.load(text, Loader=Lines)
+        loader = Lines(text)
+        root = loader.get_single_node()
+        raw = loader.construct_document(root) if root is not None else None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}:{line}: {error.problem}.") from error
@@ -109,12 +121,16 @@ def load_config(name: str | os.PathLike, overrides: Sequence[str] = ()) -> Pipel
         config = PipelineConfig(**raw)
     except ValidationError as error:
         raise ConfigError("\n".join(located(path, root, item, raw) for item in error.errors())) from error
-    for index, item in enumerate(config.passes if isinstance(config.passes, list) else []):
-        try:
-            Pipeline.read([item])
-        except (ConfigError, MethodError) as error:
-            line = line_of(root, ("passes", index, *option_path(item, str(error))))
-            raise ConfigError(f"{path}:{line}: {error}") from error
+    try:
+        config.pipeline  # noqa: B018
+    except (ConfigError, MethodError):
+        for index, item in enumerate(config.passes):
+            try:
+                Pipeline.read([item])
+            except (ConfigError, MethodError) as error:
+                line = line_of(root, ("passes", index, *option_path(item, str(error))))
+                raise ConfigError(f"{path}:{line}: {error}") from error
+        raise
     return config
 
 
@@ -228,11 +244,12 @@ def schema() -> dict[str, Any]:
     """JSON schema of a pipeline file, for editors."""
     document = PipelineConfig.model_json_schema()
     definitions = document.setdefault("$defs", {})
+    known = steps()
     choices: list[dict[str, Any]] = [{"enum": names()}]
     rewriting = {k: v for k, v in Rewrite.model_json_schema(by_alias=True)["properties"].items() if k != "method"}
     for name in (*names(), WRITTEN):
-        if name in STEPS:
-            options = STEPS[name].model_json_schema()
+        if name in known:
+            options = known[name].model_json_schema()
         else:
             described = Definition if name == WRITTEN else registry.methods()[name]
             options = described.model_json_schema()

@@ -1,19 +1,22 @@
 """What the command line prints: messages, tables, refusals without a traceback."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from .errors import SubgraphPeftError
-from .processes import processes
+from .text import Table, rich_table
 
-WIDE = None if sys.stdout.isatty() else 140
-out, err = Console(width=WIDE), Console(stderr=True, width=WIDE)
+
+@cache
+def console(stderr: bool = False) -> Console:
+    """As wide as the terminal, or 140 characters where it is none."""
+    return Console(stderr=stderr, width=None if sys.stdout.isatty() else 140)
 
 
 @contextmanager
@@ -22,36 +25,33 @@ def refusals() -> Iterator[None]:
     try:
         yield
     except SubgraphPeftError as error:
-        err.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
+        console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
-        err.print(
+        console(stderr=True).print(
             f"Interrupted{escape(f': {error}' if str(error) else '')}. Nothing half-written is left; run the same"
+            "\ncommand again to go on from the last checkpoint."
         )
-        err.print("command again to go on from the last checkpoint.")
         raise typer.Exit(130) from error
 
 
 @contextmanager
 def together() -> Iterator[None]:
     """One of the processes of torchrun or accelerate launch, of which the first prints."""
+    from .processes import processes
+
     with refusals(), processes() as speaks:
-        out.quiet = not speaks
+        console().quiet = not speaks
         yield
 
 
 def announce(text: str) -> None:
-    out.print(escape(text), highlight=False, soft_wrap=True)
+    console().print(escape(text), highlight=False, soft_wrap=True)
 
 
-def new(columns: list[str], title: str) -> Table:
-    from .tables import new_table
-
-    return new_table(title, columns)
+def print_table(table: Table) -> None:
+    console().print(rich_table(table))
 
 
-def print_rows(title: str, rows: list[tuple[str, str]]) -> None:
-    table = new(["", ""], title)
-    for what, value in rows:
-        table.add_row(what, escape(value))
-    out.print(table)
+def print_rows(title: str, rows: Iterable[Sequence[str]], columns: Sequence[str] = ("", "")) -> None:
+    print_table(Table(title, columns, rows))

@@ -56,6 +56,11 @@ class CacheWarning(UserWarning):
     """A cached file is damaged, and what it held is computed again."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first; where it says nothing, its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def nearest(name: str, known: Iterable[str], n: int = 3, cutoff: float = 0.0) -> list[str]:
     """The `n` known names most similar to `name`, best first."""
     return difflib.get_close_matches(name, list(known), n=n, cutoff=cutoff)

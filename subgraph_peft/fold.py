@@ -14,6 +14,7 @@ from .errors import FoldError
 from .generate import base_of, generate, rebuild
 from .method import spell
 from .program import Program
+from .text import Table
 
 OUTPUT_BOUND = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
@@ -168,3 +169,27 @@ def compare(before: Program, after: Program) -> float:
     inputs = pytree.tree_map_only(torch.Tensor, lambda t: t, dict(before.example))
     pairs = zip(pytree.tree_leaves(before.run(inputs)), pytree.tree_leaves(after.run(inputs)), strict=True)
     return max((difference(a, b) for a, b in pairs), default=0.0)
+
+
+def fold_rows(program: Program) -> list[dict[str, object]]:
+    """One row a folded weight."""
+    return [
+        {"weight": name, "relative_delta": site.relative_delta, "retained": site.retained}
+        for name, site in program.folded.sites.items()
+    ]
+
+
+def fold_table(program: Program) -> Table:
+    """One row a folded weight."""
+    report = program.folded
+    rows = [
+        (name.removesuffix(".weight"), f"{site.relative_delta:.3%}", f"{site.retained:.4%}")
+        for name, site in report.sites.items()
+    ]
+    title = f"Folded into {report.dtype}; {difference_text(report)}"
+    return Table(title, ["module", ">‖ΔW‖ / ‖W‖", ">delta retained"], rows)
+
+
+def difference_text(report: FoldReport) -> str:
+    error = report.output_error
+    return "outputs not compared" if error is None else f"outputs differ by {error:.1e} of the largest"

@@ -16,6 +16,7 @@ from .attention import attentions, bound, repeated
 from .entry import sizes
 from .graphs import clone, sweep
 from .promise import Padding, padding_masks, watch
+from .text import Table, grouped
 
 if TYPE_CHECKING:
     from .masks import Mask
@@ -48,11 +49,8 @@ class Kernels(tuple[AttentionCall, ...]):
     """The attention calls of a program; prints as a table."""
 
     def __str__(self) -> str:
-        from .tables import fill, grouped, new_table, render
-
-        table = new_table(f"{len(self)} attention calls", ("module", ">calls", "kernel", "keys", "mask", "why"))
-        fill(table, grouped(map(row, self)))
-        return render(table)
+        columns = ("module", ">calls", "kernel", "keys", "mask", "why")
+        return str(Table(f"{len(self)} attention calls", columns, grouped(map(row, self))))
 
 
 def row(call: AttentionCall) -> tuple[str, ...]:

@@ -1,139 +1,60 @@
-"""Passes and pipelines: what changes a program says what it needs, what it did, and what holds afterwards."""
+"""Pipelines: passes in order, read from one line or from a list. Passes of other packages register in the entry-point
+group `subgraph_peft.pipeline`."""
 
-import difflib
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
 
-import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import nn
-
-from .errors import ConfigError, SubgraphPeftError, suggestion
-from .graphs import show
-from .lower import META
+from . import oneline, registry
+from .deploy import Decoder, Export
+from .errors import ConfigError, suggestion
+from .pipeline_pass import Pass, Result, State
 from .program import Program
+from .steps import Capture, Fold, Optimise, Rewrite, Train
+from .written import WRITTEN, Written
+
+GROUP = "subgraph_peft.pipeline"
+BUILT_IN = (Capture, Optimise, Train, Fold, Export, Decoder)
 
 
-@dataclass(frozen=True)
-class State:
-    """What flows through a pipeline.
+def steps() -> dict[str, type[Pass]]:
+    """The passes that are no rewrite, by name: the package's own, and installed ones. An entry point is a pass's class.
 
-    program:  as the passes so far left it           model, tokenizer:  the eager model and its tokenizer, if loaded
-    data:     prepared data for training             folder:            where results are written, if anywhere
-    records:  what passes report, by pass (training curves, accuracies, export checks)
+    Raises ConfigError where two passes, or a pass and a method, have one name.
     """
-
-    program: Program | None = None
-    model: nn.Module | None = None
-    tokenizer: Any = None
-    data: Any = None
-    folder: Path | None = None
-    seed: int = 0
-    records: dict[str, Any] = field(default_factory=dict)
-
-    def with_record(self, name: str, value: Any, **changes: Any) -> "State":
-        return replace(self, records={**self.records, name: value}, **changes)
-
-    def resolve(self, path: str) -> Path:
-        """A path of an option, below the results folder unless it is absolute."""
-        return Path(path) if Path(path).is_absolute() or self.folder is None else self.folder / path
+    found: dict[str, type[Pass]] = {cls.name: cls for cls in BUILT_IN}
+    for point in entry_points(group=GROUP):
+        cls = point.load()
+        if not (isinstance(cls, type) and issubclass(cls, Pass) and cls.name):
+            raise ConfigError(f"{point.value}, of the entry-point group {GROUP}, is no subclass of Pass with a `name`.")
+        other = found.get(cls.name, registry.methods().get(cls.name, cls))
+        if other is not cls or cls.name == WRITTEN:
+            raise ConfigError(f"Two passes are called {cls.name!r}: {other} and {cls} ({point.value}). Uninstall one.")
+        found[cls.name] = cls
+    return found
 
 
-@dataclass(frozen=True)
-class Result:
-    """What one pass did: the state after it, a sentence, seconds, the graph difference, and on CUDA the most bytes that
-    torch had allocated at a time."""
-
-    state: State
-    pass_: "Pass"
-    summary: str
-    seconds: float
-    difference: tuple[str, ...] = ()
-    peak: int | None = None
-
-    @property
-    def cost(self) -> str:
-        return f"{self.seconds:.1f} s" + (f", peak {self.peak / 2**20:,.0f} MiB" if self.peak is not None else "")
+def names() -> list[str]:
+    """Steps and installed methods; beside them a pipeline has `method`, which defines one."""
+    return [*steps(), *registry.methods()]
 
 
-class Pass(BaseModel):
-    """Base of passes: the fields are the options. A subclass gives `apply`, and `requires` if it has a precondition."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, coerce_numbers_to_str=True)
-
-    name: ClassVar[str] = ""
-
-    def __init__(self, **options: Any) -> None:
-        try:
-            super().__init__(**options)
-        except ValidationError as error:
-            raise ConfigError(f"{self.name}: {explain(error, list(type(self).model_fields))}") from error
-
-    def requires(self, state: State) -> None:
-        """Raises ConfigError when the pass cannot run on this state."""
-
-    def apply(self, state: State) -> tuple[State, str]:
-        """The new state and a sentence that says what changed."""
-        raise NotImplementedError
-
-    def ensures(self, before: State, after: State) -> None:
-        """Every graph is well-formed, and every node that a rewrite added says which."""
-        if after.program is None or after.program is before.program:
-            return
-        known = {node.name for graph in after.program.captured.module.graphs() for node in graph.nodes}
-        for graph in after.program.module.graphs():
-            graph.lint()
-            for node in graph.nodes:
-                unknown = node.op == "call_function" and node.name not in known
-                if unknown and META not in node.meta.get("custom", {}):
-                    raise SubgraphPeftError(f"{self.spelled()}: the node {node.name} does not say which pass made it.")
-
-    def __call__(self, state: State) -> Result:
-        self.requires(state)
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        after, summary = self.apply(state)
-        self.ensures(state, after)
-        seconds, peak = time.perf_counter() - started, torch.cuda.max_memory_allocated() if cuda else None
-        return Result(after, self, summary, seconds, difference(state.program, after.program), peak)
-
-    def spelled(self) -> str:
-        """The pass in the one-line form, `name{option=value}`; options at their defaults are left out."""
-        from .oneline import spell
-
-        return spell(self.option_name(), self.options())
-
-    def option_name(self) -> str:
-        return self.name
-
-    def options(self) -> dict[str, Any]:
-        return self.model_dump(mode="json", exclude_defaults=True)
-
-
-def explain(error: ValidationError, known: Sequence[str]) -> str:
-    parts = []
-    for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            parts.append(f"unknown option {name!r}.{suggestion(name, known)} Options: {', '.join(known) or 'none'}")
-        else:
-            parts.append(f"option {name!r}: {item['msg']}" if name else item["msg"])
-    return "; ".join(parts) + "."
-
-
-def difference(before: Program | None, after: Program | None) -> tuple[str, ...]:
-    """Lines added (+) and removed (-) between two programs' training graphs."""
-    if before is None or after is None or before is after:
-        return ()
-    lines = difflib.unified_diff(
-        show(before.graph).splitlines(), show(after.graph).splitlines(), "before", "after", "", "", 2, ""
-    )
-    return tuple(lines)
+def make(name: str, options: Mapping[str, Any]) -> Pass:
+    """The pass called `name`: a step, or the rewrite by the method of that name."""
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"{name}: options are a mapping, not {options!r}.")
+    known = steps()
+    if name in known:
+        return known[name](**options)
+    every = [*known, *registry.methods(), WRITTEN]
+    if name not in every:
+        raise ConfigError(f"Unknown pass {name!r}.{suggestion(name, every)} Passes: {', '.join(every)}.")
+    made = Rewrite.of(name, options)
+    for layer in made.method.layers():
+        if isinstance(layer, Written) and layer.name in every:
+            raise ConfigError(f"{layer.name}: option 'name': a pass is called {layer.name!r} already.")
+    return made
 
 
 @dataclass(frozen=True)
@@ -145,25 +66,19 @@ class Pipeline:
     @staticmethod
     def read(text: str | Sequence[Any]) -> "Pipeline":
         """From the one-line form `capture,lora{r=8},fold`, or from a list as in YAML: names and {name: options}."""
-        from .steps import make
-
-        if isinstance(text, str):
-            from .oneline import parse
-
-            return Pipeline(tuple(make(name, options) for name, options in parse(text)))
-        passes = []
-        for item in text:
-            if isinstance(item, str):
-                passes.append(make(item, {}))
-            elif isinstance(item, dict) and len(item) == 1:
-                name, options = next(iter(item.items()))
-                passes.append(make(name, options or {}))
-            else:
-                raise ConfigError(f"A pass is a name or {{name: {{options}}}}, not {item!r}.")
-        return Pipeline(tuple(passes))
+        items = oneline.parse(text) if isinstance(text, str) else map(item_of, text)
+        return Pipeline(tuple(make(name, options) for name, options in items))
 
     def __str__(self) -> str:
         return ",".join(item.spelled() for item in self.passes)
+
+    def until(self, name: str) -> "Pipeline":
+        """The passes up to and with the first of that name. Raises ConfigError where there is none."""
+        for index, item in enumerate(self.passes):
+            if item.option_name() == name:
+                return Pipeline(self.passes[: index + 1])
+        present = ", ".join(item.option_name() for item in self.passes)
+        raise ConfigError(f"This pipeline has no {name!r} pass; it has {present}.")
 
     def run(self, state: State) -> Iterator[Result]:
         """Each pass's result as it comes; the last one's state is the outcome."""
@@ -178,3 +93,13 @@ class Pipeline:
         for result in self.run(state):
             state = result.state
         return state.program
+
+
+def item_of(item: Any) -> tuple[str, Any]:
+    """(name, options) of a pass in a list."""
+    if isinstance(item, str):
+        return item, {}
+    if isinstance(item, dict) and len(item) == 1:
+        name, options = next(iter(item.items()))
+        return name, options or {}
+    raise ConfigError(f"A pass is a name or {{name: {{options}}}}, not {item!r}.")

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from .config import PipelineConfig, load_config
-from .pipeline import Result
-from .report import accuracies, last_adapted, write_report
+from .pipeline_pass import Result
+from .report import last_adapted, write_report
 from .run import prepare, run_pipeline
-from .tables import new_table
+from .text import Table
 
 CHAPTERS = (
     "specialnames", "compound", "types", "string-methods", "debugger", "typesseq", "typesmapping", "comparisons",
@@ -66,7 +64,7 @@ class Row:
 
     @property
     def scores(self) -> dict[str, dict[str, float]]:
-        return accuracies(self.results[-1].state.records)
+        return self.results[-1].state.scores
 
     @property
     def accuracy(self) -> float:
@@ -90,7 +88,7 @@ def compare(config: PipelineConfig, output: Path, announce: Callable[[str], None
     start = prepare(config, output, announce)
     rows = []
     for method in METHODS:
-        own = config.model_copy(update={"passes": passes_of(config, method), "output": str(output / method)})
+        own = config.changed(passes=passes_of(config, method), output=str(output / method))
         announce(f"\n{method}")
         results = run_pipeline(own, start, announce)
         write_report(results, output / method)
@@ -114,13 +112,11 @@ def passes_of(config: PipelineConfig, method: str) -> list[Any]:
 
 def table(rows: list[Row]) -> Table:
     base = rows[0].scores["before"]["accuracy"]
-    made = new_table(
+    return Table(
         f"Held-out accuracy; the frozen base with an untrained head: {base:.1%}",
         ["method", ">trained share", ">accuracy", ">seconds", ">fold error", ">delta retained", ">ONNX drift"],
+        [row.cells() for row in rows],
     )
-    for row in rows:
-        made.add_row(*row.cells())
-    return made
 
 
 def quickstart(output: Path, announce: Callable[[str], None]) -> tuple[list[Row], Row]:

@@ -13,12 +13,14 @@ from pydantic import BaseModel
 
 from . import catalogue, oneline
 from .adapter import Adapter
+from .costs import rewrite_rows, rewrite_table
 from .errors import ConfigError
 from .files import write_json, write_text
+from .fold import fold_rows
 from .method import Method, spell
-from .pipeline import Result
+from .pipeline_pass import Result
 from .program import Program
-from .tables import REWRITE_COLUMNS, difference_text, fold_cells, fold_rows, rewrite_cells, rewrite_rows
+from .text import Table
 
 ADAPTER_COLUMNS = ("adapter", "equation", "options", "sites", "chosen")
 PACKAGES = ("subgraph-peft", "torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
@@ -40,14 +42,6 @@ def machine() -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def accuracies(records: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Scores before training, after it, of the folded model and of the exported file."""
-    scores: dict[str, dict[str, float]] = {}
-    if (trained := records.get("train")) is not None and trained.evaluations:
-        scores["before"], scores["after"] = trained.evaluations[0][1], trained.evaluations[-1][1]
-    return scores | {name: records[name] for name in ("folded", "exported") if name in records}
-
-
 def summary(results: Sequence[Result]) -> dict[str, Any]:
     """Everything a run did, as plain data."""
     state = results[-1].state
@@ -65,7 +59,7 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
             }
             for item in results
         ],
-        "scores": accuracies(state.records),
+        "scores": dict(state.scores),
         "records": records,
     }
     if adapted is not None:
@@ -140,35 +134,30 @@ def page(document: Mapping[str, Any], results: Sequence[Result], curve: bool) ->
     program = results[-1].state.program
     lines = [f"# {program.source if program is not None else 'Pipeline'}", ""]
     lines += [f"`{','.join(item['pass'] for item in document['passes'])}`", ""]
-    lines += table(
-        ("pass", "what it did", "cost"),
-        ((f"`{result.pass_.spelled()}`", result.summary, result.cost) for result in results),
-    )
+    did = [(f"`{result.pass_.spelled()}`", result.summary, result.cost) for result in results]
+    lines += Table("Passes", ("pass", "what it did", "cost"), did).markdown()
     if document["scores"]:
         names = sorted({name for scores in document["scores"].values() for name in scores})
-        rows = ((stage, *(number(scores.get(name)) for name in names)) for stage, scores in document["scores"].items())
-        lines += ["## Scores on held-out data", "", *table(("model", *names), rows)]
+        rows = [(stage, *(number(scores.get(name)) for name in names)) for stage, scores in document["scores"].items()]
+        lines += section(Table("Scores on held-out data", ("model", *names), rows))
     if "adapters" in document:
-        rows = ([fact[column] for column in ADAPTER_COLUMNS] for fact in document["adapters"])
-        lines += ["## Adapters", "", *table(ADAPTER_COLUMNS, rows)]
+        rows = [[fact[column] for column in ADAPTER_COLUMNS] for fact in document["adapters"]]
+        lines += section(Table("Adapters", ADAPTER_COLUMNS, rows))
     if curve:
         lines += ["## Training", "", "![loss curve](loss.png)", ""]
     if "parameters" in document:
         trainable, everything = document["parameters"]["trainable"], document["parameters"]["all"]
         lines += ["## Sites", "", f"{trainable:,} of {everything:,} numbers train ({trainable / everything:.3%}).", ""]
-        lines += table([column.removeprefix(">") for column in REWRITE_COLUMNS], rewrite_cells(document["sites"]))
+        lines += rewrite_table(last_adapted(results)).markdown()
         if document["left_out"]:
             lines += ["Left out: " + ", ".join(f"`{name}` ({why})" for name, why in document["left_out"]) + ".", ""]
-    if "fold" in document:
-        lines += ["## Fold", "", f"Into {document['fold']['dtype']}; {difference_text(program.folded)}.", ""]
-        lines += table(("module", "‖ΔW‖ / ‖W‖", "delta retained"), fold_cells(document["fold"]["sites"]))
-    for name in ("export", "adapter_file", "decoder", "decoder_adapter"):
-        if (written := results[-1].state.records.get(name)) is not None:
-            lines += [f"## {name.capitalize().replace('_', ' ')}", "", *table(("", ""), written.rows())]
+    for result in results:
+        for table in result.pass_.tables(result.state):
+            lines += section(table)
     for item in document["passes"]:
         if item["difference"]:
             lines += [f"## Graph: `{item['pass']}`", "", "```diff", *shortened(item["difference"]), "```", ""]
-    lines += ["## Versions", "", *table(("package", "version"), document["versions"].items())]
+    lines += section(Table("Versions", ("package", "version"), list(document["versions"].items())))
     return lines
 
 
@@ -181,6 +170,5 @@ def shortened(lines: Sequence[str], limit: int = 60) -> list[str]:
     return [*lines[:limit], f"… {rest} more lines in graph.diff"] if rest > 0 else list(lines)
 
 
-def table(columns: Sequence[str], rows: Any) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return [*("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines), ""]
+def section(table: Table) -> list[str]:
+    return [f"## {table.title}", "", *table.markdown()]

@@ -14,7 +14,7 @@ from . import selectors
 from .adapter import PARTS, Adapter, identifier
 from .at_rows import RowBlocks
 from .budget import choose
-from .errors import CaptureWarning, MethodError, SelectorError, nearest
+from .errors import CaptureWarning, MethodError, SelectorError, first_line, nearest
 from .generate import base_of, generate, rebuild
 from .graphs import aten, cone, flat_outputs
 from .method import Method
@@ -177,11 +177,10 @@ def check_example(program: Program, adapter: Adapter) -> None:
     try:
         after, before = pytree.tree_leaves(program.run()), pytree.tree_leaves(program.captured.run())
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "")
         raise MethodError(
             f"{adapter.name}: {program.source} does not run on the example inputs with more positions: "
-            f"{type(error).__name__}: {reason} If its table of positions is full{full}, use fewer virtual positions or "
-            "capture it with shorter example inputs."
+            f"{type(error).__name__}: {first_line(error)} If its table of positions is full{full}, use fewer virtual "
+            "positions or capture it with shorter example inputs."
         ) from error
     shapes = [[tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)] for leaves in (before, after)]
     if shapes[0] != shapes[1]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, suggestion
+from .errors import ConfigError, first_line, suggestion
 from .sources import importable, imported
 
 SUFFIXES = (".jsonl", ".csv")
@@ -112,8 +112,8 @@ def read_dataset(source: str, split: str, arguments: Mapping[str, Any]) -> Itera
     try:
         return datasets.load_dataset(name, split=own_split or split, **arguments)
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "")
-        raise ConfigError(f"The data set {source!r} cannot be loaded: {type(error).__name__}: {reason}") from error
+        what = f"The data set {source!r} cannot be loaded"
+        raise ConfigError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def number(source: str, rows: Any) -> Iterator[Row]:

@@ -11,7 +11,7 @@ from .config import PipelineConfig
 from .data import load_data
 from .errors import ConfigError
 from .files import write_text
-from .pipeline import Result, State
+from .pipeline_pass import Result, State
 from .processes import on_first
 from .report import write_report
 from .sources import load_model, load_tokenizer
@@ -25,7 +25,7 @@ def prepare(config: PipelineConfig, output: Path, announce: Announce) -> State:
     tokenizer = load_tokenizer(config.model)
     data = load_data(config.data, tokenizer, config.model.task) if config.data is not None else None
     loaded = load_model(config.model, data.labels if data is not None else ())
-    shard = any(item.shard for item in config.pipeline().passes if isinstance(item, Train))
+    shard = any(item.shard for item in config.pipeline.passes if isinstance(item, Train))
     model = loaded.model.to("cuda" if torch.cuda.is_available() and not shard else "cpu")
     sizes = f", {len(data.train):,} examples to train" if data is not None else ""
     sizes += f", {len(data.eval):,} held out" if data is not None and data.eval is not None else ""
@@ -51,7 +51,7 @@ def run_pipeline(config: PipelineConfig, state: State, announce: Announce) -> li
     folder = Path(config.output)
     on_first(lambda: write_text(folder / "config.yaml", spelled(config), ConfigError))
     results = []
-    for result in config.pipeline().run(replace(state, folder=folder, seed=config.seed)):
+    for result in config.pipeline.run(replace(state, folder=folder, seed=config.seed)):
         announce(f"{result.pass_.spelled()}  {result.summary}  ({result.cost})")
         results.append(result)
     return results

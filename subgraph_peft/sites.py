@@ -1,8 +1,7 @@
 """Sites: the weight parameters of a program, with every place that uses them."""
 
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from torch import fx
 from .graphs import aten, flat_outputs, operator_name
 from .layout import MATRIX, Layout, whole
 from .row_blocks import blocks_of
+from .text import Table, grouped
 from .uses import WHOLE, Use, uses
 
 if TYPE_CHECKING:
@@ -147,12 +147,29 @@ class SiteTable(tuple[Site, ...]):
     unowned: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        from .tables import render, site_table
-
-        text = render(site_table(self))
+        text = str(site_table(self))
         unread = (f"no site: {name} (no output depends on it)" for name in self.unread)
         unowned = (f"no site: {name} (a constant or a buffer, not a parameter)" for name in self.unowned)
         return "\n".join([text, *unread, *unowned])
+
+
+def site_table(sites: Iterable[Site]) -> Table:
+    """One row a site, alike layers together."""
+    columns = ["module", ">sites", "form", "layout", "shape", ">out", ">in", ">calls", "bias", "note"]
+    return Table("Sites", columns, grouped(map(site_cells, sites))).without_empty()
+
+
+def site_cells(site: Site) -> tuple[str, ...]:
+    notes = [f"tied to {', '.join(site.ties)}"] if site.ties else []
+    notes += ["output head"] if site.head else []
+    notes += [", ".join(sorted({call.operator for call in site.calls}))] if site.kind == "other" else []
+    notes += [f"{site.groups} groups"] if site.groups > 1 else []
+    notes += [f"{site.stack} experts"] if site.stack else []
+    notes += [f"blocks {', '.join(name for name, _, _ in site.blocks)}"] if site.blocks else []
+    return (
+        site.name, site.kind, site.layout_text, "×".join(map(str, site.shape)), str(site.out_features),
+        str(site.in_features), str(len(site.calls)), "yes" if site.bias else "", "; ".join(notes),
+    )  # fmt: skip
 
 
 def sites(program: "Program") -> SiteTable:
@@ -251,8 +268,3 @@ def is_head(graph: fx.Graph, calls: Sequence[fx.Node]) -> bool:
             return True
         frontier.extend(user for user in node.users if user.target in RESHAPES)
     return False
-
-
-def layered(name: str) -> str:
-    """A weight's path with its layer numbers as `*`: a selector that matches the same place in every layer."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight"))

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import nn
 
-from .errors import ConfigError, nearest
+from .errors import ConfigError, first_line, nearest
 
 Task = Literal[
     "sequence-classification", "token-classification", "question-answering", "multiple-choice", "image-classification",
@@ -244,8 +244,7 @@ def naming_failure(source: str, local: bool) -> Iterator[None]:
         yield
     except Exception as error:
         what = f"{source} cannot be loaded" if local else f"{source!r} is no folder here and cannot be had from the hub"
-        reason = next(iter(str(error).strip().splitlines()), "")
-        raise ConfigError(f"{what}: {type(error).__name__}: {reason}") from error
+        raise ConfigError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
 
 
 @contextmanager

@@ -1,53 +1,37 @@
 """A pipeline's state at the stage that a command starts from: configured, captured, with a trained adapter."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from .checkpoint import load
+from .config import PipelineConfig, load_config
 from .console import announce
-from .errors import ConfigError
+from .pipeline_pass import State
+from .run import prepare
+from .steps import Capture, Fold
 
 
-def configured(pipeline: str, overrides: list[str], output: Path | None):
-    from .config import load_config
-
+def configured(pipeline: str, overrides: Sequence[str], output: Path | None) -> PipelineConfig:
     config = load_config(pipeline, overrides)
-    return config.model_copy(update={"output": str(output)}) if output else config
+    return config.changed(output=str(output)) if output else config
 
 
-def until(config, last: str):
-    """The configuration up to and with its pass `last`."""
-    passes = config.pipeline().passes
-    names = [item.name for item in passes]
-    if last not in names:
-        raise ConfigError(
-            f"This pipeline has no {last!r} pass; it has {', '.join(item.option_name() for item in passes)}."
-        )
-    kept = passes[: names.index(last) + 1]
-    return config.model_copy(update={"passes": ",".join(item.spelled() for item in kept)})
-
-
-def with_model(config):
+def with_model(config: PipelineConfig) -> State:
     """The state of a pipeline with the captured model."""
-    from .run import prepare
-    from .steps import Capture
-
     state = prepare(config, Path(config.output), announce)
-    return next((item for item in config.pipeline().passes if isinstance(item, Capture)), Capture())(state).state
+    return next((item for item in config.pipeline.passes if isinstance(item, Capture)), Capture())(state).state
 
 
-def with_adapter(config, adapter: Path | None):
+def with_adapter(config: PipelineConfig, adapter: Path | None) -> State:
     """The state of a pipeline with the captured model and a trained adapter on it."""
-    from .checkpoint import load
-
     state = with_model(config)
     return replace(state, program=load(state.program, adapter or Path(config.output) / "adapter"))
 
 
-def fold_pass(config):
+def fold_pass(config: PipelineConfig) -> Fold:
     """The pipeline's own fold, or the default one."""
-    from .steps import Fold
-
-    return next((item for item in config.pipeline().passes if isinstance(item, Fold)), Fold())
+    return next((item for item in config.pipeline.passes if isinstance(item, Fold)), Fold())
 
 
 def run_folder(path: str) -> Path | None:

@@ -1,9 +1,7 @@
-"""The passes of a pipeline, those that deploy it apart: capture, one rewrite pass for every method, train, fold."""
+"""The package's own passes, those that deploy apart: capture, one rewrite pass for every method, train, fold."""
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,19 +11,18 @@ from . import registry
 from .capture import capture
 from .data import example_batch
 from .definition import Definition
-from .deploy import Decoder, Export
 from .errors import ConfigError, suggestion
 from .evaluate import evaluate
-from .fold import fold
+from .export import to_delta
+from .fold import difference_text, fold, fold_table
 from .method import Method
 from .optimise import check_switches, optimisations, optimise
-from .pipeline import Pass, State
+from .pipeline_pass import Pass, State
 from .processes import on_first
-from .program import Program
 from .rewrite import rewrite
-from .tables import difference_text
+from .text import Table
 from .train import TrainOptions, train
-from .written import WRITTEN, Written
+from .written import WRITTEN
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -112,9 +109,6 @@ class Rewrite(Pass):
                     f"{name}: unknown option {option!r}.{suggestion(option, known)} Options: {', '.join(known)}."
                 )
         method = registry.read({name: {key: value for key, value in options.items() if key not in own}})
-        for layer in method.layers():
-            if isinstance(layer, Written) and layer.name in (*names(), WRITTEN):
-                raise ConfigError(f"{layer.name}: option 'name': a pass is called {layer.name!r} already.")
         return cls(method=method, **{key: value for key, value in options.items() if key in own})
 
     @classmethod
@@ -178,12 +172,13 @@ class Train(Pass, TrainOptions):
             collate=data.collate,
         )
         on_first(lambda: state.program.save(state.folder / "adapter"))
-        state = unmerged(state)
+        state = state.without_record("merged")  # its weights have changed
         least = sum(p.nbytes * (4 if p.requires_grad else 1) for _, p in state.program.parameters())
         summary = f"{result.steps} steps in {result.seconds:.1f} s"
         summary += f"; weights, gradients and moments alone take {least / 2**20:,.0f} MiB"
         if result.evaluations:
             before, after = result.evaluations[0][1], result.evaluations[-1][1]
+            state = state.with_scores(before=before, after=after)
             summary += "; " + ", ".join(f"{name} {before[name]:.4f} → {value:.4f}" for name, value in after.items())
         return state.with_record("train", result), summary
 
@@ -207,7 +202,7 @@ class Fold(Pass):
     def apply(self, state: State) -> tuple[State, str]:
         program = fold(state.program, dtype=DTYPES[self.dtype] if self.dtype else None, retain=self.retain)
         if self.delta:
-            on_first(lambda: write_delta(program, state.folder))
+            on_first(lambda: to_delta(program, state.folder / "delta.safetensors"))
         if program.folded is None:
             return state, "nothing to fold"
         report = program.folded
@@ -216,40 +211,12 @@ class Fold(Pass):
             summary += f"; {', '.join(report.remaining)} cannot fold and stays in the graph"
         if self.delta:
             summary += f"; {state.folder / 'delta.safetensors'}"
-        after = replace(unmerged(state), program=program)
+        after = replace(state.without_record("merged"), program=program)
         if state.data is not None and state.data.eval is not None and "train" in state.records:
             scores = evaluate(program, state.data.eval, collate=state.data.collate)
-            after = after.with_record("folded", scores)
+            after = after.with_scores(folded=scores)
         return after, summary
 
 
-def unmerged(state: State) -> State:
-    """Without the record of a merged model: its weights are to change."""
-    return replace(state, records={name: value for name, value in state.records.items() if name != "merged"})
-
-
-def write_delta(program: Program, folder: Path) -> None:
-    from .export import to_delta
-
-    to_delta(program, folder / "delta.safetensors")
-
-
-STEPS: dict[str, type[Pass]] = {step.name: step for step in (Capture, Optimise, Train, Fold, Export, Decoder)}
-
-
-@cache
-def names() -> list[str]:
-    """Steps and installed methods; beside them a pipeline has `method`, which defines one."""
-    return [*STEPS, *registry.methods()]
-
-
-def make(name: str, options: Mapping[str, Any]) -> Pass:
-    """The pass called `name`: a step, or the rewrite by the method of that name."""
-    if not isinstance(options, Mapping):
-        raise ConfigError(f"{name}: options are a mapping, not {options!r}.")
-    if name in STEPS:
-        return STEPS[name](**options)
-    known = [*names(), WRITTEN]
-    if name in known:
-        return Rewrite.of(name, options)
-    raise ConfigError(f"Unknown pass {name!r}.{suggestion(name, known)} Passes: {', '.join(known)}.")
+    def tables(self, state: State) -> list[Table]:
+        return [fold_table(state.program)] if state.program.folded is not None else []

@@ -411,7 +411,7 @@ def test_a_program_without_weights_is_refused():
 def test_save_leaves_files_that_open(base, tmp_path):
     one, two = adapt(base, LoRA(r=2)), adapt(base, LoRA(r=4), seed=2)
     analysis = sp.analyze(one, two)
-    page = analysis.save(tmp_path / "new" / "folder", site="layers.1.down")
+    page = sp.write_analysis(analysis, tmp_path / "new" / "folder", site="layers.1.down")
     folder = page.parent
     pictures = {"spectra.png", "shares.png", "similarity.png", "agreement.png"}
     assert {path.name for path in folder.iterdir()} == pictures | {"analysis.json", "analysis.md"}
@@ -431,15 +431,15 @@ def test_save_leaves_files_that_open(base, tmp_path):
 
 def test_save_without_another_update_and_without_any(base, tmp_path):
     alone = sp.analyze(adapt(base, LoRA(r=2)))
-    alone.save(tmp_path / "alone")
+    sp.write_analysis(alone, tmp_path / "alone")
     assert {p.name for p in (tmp_path / "alone").glob("*.png")} == {"spectra.png", "shares.png"}
     with pytest.raises(sp.AnalysisError, match="has no similarity to draw"):
-        alone.save(tmp_path, site="layers.0.up")
-    sp.analyze(sp.rewrite(base, LoRA(r=2), where="layers.*")).save(tmp_path / "still")
+        sp.write_analysis(alone, tmp_path, site="layers.0.up")
+    sp.write_analysis(sp.analyze(sp.rewrite(base, LoRA(r=2), where="layers.*")), tmp_path / "still")
     document = json.loads((tmp_path / "still/analysis.json").read_text(), parse_constant=pytest.fail)
     assert document["sites"][0]["overlap"] is None and document["sites"][0]["relative"] == 0
     with pytest.raises(sp.AnalysisError, match="cannot be written"):
-        alone.save("/proc/nowhere")
+        sp.write_analysis(alone, "/proc/nowhere")
 
 
 def test_kinds_of_modules_have_the_shortest_labels_that_differ():

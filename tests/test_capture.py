@@ -272,7 +272,7 @@ def test_device_constants_follow_the_module():
 def test_a_meta_model_can_be_captured_listed_and_costed():
     from subgraph_peft.passes import LoRA
 
-    from subgraph_peft.tables import rewrite_rows
+    from subgraph_peft.costs import rewrite_rows
 
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 2))

@@ -803,8 +803,8 @@ def test_configs_switch_passes(tmp_path):
         "model:\n  factory: tests.models:bert\ndata:\n  train: rows.jsonl\npasses:\n  - capture\n"
         "  - optimise:\n      siblings: false\n  - lora:\n      r: 4\noutput: runs/x\n"
     )
-    assert load_config(path).pipeline().passes[1].options() == {"siblings": False}
-    switched = load_config(path, ["optimise.tidy=false"]).pipeline().passes[1]
+    assert load_config(path).pipeline.passes[1].options() == {"siblings": False}
+    switched = load_config(path, ["optimise.tidy=false"]).pipeline.passes[1]
     assert switched.options() == {"siblings": False, "tidy": False}
     raw = {"passes": ["capture", "optimise"]}
     apply_override(raw, "optimise.siblings=false")

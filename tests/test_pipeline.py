@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import subgraph_peft as sp
-from subgraph_peft import catalogue, registry
+from subgraph_peft import catalogue, pipeline, registry
 from subgraph_peft.config import apply_override, load_config, schema, shipped_configs
-from subgraph_peft.pipeline import Pipeline, State
-from subgraph_peft.steps import names
+from subgraph_peft.pipeline import Pipeline, State, names
+from subgraph_peft.pipeline_pass import Pass
+from subgraph_peft.report import write_report
+from subgraph_peft.text import Table
 
 ONE_LINE = 'capture,lora{r=4,where=[*.query,"*.{key,value}"],trainable=classifier},dora{of={lora{r=4}},as=second},fold'
 
@@ -102,7 +104,7 @@ def test_a_config_is_read_and_overridden(tmp_path):
     path = tmp_path / "pipeline.yaml"
     path.write_text(VALID)
     config = load_config(path, ["lora.r=8", "fold.retain=0.5", "data.max_length=9", "seed=3"])
-    passes = config.pipeline().passes
+    passes = config.pipeline.passes
     assert passes[1].method.r == 8 and passes[2].retain == 0.5 and config.data.max_length == 9 and config.seed == 3
     with pytest.raises(sp.ConfigError, match="no 'lorra' in this pipeline. Did you mean 'lora'"):
         load_config(path, ["lorra.r=8"])
@@ -143,7 +145,7 @@ def test_an_unknown_config_lists_the_shipped_ones():
 
 def test_every_shipped_config_is_valid():
     for name in shipped_configs():
-        load_config(name).pipeline()
+        assert load_config(name).pipeline.passes
 
 
 def test_the_schema_knows_every_pass_and_refuses_unknown_keys():
@@ -183,11 +185,9 @@ def third_party(monkeypatch):
 
     monkeypatch.setattr(registry, "entry_points", found)
     registry.methods.cache_clear()
-    names.cache_clear()
     yield
     monkeypatch.undo()
     registry.methods.cache_clear()
-    names.cache_clear()
 
 
 def test_third_parties_register_methods_through_an_entry_point(third_party, tmp_path):
@@ -209,6 +209,66 @@ def test_two_methods_of_one_name_are_refused(third_party, monkeypatch):
     registry.methods.cache_clear()
     with pytest.raises(sp.MethodError, match="Two methods are called 'lora'"):
         registry.methods()
+
+
+class Count(Pass):
+    """A step as a third party would write it."""
+
+    name = "count"
+    of: str = "nodes"
+
+    def apply(self, state):
+        return state.with_record("count", len(state.program.graph.nodes)), f"counted {self.of}"
+
+    def tables(self, state):
+        return [Table("Counted", ("what", ">number"), [(self.of, str(state.records["count"]))])]
+
+
+def installed(monkeypatch, value):
+    """An entry point of another package in the group of pipeline passes."""
+    from importlib.metadata import EntryPoint
+
+    point = EntryPoint("theirs", value, pipeline.GROUP)
+    monkeypatch.setattr(pipeline, "entry_points", lambda *, group: [point])
+
+
+def test_third_parties_register_steps_through_an_entry_point(monkeypatch, tmp_path):
+    installed(monkeypatch, "tests.test_pipeline:Count")
+    program = sp.capture(nn.Linear(4, 6), torch.randn(3, 4))
+    results = list(Pipeline.read("lora{where=weight},count{of=places}").run(State(program=program)))
+    assert results[-1].summary == "counted places" and "count" in names()
+    assert str(Pipeline((results[-1].pass_,))) == "count{of=places}"
+    page = write_report(results, tmp_path).read_text()
+    assert "## Counted" in page and f"| places | {len(results[-1].state.program.graph.nodes)} |" in page
+    choices = schema()["properties"]["passes"]["anyOf"][1]["items"]["anyOf"]
+    assert any("count" in choice["properties"] for choice in choices[1:])
+    with pytest.raises(sp.ConfigError, match="unknown option 'off'. Did you mean 'of'"):
+        Pipeline.read("count{off=x}")
+
+
+@pytest.mark.parametrize("name", ["train", "lora", "method"])
+def test_a_step_with_the_name_of_another_pass_is_refused(monkeypatch, name):
+    installed(monkeypatch, "tests.test_pipeline:Count")
+    monkeypatch.setattr(Count, "name", name)
+    with pytest.raises(sp.ConfigError, match=f"Two passes are called '{name}'"):
+        Pipeline.read("capture")
+
+
+def test_a_registered_step_is_a_pass(monkeypatch):
+    installed(monkeypatch, "tests.test_pipeline:Halves")
+    with pytest.raises(sp.ConfigError, match="tests.test_pipeline:Halves.* is no subclass of Pass"):
+        Pipeline.read("capture")
+
+
+def test_the_one_line_form_in_a_file_is_the_list_that_it_spells(tmp_path):
+    path = tmp_path / "pipeline.yaml"
+    path.write_text("model: {factory: 'tests.models:bert'}\npasses: capture,lora{r=4,where=*.query},fold\n")
+    config = load_config(path)
+    assert config.passes == [{"capture": {}}, {"lora": {"r": 4, "where": "*.query"}}, {"fold": {}}]
+    assert config.until("lora").pipeline == Pipeline.read("capture,lora{r=4,where=*.query}")
+    assert config.pipeline is config.pipeline and config.until("fold") == config
+    with pytest.raises(sp.ConfigError, match="no 'train' pass; it has capture, lora, fold"):
+        config.until("train")
 
 
 def test_the_core_names_no_method():

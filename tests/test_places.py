@@ -616,7 +616,7 @@ def test_a_budget_can_be_set_from_the_command_line(bert, tmp_path):
     path = tmp_path / "pipeline.yaml"
     path.write_text("model: {factory: 'tests.models:bert'}\npasses:\n- lora: {r: 8, where: '*.query'}\n")
     config = load_config(path, ["lora.budget=0.5%", "lora.patterns={'*.0.*': {r: 1}}"])
-    (rewrite,) = config.pipeline().passes
+    (rewrite,) = config.pipeline.passes
     assert rewrite.budget == "0.5%" and rewrite.patterns == {"*.0.*": {"r": 1}}
     with pytest.raises(sp.ConfigError, match="unknown option 'bugdet'. Did you mean 'budget'"):
         load_config(path, ["lora.bugdet=0.5%"])

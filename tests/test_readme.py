@@ -59,7 +59,7 @@ def test_the_api_on_one_screen_runs(tmp_path, monkeypatch):
 def test_the_pipeline_files_are_valid(tmp_path, index, start):
     body = [body for kind, body in BLOCKS if kind == "yaml"][index]
     (tmp_path / "pipeline.yaml").write_text(body)
-    assert str(load_config(tmp_path / "pipeline.yaml").pipeline()).startswith(start)
+    assert str(load_config(tmp_path / "pipeline.yaml").pipeline).startswith(start)
 
 
 @pytest.mark.parametrize("purpose", ["set up and run the quickstart", "set up and run the tests"])

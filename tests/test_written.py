@@ -524,7 +524,7 @@ def test_a_pipeline_that_defines_methods_runs_from_end_to_end(pipeline, tmp_path
     stored = json.loads((tmp_path / "out/adapter/adapter.json").read_text())["adapters"]
     assert stored[0]["method"]["method"]["options"] == {"r": 3, "alpha": 4.0}
     config = load_config(tmp_path / "out/config.yaml")
-    assert config.pipeline() == load_config(pipeline, ["my_lora.r=3"]).pipeline()
+    assert config.pipeline == load_config(pipeline, ["my_lora.r=3"]).pipeline
     folded = call("fold", tmp_path / "out/config.yaml")
     assert "Merged weights" in folded and (tmp_path / "out/merged/model.safetensors").exists()
 
@@ -564,7 +564,7 @@ def test_methods_lists_those_of_a_file(pipeline):
     ],
 )
 def test_overrides_reach_a_written_method(pipeline, override, found):
-    rewrite = load_config(pipeline, [override]).pipeline().passes[1]
+    rewrite = load_config(pipeline, [override]).pipeline.passes[1]
     have = {**rewrite.method.spelled(), **rewrite.method.spelled()["options"], "where": rewrite.where}
     assert {key: have[key] for key in found} == found
 

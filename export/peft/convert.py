@@ -5,7 +5,7 @@ from typing import Literal
 
 from subgraph_peft.capture import capture
 from subgraph_peft.checkpoint import load
-from subgraph_peft.errors import ConfigError, suggestion
+from subgraph_peft.errors import ConfigError, first_line, suggestion
 from subgraph_peft.program import Program
 from subgraph_peft.sources import CLASSES, ModelSpec, load_model
 
@@ -64,8 +64,8 @@ def stored_task(name: str) -> str:
     try:
         stored = AutoConfig.from_pretrained(name).architectures or [""]
     except (OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), "")
-        raise ConfigError(f"{name} is no pipeline, no run and no model that can be loaded: {reason}") from error
+        what = f"{name} is no pipeline, no run and no model that can be loaded"
+        raise ConfigError(f"{what}: {first_line(error)}") from error
     heads = {task: auto.removeprefix("AutoModel") for task, auto in CLASSES.items()}
     found = next((task for task, head in heads.items() if head and stored[0].endswith(head)), None)
     return found or ("causal-lm" if stored[0].endswith("LMHeadModel") else "feature-extraction")

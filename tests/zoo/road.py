@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 import subgraph_peft as sp
 from subgraph_peft.compare import difference
+from subgraph_peft.errors import first_line
 from subgraph_peft.signature import export_arguments
 
 from .entry import STAGES, Entry, Inputs
@@ -89,7 +90,7 @@ class Walk:
             step()
             self.row.cells[name] = YES
         except Exception as error:
-            first = next(iter(str(error).strip().splitlines()), "")
+            first = first_line(error)
             self.row.cells[name] = first if isinstance(error, Failed) else f"{type(error).__name__}: {first}"
 
     def capture(self) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from subgraph_peft.tables import fill, new_table, render
+from subgraph_peft.text import Table
 
 from .entry import STAGES, Entry
 from .road import NOT_REACHED, YES, Row
@@ -26,9 +26,9 @@ def text(rows: Iterable[Row], entries: Mapping[str, Entry], notes: bool = False)
         number = reasons.setdefault((kind, row.name, found if limit is None else limit), len(reasons) + 1)
         return f"{kind} {number}"
 
-    table = new_table(f"{len(rows)} architectures", ("name", "group", *STAGES, ">seconds"))
-    fill(table, ([r.name, r.group, *(cell(r, stage) for stage in STAGES), f"{r.seconds:.0f}"] for r in rows))
-    parts = [render(table), summary(rows)]
+    cells = [[r.name, r.group, *(cell(r, stage) for stage in STAGES), f"{r.seconds:.0f}"] for r in rows]
+    table = Table(f"{len(rows)} architectures", ("name", "group", *STAGES, ">seconds"), cells)
+    parts = [str(table), summary(rows)]
     parts += [f"{kind} {number}: {name}: {reason}" for (kind, name, reason), number in reasons.items()]
     if notes:
         parts += [f"note: {row.name}: {note}" for row in rows for note in row.notes]
