@@ -31,12 +31,14 @@ if TYPE_CHECKING:
     from .kernels import kernels
     from .method import Method, Tensor, Wrapper, frozen, kaiming_uniform, normal, ones, trainable, zeros
     from .optimise import optimise
+    from .options import TrainOptions, TrainResult
     from .pipeline import Pipeline
     from .program import Program
     from .rewrite import rewrite
     from .saved import read
     from .sites import Site, sites
-    from .train import TrainOptions, TrainResult, parameter_groups, train
+    from .step_optimizer import parameter_groups
+    from .train import train
     from .train_step import TrainStep
     from .unflatten import unflatten
 
@@ -65,12 +67,14 @@ _MODULES = {
     "kernels": "kernels",
     "method": "Method Tensor Wrapper frozen kaiming_uniform normal ones trainable zeros",
     "optimise": "optimise",
+    "options": "TrainOptions TrainResult",
     "pipeline": "Pipeline",
     "program": "Program",
     "rewrite": "rewrite",
     "saved": "read",
     "sites": "Site sites",
-    "train": "TrainOptions TrainResult parameter_groups train",
+    "step_optimizer": "parameter_groups",
+    "train": "train",
     "train_step": "TrainStep",
     "unflatten": "unflatten",
 }

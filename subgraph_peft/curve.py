@@ -4,8 +4,6 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from .errors import TrainError
 from .files import replacing
@@ -17,6 +15,9 @@ def draw(
     path: str | os.PathLike, losses: Sequence[tuple[int, float]], evaluations: Sequence[tuple[int, dict[str, float]]]
 ) -> None:
     """Training loss with its moving average, the loss of the evaluations, and beside it their first other metric."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    from matplotlib.figure import Figure
+
     metric = next((name for _, values in evaluations for name in values if name != "loss"), None)
     figure = Figure(figsize=(10 if metric else 5.5, 3.6), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)

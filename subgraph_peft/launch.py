@@ -4,10 +4,11 @@ import logging
 import math
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -17,9 +18,10 @@ from . import distributed, processes, resume
 from .data import Padding, spread, token_counts
 from .errors import CheckpointError, ConfigError
 from .evaluate import Metrics
+from .options import TrainOptions
 from .program import Program
-from .record import Bar, Record, signals
-from .train import TrainOptions
+from .record import Bar, signals
+from .sharded import sharded
 from .trainer import ProgramTrainer
 
 NEUTRAL = {
@@ -56,30 +58,36 @@ def build_trainer(
         "examples per step (batch_size · gradient_accumulation · processes)": together,
     }
     past = resume.read_run(folder) if folder else {}
-    if folder and past["run"] != run:
-        before = past["run"]
+    if folder:
+        check_same(folder, past["run"], run)
+        program.load(folder)
+    distributed.start(program)
+    module = stack.enter_context(sharded(program, arguments.device)) if options.shard else program.module
+    compiles = options.compiles(arguments.device)
+    if compiles:
+        arguments.max_grad_norm = 0.0  # the step's own optimiser clips
+    collate = collation(collate or Padding(), options, compiles, data[0])
+    return ProgramTrainer(
+        program, module, arguments, options, data, collate, metrics, steps_per_epoch, past, run, callbacks
+    )
+
+
+def check_same(folder: Path, before: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where a checkpoint is of another run."""
+    if before != run:
         differs = [f"{key} was {before.get(key)}, is {run.get(key)}" for key in run if before.get(key) != run[key]]
         raise CheckpointError(
             f"{folder} belongs to another run: {'; '.join(differs)}. Choose another output folder, or resume=False to "
             "remove it and start anew."
         )
-    if folder:
-        program.load(folder)
-    distributed.start(program)
-    module = program.module
-    if options.shard:
-        from .sharded import sharded
 
-        module = stack.enter_context(sharded(program, arguments.device))
-    record = Record(options, steps_per_epoch, past)
-    collate = collate or Padding()
-    compiles = options.compiles(arguments.device)
+
+def collation(collate: Callable, options: TrainOptions, compiles: bool, data: Dataset) -> Callable:
+    """What makes batches of examples; the package's own pads to few lengths where that is asked for."""
     count = (8 if compiles else 0) if options.lengths == "auto" else options.lengths
-    if count and isinstance(collate, Padding) and "input_ids" in data[0][0]:
-        collate = replace(collate, lengths=spread(token_counts(data[0]), count))
-    if compiles:
-        arguments.max_grad_norm = 0.0  # the step's own optimiser clips
-    return ProgramTrainer(program, module, arguments, options, data, collate, metrics, record, run, callbacks)
+    if count and isinstance(collate, Padding) and "input_ids" in data[0]:
+        return replace(collate, lengths=spread(token_counts(data), count))
+    return collate
 
 
 def training_arguments(options: TrainOptions, output: Path) -> TrainingArguments:

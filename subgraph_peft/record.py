@@ -4,9 +4,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,20 +15,32 @@ from transformers import TrainerCallback
 
 from . import processes, resume
 from .errors import TrainError
-
-if TYPE_CHECKING:
-    from .train import TrainOptions
-    from .trainer import ProgramTrainer
+from .options import TrainOptions
+from .order import Order
 
 
 class Record(TrainerCallback):
     """What happened, step by step; decides when to evaluate and save, and stops cleanly.
 
     Losses stay on their device until they are needed; a loss that is not finite ends the run before anything is saved.
+
+    past:     what a checkpoint kept of the record, empty for a new run
+    order:    of the examples; it is told the epoch
+    evaluate: evaluates now, and adds to `evaluations`
+    rescue:   what to do about a loss that is not finite, as text
     """
 
-    def __init__(self, options: "TrainOptions", steps_per_epoch: int, past: Mapping[str, Any]):
+    def __init__(
+        self,
+        options: TrainOptions,
+        steps_per_epoch: int,
+        past: Mapping[str, Any],
+        order: Order,
+        evaluate: Callable[[], Any],
+        rescue: Callable[[], str],
+    ):
         self.options, self.steps_per_epoch = options, steps_per_epoch
+        self.order, self.evaluate, self.rescue = order, evaluate, rescue
         self.losses = [tuple(entry) for entry in past.get("losses", ())]
         self.evaluations = [tuple(entry) for entry in past.get("evaluations", ())]
         self.seconds, self.aside = past.get("seconds", 0.0), past.get("aside", 0.0)
@@ -39,7 +51,6 @@ class Record(TrainerCallback):
         self.random: Mapping[str, Any] | None = None
         self.signal: int | None = None
         self.whole = True
-        self.trainer: ProgramTrainer
 
     def every(self, interval: int | str | None, step: int) -> bool:
         return bool(interval) and step % (self.steps_per_epoch if interval == "epoch" else interval) == 0
@@ -67,17 +78,17 @@ class Record(TrainerCallback):
         step = state.global_step
         due = step == 0 or self.every(self.options.eval_every, step)
         if due and not any(at == step for at, _ in self.evaluations):
-            self.trainer.evaluate()
+            self.evaluate()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.order.epoch = state.global_step // self.steps_per_epoch
+        self.order.epoch = state.global_step // self.steps_per_epoch
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.whole = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step, last = state.global_step, state.global_step >= state.max_steps
-        self.examples += self.trainer.order.size(step - 1)
+        self.examples += self.order.size(step - 1)
         self.pending.append((step, torch.stack(self.current).sum()))
         self.current.clear()
         self.random, self.whole = resume.random_state(), True
@@ -99,7 +110,7 @@ class Record(TrainerCallback):
         self.pending.clear()
         for step, value in read:
             if not math.isfinite(value):
-                raise TrainError(f"The loss is {value} at step {step}. {self.trainer.rescue()}")
+                raise TrainError(f"The loss is {value} at step {step}. {self.rescue()}")
         self.losses += read
 
     def as_json(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 
 from .errors import TrainWarning
 from .gradients import Gradients
+from .program import Program
 from .replay import Recorded
 
 OPTIONS = ("weight_decay", "betas", "eps")
@@ -100,3 +101,21 @@ class StepOptimizer(torch.optim.Optimizer):
             state["step"] = state["step"].to(parameter.device if self.inner.defaults["capturable"] else "cpu")
         self.inner.state = self.state
         self.recorded = None
+
+
+def parameter_groups(program: Program, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Groups for any torch optimiser, over exactly what trains, each with its learning rate.
+
+    Weight decay is off for a method's tensors that say so (those whose neutral value is not 0), and for vectors among
+    the model's own parameters (biases, norm scales).
+    """
+    declared = {path: tensor for adapter in program.adapters for path, tensor in adapter.declared().items()}
+    groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in program.parameters(trainable=True):
+        tensor = declared.get(name)
+        decays, factor = (tensor.decay, tensor.lr) if tensor else (parameter.ndim > 1, 1.0)
+        groups.setdefault((decays, factor), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "lr": lr * factor}
+        for (decays, factor), parameters in groups.items()
+    ]

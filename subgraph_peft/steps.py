@@ -17,11 +17,12 @@ from .export import to_delta
 from .fold import difference_text, fold, fold_table
 from .method import Method
 from .optimise import check_switches, optimisations, optimise
+from .options import TrainOptions
 from .pipeline_pass import Pass, State
 from .processes import on_first
 from .rewrite import rewrite
 from .text import Table
-from .train import TrainOptions, train
+from .train import train
 from .written import WRITTEN
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -14,7 +14,7 @@ from .gradients import Gradients
 from .penalty import has_penalty
 from .program import Program
 from .replay import Recorded, signature
-from .step_optimizer import StepOptimizer
+from .step_optimizer import StepOptimizer, parameter_groups
 
 FACTOR, SHARE = "loss factor", "share of the step"  # inputs beside a batch's, by names that no argument has
 SHAPES = 8  # of batches that are compiled and recorded; torch.compile gives up after as many
@@ -60,8 +60,6 @@ class TrainStep:
         autocast: torch.dtype | None = None,
         memory_budget: float = 1.0,
     ):
-        from .train import parameter_groups
-
         self.program, self.module, self.autocast = program, program.module, autocast
         program.need_values("train", TrainError)
         groups = parameter_groups(program, lr, weight_decay)

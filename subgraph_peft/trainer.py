@@ -19,11 +19,12 @@ from .data import token_counts
 from .errors import TrainError
 from .evaluate import Metrics, evaluate, loss_and_logits, scored, shifts_labels
 from .module import GraphModel
+from .options import TrainOptions
 from .order import Order
 from .penalty import has_penalty
 from .program import Program
 from .record import Record
-from .train import TrainOptions, parameter_groups
+from .step_optimizer import parameter_groups
 from .train_step import TrainStep
 
 
@@ -31,6 +32,8 @@ class ProgramTrainer(Trainer):
     """Trainer with its hooks for data order, loss, optimizer, evaluation and checkpoints set to those of a Program.
 
     module: what computes: the program's own module, or a sharded view of it
+    past:   what the checkpoint that the run goes on from kept of it, see `Record`
+    run:    what two sessions of one run have in common, kept in checkpoints
     fast:   the compiled step, which then takes the place of Trainer's forward, backward, clipping and optimiser
     """
 
@@ -43,11 +46,12 @@ class ProgramTrainer(Trainer):
         data: tuple[Dataset, Dataset | None],
         collate: Callable,
         metrics: Metrics | None,
-        record: Record,
+        steps_per_epoch: int,
+        past: Mapping[str, Any],
         run: Mapping[str, Any],
         callbacks: Sequence[TrainerCallback],
     ):
-        self.program, self.options, self.metrics, self.record, self.run = program, options, metrics, record, run
+        self.program, self.options, self.metrics, self.run = program, options, metrics, run
         self.shifted, self.penalised = shifts_labels(program.source), has_penalty(program)
         self.trained = [parameter for _, parameter in program.parameters(trainable=True)]
         self.fast: TrainStep | None = None
@@ -58,10 +62,10 @@ class ProgramTrainer(Trainer):
             len(train), options.seed, options.batch_size, options.gradient_accumulation, processes.rank(),
             processes.world(), lengths,
         )  # fmt: skip
-        record.trainer = self
+        self.record = Record(options, steps_per_epoch, past, self.order, self.evaluate, self.rescue)
         super().__init__(
             module, arguments, collate, train_dataset=train, eval_dataset=held_out,
-            callbacks=[record, *callbacks],
+            callbacks=[self.record, *callbacks],
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False

@@ -26,9 +26,10 @@ from subgraph_peft.data import Examples
 from subgraph_peft.distributed import average_gradients
 from subgraph_peft.errors import CheckpointError, ConfigError, TrainError
 from subgraph_peft.evaluate import evaluate
+from subgraph_peft.options import TrainOptions
 from subgraph_peft.order import Order
 from subgraph_peft.sharded import held_bytes
-from subgraph_peft.train import TrainOptions, train
+from subgraph_peft.train import train
 from tests.models import VOCABULARY, bert, conv, gpt2
 from tests.test_cli import PIPELINE
 

@@ -34,8 +34,10 @@ from torch import nn
 import subgraph_peft as sp
 from subgraph_peft.data import Examples
 from subgraph_peft.fold import folds
+from subgraph_peft.options import TrainOptions
 from subgraph_peft.penalty import has_penalty
-from subgraph_peft.train import TrainOptions, parameter_groups, train
+from subgraph_peft.step_optimizer import parameter_groups
+from subgraph_peft.train import train
 from tests.models import VOCABULARY, bert
 
 SITES = ["wide", "tall", "same"]

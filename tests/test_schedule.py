@@ -16,7 +16,9 @@ from torch import nn
 
 import subgraph_peft as sp
 from subgraph_peft.data import Examples
-from subgraph_peft.train import TrainOptions, parameter_groups, train
+from subgraph_peft.options import TrainOptions
+from subgraph_peft.step_optimizer import parameter_groups
+from subgraph_peft.train import train
 from tests.models import VOCABULARY, bert
 
 SITES = ["wide", "tall", "last"]

@@ -18,8 +18,10 @@ import subgraph_peft as sp
 from subgraph_peft.data import Examples
 from subgraph_peft.errors import CheckpointError, ConfigError, TrainError
 from subgraph_peft.evaluate import evaluate, ranks
+from subgraph_peft.options import TrainOptions, TrainResult
 from subgraph_peft.order import Order
-from subgraph_peft.train import TrainOptions, TrainResult, parameter_groups, train
+from subgraph_peft.step_optimizer import parameter_groups
+from subgraph_peft.train import train
 
 from .models import VOCABULARY, bert, conv, gpt2, mlp
 

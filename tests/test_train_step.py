@@ -17,10 +17,11 @@ from subgraph_peft.compiled import Compiled
 from subgraph_peft.data import Padding, spread
 from subgraph_peft.errors import ConfigError, TrainError, TrainWarning
 from subgraph_peft.gradients import Gradients
+from subgraph_peft.options import TrainOptions
 from subgraph_peft.penalty import penalty
 from subgraph_peft.replay import signature
-from subgraph_peft.step_optimizer import StepOptimizer
-from subgraph_peft.train import TrainOptions, parameter_groups, train
+from subgraph_peft.step_optimizer import StepOptimizer, parameter_groups
+from subgraph_peft.train import train
 from tests import models
 from tests.test_train import collate, examples
 

@@ -58,7 +58,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 import subgraph_peft as sp
 from subgraph_peft.files import write_json
-from subgraph_peft.train import parameter_groups
+from subgraph_peft.step_optimizer import parameter_groups
 
 LINEARS = "*.layer.*.{query,key,value,dense}"
 SCALED = "*.layer.*.{key,value,intermediate.dense}"
