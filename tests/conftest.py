@@ -1,7 +1,9 @@
 """What every test shares: one thread a worker, a heap that the collector leaves alone, Python's own SIGINT."""
 
+import functools
 import gc
 import signal
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +17,15 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 50)
+    if "onnxscript" in sys.modules:
+        translate_once()
+
+
+def translate_once() -> None:
+    """torch.onnx parses the sources of all its translations for each file that it exports: one time does."""
+    from torch.onnx._internal.exporter import _registration as translations
+
+    translations.onnxscript_apis.get_torchlib_ops = functools.cache(translations.onnxscript_apis.get_torchlib_ops)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,8 +1,10 @@
 """The laws that every method obeys, in float64 on non-square sites with bias."""
 
+from functools import cache
+
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from subgraph_peft.passes import LoRA
 from torch import nn
@@ -34,8 +36,9 @@ class Sites(nn.Module):
         return self.head(torch.tanh(self.conv1d(h)) + self.wide(x).sum(-1, keepdim=True))
 
 
-def program(seed: int = 0, wide: int = 7, tall: int = 5) -> sp.Program:
-    torch.manual_seed(seed)
+@cache
+def program(wide: int = 7, tall: int = 5) -> sp.Program:
+    torch.manual_seed(0)
     model = Sites(wide, tall).double()
     for conv in (model.conv1d,):
         nn.init.normal_(conv.bias)
@@ -71,13 +74,14 @@ def test_identity_at_step_0(base, name):
 
 
 @pytest.mark.parametrize("name", WEIGHT_METHODS)
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 10_000), wide=st.integers(3, 9), tall=st.integers(2, 9))
-def test_training_form_equals_fold(name, seed, wide, tall):
-    base = program(seed, wide, tall)
+@settings(max_examples=4, deadline=None)
+@given(seed=st.integers(0, 10_000), sizes=st.sampled_from([(7, 5), (4, 9), (9, 2), (3, 3)]))
+def test_training_form_equals_fold(name, seed, sizes):
+    base = program(*sizes)
     adapted = shake(adapt(base, WEIGHT_METHODS[name]), seed=seed)
     folded = sp.fold(adapted)
-    inputs = {"x": torch.randn(2, 3, wide, dtype=torch.float64)}
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {"x": torch.randn(2, 3, sizes[0], dtype=torch.float64, generator=generator)}
     assert relative(adapted.run(inputs), folded.run(inputs)) <= TOLERANCE
     assert relative(adapted.run(inputs), base.run(inputs)) > 1e-6
 
