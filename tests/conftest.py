@@ -12,10 +12,14 @@ import torch
 torch.set_num_threads(1)
 
 
-def pytest_collection_finish() -> None:
-    """The modules imported so far are most of the heap, and each full collection would walk them."""
+@pytest.fixture(autouse=True, scope="module")
+def few_objects_to_collect() -> None:
+    """A full collection would walk every imported module; what is alive before a file's tests stays out of it."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish() -> None:
     gc.set_threshold(10_000, 20, 50)
     if "onnxscript" in sys.modules:
         translate_once()

@@ -4,6 +4,7 @@ Weights are drawn from a fixed seed, biases and norm scales too, so that nothing
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+
+import subgraph_peft as sp
 
 Made = tuple[nn.Module, dict[str, torch.Tensor]]
 
@@ -155,3 +158,9 @@ MODELS: dict[str, Callable[[], Made]] = {
     "bert": bert, "gpt2": gpt2, "llama": llama, "tied_llama": tied_llama, "wide_llama": wide_llama,
     "wide_tied_llama": wide_tied_llama, "albert": albert, "deberta": deberta, "mlp": mlp, "conv": conv,
 }  # fmt: skip
+
+
+@cache
+def captured(name: str, dropout: float = 0.0) -> sp.Program:
+    """Captured once a process: for tests that write to neither its weights nor its modes."""
+    return sp.capture(*(MODELS[name](dropout) if dropout else MODELS[name]()))

@@ -18,9 +18,7 @@ def trained(base, method, where, size=0.05, **options):
 
 
 def test_folding_reports_each_site_and_leaves_the_adapted_program_alone():
-    model, inputs = models.bert()
-    base = sp.capture(model, inputs)
-    adapted = trained(base, LoRA(r=2), "*.{query,value}")
+    adapted = trained(models.captured("bert"), LoRA(r=2), "*.{query,value}")
     before = {n: t.clone() for n, t in adapted.module.tensors()}
     folded = sp.fold(adapted)
     assert len(folded.folded.sites) == 4 and folded.folded.retained > 0.999
@@ -43,12 +41,11 @@ def test_write_to_puts_plain_weights_into_the_model_and_nothing_else():
 
 
 def test_write_to_refuses_before_it_writes():
-    model, inputs = models.bert()
-    base = sp.capture(model, inputs)
-    adapted = trained(base, LoRA(r=2), "*.query")
+    model, inputs = models.mlp()
+    adapted = trained(sp.capture(model, inputs), LoRA(r=2), "first")
     with pytest.raises(sp.FoldError, match=r"sp.fold\(program\)"):
         adapted.write_to(model)
-    other, _ = models.gpt2()
+    other, _ = models.conv()
     before = {n: t.clone() for n, t in other.state_dict().items()}
     with pytest.raises(sp.FoldError, match="takes the model that was captured"):
         sp.fold(adapted).write_to(other)
@@ -58,11 +55,10 @@ def test_write_to_refuses_before_it_writes():
 
 
 def test_values_that_are_not_finite_are_refused_by_name():
-    model, inputs = models.bert()
-    adapted = trained(sp.capture(model, inputs), LoRA(r=2), "*.query")
+    adapted = trained(models.captured("mlp"), LoRA(r=2), "*")
     with torch.no_grad():
-        adapted.module.get_parameter("bert.encoder.layer.1.attention.self.query.weight_lora.B")[0, 0] = float("nan")
-    with pytest.raises(sp.FoldError, match="lora.B at bert.encoder.layer.1.attention.self.query.weight holds 1 values"):
+        adapted.module.get_parameter("shared.weight_lora.B")[0, 0] = float("nan")
+    with pytest.raises(sp.FoldError, match="lora.B at shared.weight holds 1 values"):
         sp.fold(adapted)
 
 
@@ -84,14 +80,13 @@ def test_a_16_bit_fold_that_loses_the_update_is_refused_and_float32_keeps_it():
 
 
 def test_a_float32_program_is_not_narrowed_by_a_fold():
-    model, inputs = models.bert()
     with pytest.raises(sp.FoldError, match="would narrow every weight"):
-        sp.fold(trained(sp.capture(model, inputs), LoRA(r=2), "*.query"), dtype=torch.bfloat16)
+        sp.fold(trained(models.captured("mlp"), LoRA(r=2), "first"), dtype=torch.bfloat16)
 
 
 def test_what_cannot_fold_stays_and_the_rest_folds():
-    model, inputs = models.bert()
-    base = sp.capture(model, inputs)
+    model, _ = models.bert()
+    base = models.captured("bert")
     mixed = trained(trained(base, LoRA(r=2), "*.query"), ParallelAdapter(r=2), "*.intermediate.dense")
     folded = sp.fold(mixed)
     assert [a.name for a in folded.adapters] == ["parallel_adapter"] == list(folded.folded.remaining)

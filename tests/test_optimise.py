@@ -1,7 +1,6 @@
 """Optimising passes: the graph before and after, the same results and gradients, and where they have to keep off."""
 
 import copy
-import gc
 import importlib
 import operator
 from types import SimpleNamespace
@@ -39,13 +38,6 @@ from tests import models
 BOTH = (True, frozenset())  # the runner of train mode with every input
 PASSES = ["gram", "changes", "attention", "tidy", "scalars", "sums", "siblings", "rotary"]
 OFF = dict.fromkeys(PASSES, False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_objects_to_collect():
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Penalties against numbers worked out by hand: matrix pattern constraints, AdaLoRA's regulariser, the trainer."""
 
-import gc
 import math
 
 import pytest
@@ -52,13 +51,6 @@ FACTORED = {
     "dora": DoRA(of=LoRA(r=3, alpha=5.0)),
     "adalora": AdaLoRA(r=3, target_r=1, orthogonal=0.0),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_objects_to_collect():
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Three(nn.Module):

@@ -1,7 +1,6 @@
 """Schedules against slow references: AdaLoRA's ranks, LoRA-Dash's switch, Diff pruning's mask, in any loop."""
 
 import copy
-import gc
 import math
 import random
 
@@ -22,13 +21,6 @@ from subgraph_peft.train import train
 from tests.models import VOCABULARY, bert
 
 SITES = ["wide", "tall", "last"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_objects_to_collect():
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Three(nn.Module):

@@ -1,4 +1,3 @@
-import gc
 import json
 import os
 import signal
@@ -26,14 +25,6 @@ from subgraph_peft.train import train
 from .models import VOCABULARY, bert, conv, gpt2, mlp
 
 QUICK = TrainOptions(max_steps=7, batch_size=4, lr=1e-2, eval_every=None, save_every=None, seed=3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_objects_to_collect():
-    """Every run starts with a full garbage collection, which takes most of the time of these tests otherwise."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """sp.TrainStep against a plain loop over torch.optim.AdamW, and the compiled step in sp.train."""
 
 import copy
-import gc
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -28,13 +27,6 @@ from tests.test_train import collate, examples
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
 FLOATS = [torch.float32, torch.float64]
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "max_grad_norm": 0.5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_objects_to_collect():
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 
 import subgraph_peft as sp
 from subgraph_peft import export
-from tests import models
+from tests.models import captured
 
 
 def shake(adapted: sp.Program, size: float = 0.1) -> sp.Program:
@@ -31,11 +31,6 @@ class Exported:
     @property
     def proto(self) -> onnx.ModelProto:
         return onnx.load(self.path)
-
-
-@cache
-def captured(name: str) -> sp.Program:
-    return sp.capture(*models.MODELS[name]())
 
 
 @pytest.fixture(scope="session")
