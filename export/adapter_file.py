@@ -118,7 +118,7 @@ def store(values: Mapping[str, onnxruntime.OrtValue], identity: str, path: Path)
 def truncated(program: Program, update: Updates, sites: Mapping) -> Program:
     """The base with W + (A B)ᵀ and the replaced tensors."""
     base = captured_values(program)
-    tensors = dict(base.module.tensors())
+    tensors = dict(base.tensors())
     for name, site in sites.items():
         W = tensors[name].detach()
         delta = (update.values[name + A] @ update.values[name + B]).mT

@@ -19,7 +19,7 @@ def apply_delta(
 ) -> list[str]:
     """Replace what a delta file replaces; returns the names of the model's parameters and buffers that changed.
 
-    base: a model, changed in place like `folded.write_to(model)` does it; or a model folder, which stays as it is
+    base: a model, changed in place like `sp.write_to(folded, model)` does it; or a model folder, which stays as it is
     output: the folder to write, for a base folder: its files with the replaced tensors, every other byte the same, a
             tensor in memory at a time. A delta of a wider dtype widens the model's other tensors too
 

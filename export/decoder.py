@@ -18,6 +18,7 @@ from subgraph_peft.errors import ExportError
 from subgraph_peft.files import TOKENIZER, check_former, replacing_folder, write_json
 from subgraph_peft.kernels import group_keys
 from subgraph_peft.program import Program
+from subgraph_peft.runners import make_runners
 from subgraph_peft.selectors import Where
 from subgraph_peft.surroundings import unwritten
 
@@ -142,9 +143,9 @@ def capture_of(model: nn.Module, part: Served) -> Program:
         del model.forward
         if held is not None:
             model.forward = held
-    for graph in program.module.graphs():
+    for graph in program.graphs():
         group_keys(graph)
-    program.module.make_runners()
+    make_runners(program.module)
     return program
 
 

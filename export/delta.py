@@ -120,7 +120,7 @@ def to_delta(folded: Program, path: str | os.PathLike, *, base: Program | None =
         "format": FORMAT,
         "version": subgraph_peft.__version__,
         "source": folded.source,
-        "dtype": str(folded.module.home.dtype).removeprefix("torch."),
+        "dtype": str(folded.home.dtype).removeprefix("torch."),
         "adapters": folded.folded.merged if folded.folded else {},
         "ties": sorted(sorted(group) for group in base.ties),
         "tensors": {name: asdict(item) for name, item in replaced.items()},

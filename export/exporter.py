@@ -145,7 +145,7 @@ def to_onnx(
 
 def chosen(program: Program, dtype: torch.dtype | str | None) -> torch.dtype:
     """The dtype to write in. Raises ExportError for one that would widen, or that is none of the three."""
-    home = program.module.home.dtype
+    home = program.home.dtype
     wanted = home if dtype is None else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if wanted is home:
         return home
@@ -180,7 +180,7 @@ def written(program: Program, cut: Inference, model: ir.Model, target: Path) -> 
         "inputs": {value.name: shape_of(value) for value in model.graph.inputs if value.name in cut.own},
         "outputs": {value.name: shape_of(value) for value in model.graph.outputs},
         "fixed": cut.fixed,
-        "holds": between(program.module.signature.guards, cut.own),
+        "holds": between(program.signature.guards, cut.own),
         "left_out": cut.left_out,
         "unmerged": tuple(adapter.name for adapter in program.adapters if folds(program, adapter)),
         "remaining": tuple(adapter.name for adapter in program.adapters if not folds(program, adapter)),

@@ -9,9 +9,10 @@ from torch import fx, nn
 
 from subgraph_peft.errors import ExportError, suggestion
 from subgraph_peft.graphs import aten, fixed_size, flat_outputs
-from subgraph_peft.module import attach
 from subgraph_peft.normalise import attribute
 from subgraph_peft.program import Program
+from subgraph_peft.runners import specialise
+from subgraph_peft.tree import attach, named_tensors
 
 from .axes import Axes, axis_names
 from .bake import bake
@@ -69,13 +70,13 @@ def inference(program: Program, outputs: Sequence[str] | None = None) -> Inferen
     `meta["custom"]`. Raises ExportError for an unknown output, or one with the name of an input.
     """
     source = program.module
-    graph = source.specialise(training=False)
-    placeholders = dict(zip(source.signature.input_names(), graph.find_nodes(op="placeholder"), strict=True))
+    graph, signature = specialise(source, training=False), program.signature
+    placeholders = dict(zip(signature.input_names(), graph.find_nodes(op="placeholder"), strict=True))
     shapes = shapes_of(placeholders)
-    leaves = dict(zip(source.signature.output_names(), flat_outputs(graph), strict=True))
+    leaves = dict(zip(signature.output_names(), flat_outputs(graph), strict=True))
     chosen = choose(leaves, outputs, program.source)
     graph.output_node().args = (tuple(computed(graph, leaves[name]) for name in chosen),)
-    baked = bake(graph, dict(source.tensors()))
+    baked = bake(graph, dict(named_tensors(source)))
     graph.eliminate_dead_code(is_impure_node=is_kept)
     legalise(graph)
     inputs = {name: shape for name, shape in shapes.items() if placeholders[name].users}
@@ -103,8 +104,8 @@ def shapes_of(placeholders: Mapping[str, fx.Node]) -> dict[str, Sequence[Any]]:
 
 def axes_of(program: Program) -> Axes:
     """The dynamic dimensions of every input of the program."""
-    graph = program.module.graphs()[-1]
-    placeholders = dict(zip(program.module.signature.input_names(), graph.find_nodes(op="placeholder"), strict=True))
+    graph = program.graphs()[-1]
+    placeholders = dict(zip(program.signature.input_names(), graph.find_nodes(op="placeholder"), strict=True))
     return axis_names(shapes_of(placeholders), flat_example(program, program.example))
 
 
@@ -149,7 +150,7 @@ def is_scalar(node: fx.Node) -> bool:
 def runner(graph: fx.Graph, source: nn.Module, baked: Mapping[str, torch.Tensor], taken: set[str]) -> Runner:
     """taken: names of inputs and outputs; a tensor `x` of one's name is `x.tensor`"""
     first: dict[int, str] = {}
-    for name, tensor in source.tensors():
+    for name, tensor in named_tensors(source):
         first.setdefault(id(tensor), name)
     module = Runner(graph)
     for node in graph.find_nodes(op="get_attr"):
@@ -163,6 +164,6 @@ def runner(graph: fx.Graph, source: nn.Module, baked: Mapping[str, torch.Tensor]
 
 def flat_example(program: Program, example: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Tensors by placeholder name. Raises CaptureError where `example` does not fit the signature."""
-    signature = program.module.signature
+    signature = program.signature
     pairs = zip(signature.input_names(), signature.flatten(example), strict=True)
-    return {name: leaf.to(program.module.home.device) for name, leaf in pairs if isinstance(leaf, torch.Tensor)}
+    return {name: leaf.to(program.home.device) for name, leaf in pairs if isinstance(leaf, torch.Tensor)}

@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from subgraph_peft.errors import CaptureError, ExportError
-from subgraph_peft.module import home_of
+from subgraph_peft.kernels import promise
 from subgraph_peft.program import Program
 from subgraph_peft.signature import Signature
+from subgraph_peft.tree import home_of
 
 from .axes import Axes, other_sizes, resize, sizes_of
 from .cached import PAST
@@ -73,9 +74,9 @@ class Reference:
 def program_reference(program: Program, example: Mapping[str, Any] | None = None) -> Reference:
     """The program, without what it was promised, called with the arguments of which it is given a tensor. Outputs that
     need others, as a loss needs labels, are None then."""
-    program = program.promise(None)
+    program = promise(program, None)
     example = program.at_home(program.example if example is None else example)
-    signature = program.module.signature
+    signature = program.signature
 
     def call(inputs: Mapping[str, torch.Tensor]) -> Any:
         leaves = zip(signature.input_names(), signature.flatten(example), strict=True)
@@ -86,7 +87,7 @@ def program_reference(program: Program, example: Mapping[str, Any] | None = None
                 given[argument] = pytree.tree_unflatten([inputs.get(name, leaf) for name, leaf in own], spec)
         return program.run(given)
 
-    return Reference(call, flat_example(program, example), axes_of(program), program.module.home.dtype)
+    return Reference(call, flat_example(program, example), axes_of(program), program.home.dtype)
 
 
 def module_reference(module: nn.Module, example: Mapping[str, Any], opened: onnxruntime.InferenceSession) -> Reference:

@@ -23,7 +23,7 @@ def over(program: Program, model: nn.Module) -> nn.Module:
         )
     program.need_values("export", ExportError)
     model = getattr(model, "_orig_mod", model)
-    own = dict(program.module.tensors())
+    own = dict(program.tensors())
     theirs = dict(model.named_parameters(remove_duplicate=False))
     for name, value in theirs.items():
         if name not in own or own[name].shape != value.shape:
@@ -35,7 +35,7 @@ def over(program: Program, model: nn.Module) -> nn.Module:
     for name in untied(theirs, own):
         set_parameter(twin, name, own[name])
     if hasattr(twin, "config"):
-        twin.config.dtype = program.module.home.dtype
+        twin.config.dtype = program.home.dtype
     return twin.eval()
 
 

@@ -135,7 +135,7 @@ def rewritten_sites(program: Program) -> Iterator[tuple[str, Site]]:
 def replaced(program: Program) -> Iterator[str]:
     """Tensors of the model that the program replaces: those it trains in full, biases that adapters rewrite, and
     buffers that training has written."""
-    held, captured = dict(program.module.tensors()), program.captured.module
+    held, captured = dict(program.tensors()), program.captured.module
     trained = {name for name, _ in program.parameters(trainable=True)}
     biases = {target.name for target in targets(program.adapters) if target.part == "bias"}
     for name, _ in captured.named_parameters():

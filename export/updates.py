@@ -36,7 +36,7 @@ def updates(program: Program, rank: int | None = None, tolerance: float = 0.01) 
     finite.
     """
     check_finite(program)
-    held = dict(program.module.tensors())
+    held = dict(program.tensors())
     values = {name: held[name].detach() for name in replaced(program)}
     ranks: dict[str, int] = {}
     errors: dict[str, float] = {}

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .analysis_report import write_analysis
     from .analyze import analyze
     from .capture import capture
-    from .checkpoint import load
+    from .checkpoint import load, save
     from .errors import (
         AnalysisError,
         CacheWarning,
@@ -28,19 +28,22 @@ if TYPE_CHECKING:
     )
     from .evaluate import evaluate
     from .fold import fold
-    from .kernels import kernels
+    from .kernels import kernels, promise
+    from .merged import write_to
     from .method import Method, Tensor, Wrapper, frozen, kaiming_uniform, normal, ones, trainable, zeros
     from .optimise import optimise
     from .options import TrainOptions, TrainResult
+    from .penalty import penalty
     from .pipeline import Pipeline
     from .program import Program
     from .rewrite import rewrite
-    from .saved import read
+    from .saved import read, write
+    from .schedule import schedule
     from .sites import Site, sites
     from .step_optimizer import parameter_groups
     from .train import train
     from .train_step import TrainStep
-    from .unflatten import unflatten
+    from .unflatten import take, unflatten
 
 __version__ = "0.1.0"
 
@@ -49,8 +52,8 @@ __all__ = [
     "ExportError", "FoldError", "Method", "MethodError", "Pipeline", "Program", "SelectorError", "Site",
     "SubgraphPeftError", "Tensor", "TrainError", "TrainOptions", "TrainResult", "TrainStep", "TrainWarning", "Wrapper",
     "analyze", "capture", "evaluate", "fold", "frozen", "kaiming_uniform", "kernels", "load", "normal", "ones",
-    "optimise", "parameter_groups", "read", "rewrite", "sites", "train", "trainable", "unflatten", "write_analysis",
-    "zeros",
+    "optimise", "parameter_groups", "penalty", "promise", "read", "rewrite", "save", "schedule", "sites", "take",
+    "train", "trainable", "unflatten", "write", "write_analysis", "write_to", "zeros",
 ]  # fmt: skip
 
 # module -> its public names, imported when one is first asked for: torch takes a second, and the help none of it
@@ -59,24 +62,27 @@ _MODULES = {
     "analysis_report": "write_analysis",
     "analyze": "analyze",
     "capture": "capture",
-    "checkpoint": "load",
+    "checkpoint": "load save",
     "errors": "AnalysisError CacheWarning CaptureError CaptureWarning CheckpointError ConfigError ExportError "
     "FoldError MethodError SelectorError SubgraphPeftError TrainError TrainWarning",
     "evaluate": "evaluate",
     "fold": "fold",
-    "kernels": "kernels",
+    "kernels": "kernels promise",
+    "merged": "write_to",
     "method": "Method Tensor Wrapper frozen kaiming_uniform normal ones trainable zeros",
     "optimise": "optimise",
     "options": "TrainOptions TrainResult",
+    "penalty": "penalty",
     "pipeline": "Pipeline",
     "program": "Program",
     "rewrite": "rewrite",
-    "saved": "read",
+    "saved": "read write",
+    "schedule": "schedule",
     "sites": "Site sites",
     "step_optimizer": "parameter_groups",
     "train": "train",
     "train_step": "TrainStep",
-    "unflatten": "unflatten",
+    "unflatten": "take unflatten",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 

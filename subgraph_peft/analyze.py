@@ -46,8 +46,8 @@ def analyze(program: Program, other: Program | None = None, *, k: int | None = N
         check_comparable([name for name in chosen if name in mine and name in theirs], mine, theirs)
         reasons |= {name: "not in the other program: no similarity" for name in chosen if name not in theirs}
         reasons |= {name: "only in the other program" for name in chosen if name not in mine}
-    held = dict(program.module.tensors())
-    compared = {} if other is None else dict(other.module.tensors())
+    held = dict(program.tensors())
+    compared = {} if other is None else dict(other.tensors())
     entries = tuple(
         analyze_site(mine[name], held, k, theirs.get(name), compared)
         for name in tqdm(chosen, desc="analyze", unit="site", leave=False, disable=None)

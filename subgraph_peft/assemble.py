@@ -8,12 +8,13 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from .module import build, home_of
+from .module import build
 from .normalise import attribute, normalise
 from .program import Program
 from .refusals import check_graph
 from .signature import Signature
 from .surroundings import uncollected
+from .tree import home_of
 
 
 @uncollected()

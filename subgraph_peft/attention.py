@@ -32,7 +32,7 @@ def attention_sites(program: "Program") -> Iterator[Site]:
 
     Raises MethodError where the graph has none.
     """
-    graph = program.captured.module.graphs()[0]
+    graph = program.captured.graphs()[0]
     found = attentions(graph)
     if not found:
         raise MethodError(

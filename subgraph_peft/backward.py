@@ -47,7 +47,7 @@ def check_backward(
     what = f"{type(model).__name__} uses {', '.join(sorted(functions))}, whose own backward the captured graph has not"
     names = [name for name, p in model.named_parameters() if p.is_floating_point()]
     expected = actual = None
-    if verify and program.module.home.device.type != "meta":
+    if verify and program.home.device.type != "meta":
         with prepared(model, training=True), prepared(program.module, training=True), uncheckpointed(model):
             expected, actual = (gradients(module, names, inputs) for module in (model, program.module))
     if expected is None:

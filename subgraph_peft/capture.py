@@ -13,19 +13,23 @@ from torch.utils import _pytree as pytree
 from . import imported
 from .assemble import assemble, flat
 from .backward import check_backward, noted
+from .calls import add_guards
 from .checkpointing import keep_checkpointing, uncheckpointed
 from .compare import equal
 from .errors import CaptureError, CaptureWarning
 from .examples import dynamic_dimensions, example_of, widen
 from .graphs import attributes, fixed_size, writes
-from .module import attach
+from .internals import internals
+from .kernels import promise
 from .normalise import attribute
+from .padding import Padding
 from .program import Program
-from .promise import Padding
 from .recurrent import Whole
 from .refusals import check, refused
+from .runners import renew, specialise
 from .signature import export_arguments
 from .surroundings import apart, prepared, seeded, silenced, spelled_out, uncollected, unwritten
+from .tree import attach
 
 VMAP = "torch._functorch.predispatch"
 
@@ -48,7 +52,7 @@ def capture(
                      inputs and of three-dimensional floating-point ones, dimension 0 of all others
     verify:          compare the graph with the model on the example inputs, in eval mode; a graph that another tool
                      made, in the mode that it was traced in
-    padding:         "right" promises attention masks that are ones and then zeros, see `Program.promise`
+    padding:         "right" promises attention masks that are ones and then zeros, see `promise`
 
     The model itself is left as it was: parameters are shared in memory but frozen, buffers are copied.
     Key-value caches are not captured; layers that transformers checkpoints stay checkpointed. A module that
@@ -63,7 +67,7 @@ def capture(
     if isinstance(model, (str, os.PathLike)):
         model = imported.load(model)
     if isinstance(model, ExportedProgram):
-        return imported.from_exported(model, example_inputs, dynamic, verify).promise(padding)
+        return promise(imported.from_exported(model, example_inputs, dynamic, verify), padding)
     if not isinstance(model, nn.Module):
         raise CaptureError(
             f"capture takes an nn.Module, an ExportedProgram or a file of one, not {type(model).__name__}."
@@ -78,14 +82,14 @@ def capture(
     with prepared(model, training=True), uncheckpointed(model) as calls, apart(model), noted() as functions:
         exported, ranges = export(model, inputs, ranges, explicit=dynamic is not None)
     if isinstance(model, fx.GraphModule):
-        return imported.from_graph(model, exported, inputs, verify).promise(padding)
+        return promise(imported.from_graph(model, exported, inputs, verify), padding)
     program = assemble(exported, model, inputs)
-    if verify and program.module.home.device.type != "meta":
+    if verify and program.home.device.type != "meta":
         program = check_eval(program, model, inputs, ranges)
     check_backward(program, model, inputs, functions, verify)
     keep_checkpointing(program.module, model, calls)
     program.module.train(model.training)
-    return program.promise(padding)
+    return promise(program, padding)
 
 
 def export(
@@ -153,7 +157,7 @@ def specialised(
 
 def check_eval(program: Program, model: nn.Module, inputs: dict[str, Any], ranges: dict[str, Any]) -> Program:
     """Compare eval mode with the model; where the switched training graph differs, capture eval mode on its own."""
-    home = program.module.home.device
+    home = program.home.device
 
     def eager() -> Any:
         args, kwargs = export_arguments(model.forward, pytree.tree_map_only(torch.Tensor, torch.clone, inputs))
@@ -168,16 +172,16 @@ def check_eval(program: Program, model: nn.Module, inputs: dict[str, Any], range
 
     with prepared(model, training=False):
         expected = outputs(eager)
-        if same(expected) and not writes(program.module.specialise(training=False)):
+        if same(expected) and not writes(specialise(program.module, training=False)):
             return program
         with apart(model):
             second, _ = export(model, inputs, ranges, explicit=False)
-    if second.call_spec.out_spec != program.module.signature.output:
+    if second.call_spec.out_spec != program.signature.output:
         raise CaptureError(
             f"{type(model).__name__} gives other outputs in eval mode ({second.call_spec.out_spec}) than in training "
-            f"({program.module.signature.output}): turn off the option of its config that adds them."
+            f"({program.signature.output}): turn off the option of its config that adds them."
         )
-    program.module.add_guards(second)
+    add_guards(program.module, second)
     root = flat(second)
     named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     shared = {name for several in named for name, _ in several}
@@ -185,8 +189,8 @@ def check_eval(program: Program, model: nn.Module, inputs: dict[str, Any], range
         if path not in shared:  # a constant, or the body of an operator, of this graph alone
             node.target = f"eval_{path}"
             attach(program.module, node.target, attribute(root, path), persistent=False)
-    program.module.eval_graph = root.graph
-    program.module.renew()
+    internals(program.module).eval_graph = root.graph
+    renew(program.module)
     if not same(expected):
         raise CaptureError(
             f"The captured graph of {type(model).__name__} does not reproduce the model in eval mode on the example "

@@ -53,7 +53,7 @@ def digest(text: str) -> str:
 
 def state(program: Program) -> dict[str, torch.Tensor]:
     """What the program adds to its base or changed in it, by qualified name."""
-    own = dict(program.module.tensors())
+    own = dict(program.tensors())
     paths = [path for a in program.adapters for path, tensor in a.declared().items() if tensor.saved]
     return {name: own[name] for name in (*paths, *trained(program), *written(program))}
 
@@ -185,8 +185,9 @@ def check_base(program: Program, config: Mapping[str, Any], folder: Path) -> Non
         )
 
 
-def load_into(program: Program, folder: str | os.PathLike) -> Program:
-    """Read tensors into the program's own adapters, in place; nothing changes unless everything fits. Returns it."""
+def restore(program: Program, folder: str | os.PathLike) -> Program:
+    """Read tensors into the program's own adapters, in place, as training does that goes on from a checkpoint; nothing
+    changes unless everything fits. Returns it."""
     program.need_values("load adapters for", CheckpointError)
     folder = Path(folder)
     config = read_config(folder)
@@ -231,6 +232,9 @@ def set_buffers(program: Program, found: Mapping[str, torch.Tensor]) -> None:
 def load(program: Program, folder: str | os.PathLike) -> Program:
     """The captured program rewritten as the adapter in `folder` says, with its tensors. Nothing is recomputed from W.
 
+    `program` is left as it is. A method of the folder that is one of its adapters' is taken from there, so that it need
+    not be registered.
+
     Raises CheckpointError for a damaged, foreign or ill-fitting folder.
     """
     program.need_values("load adapters for", CheckpointError)
@@ -238,7 +242,8 @@ def load(program: Program, folder: str | os.PathLike) -> Program:
     config = read_config(folder)
     check_base(program.captured, config, folder)
     captured = untie(program.captured, config["untied"])
-    adapters = tuple(read_adapter(captured, item, folder) for item in config["adapters"])
+    known = [method for a in program.adapters for method in (a.method, *(method for _, method in a.variants))]
+    adapters = tuple(read_adapter(captured, item, folder, known) for item in config["adapters"])
     base = dict(captured.module.named_parameters())
     if missing := set(config["trained"]) - set(base):
         raise CheckpointError(f"{folder}: the program has no parameter {sorted(missing)[0]}.")
@@ -267,7 +272,7 @@ def assembled(captured: Program, adapters: tuple[Adapter, ...], found: Mapping[s
     """The captured program under adapters whose tensors are given by qualified name, along with values of the model's
     own parameters, which train, and buffers; tensors that are not saved are drawn."""
     declared = {path: tensor for adapter in adapters for path, tensor in adapter.declared().items()}
-    device, statistics = captured.module.home.device, buffers(captured)
+    device, statistics = captured.home.device, buffers(captured)
     own = {
         name: nn.Parameter(value.to(device), requires_grad=name not in declared or declared[name].trainable)
         for name, value in found.items()
@@ -285,14 +290,20 @@ def assembled(captured: Program, adapters: tuple[Adapter, ...], found: Mapping[s
     return replace(result, history=history)
 
 
-def read_adapter(captured: Program, item: Mapping[str, Any], folder: Path) -> Adapter:
+def read_adapter(captured: Program, item: Mapping[str, Any], folder: Path, known: Sequence[Method] = ()) -> Adapter:
+    """known: methods that need no registry."""
+
+    def read(spelled: Mapping[str, Any]) -> Method:
+        return next((method for method in known if spell(method) == spelled), None) or registry.read(spelled)
+
     try:
-        method = registry.read(item["method"])
-        variants = tuple((site, registry.read(spelled)) for site, spelled in item["variants"].items())
+        method = read(item["method"])
+        variants = tuple((site, read(spelled)) for site, spelled in item["variants"].items())
     except SubgraphPeftError as error:
         raise CheckpointError(
             f"{folder}: {error} A method of your own is found once its package registers it in the "
-            f"entry-point group {registry.GROUP}; or make the rewrite again and use program.load(folder)."
+            f"entry-point group {registry.GROUP}; or make the rewrite again and pass that program: "
+            "sp.load(adapted, folder)."
         ) from error
     if not is_name(item["name"]):
         raise CheckpointError(f"{folder}: the adapter's name {item['name']!r} is no identifier.")

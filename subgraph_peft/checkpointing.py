@@ -1,11 +1,10 @@
 """Gradient checkpointing: blocks keep their inputs for the backward pass and compute the rest again."""
 
-import functools
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -14,26 +13,16 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from . import graphs
 from .errors import CaptureError, CaptureWarning, SelectorError
+from .internals import Checkpointing, internals
 from .partition import chosen, cut, regions
-
-if TYPE_CHECKING:
-    from .module import GraphModel
+from .runners import renew
 
 
-class Checkpointing(NamedTuple):
-    """The blocks that are computed again, and options of `torch.utils.checkpoint.checkpoint`."""
-
-    paths: tuple[str, ...]
-    options: Mapping[str, Any]
-
-
-class Checkpointed:
-    """Gradient checkpointing of a GraphModel, under the names by which transformers.Trainer switches it."""
-
-    checkpointing: Checkpointing | None
+class Checkpointed(nn.Module):
+    """Gradient checkpointing under the names by which transformers.Trainer switches it."""
 
     def gradient_checkpointing_enable(
-        self: "GraphModel",
+        self,
         where: str | Sequence[str] | None = None,
         gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
         every_n_layers: int = 1,
@@ -57,20 +46,11 @@ class Checkpointed:
                 "Activations of a graph are not offloaded by checkpointing: leave out offload, and call the module "
                 "under torch.autograd.graph.save_on_cpu."
             )
-        paths = chosen(self.graph, where)[::every_n_layers]
-        check_twice(self.graph, paths)
-        former, self.checkpointing = self.checkpointing, Checkpointing(paths, options)
-        try:
-            self.renew()
-        except CaptureError:
-            self.checkpointing = former
-            self.renew()
-            raise
+        checkpoint_blocks(self, where, options, every_n_layers)
 
-    def gradient_checkpointing_disable(self: "GraphModel") -> None:
+    def gradient_checkpointing_disable(self) -> None:
         """Keep all activations for the backward pass."""
-        self.checkpointing = None
-        self.renew()
+        checkpoint_nothing(self)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
@@ -79,11 +59,32 @@ class Checkpointed:
         self.gradient_checkpointing_enable(gradient_checkpointing_kwargs=activation_checkpointing_kwargs, **options)
 
     def activation_checkpointing_disable(self) -> None:
-        self.gradient_checkpointing_disable()
+        checkpoint_nothing(self)
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return self.checkpointing is not None
+        return internals(self).checkpointing is not None
+
+
+def checkpoint_blocks(
+    module: nn.Module, where: str | Sequence[str] | None, options: Mapping[str, Any], every_n_layers: int = 1
+) -> None:
+    """See `Checkpointed.gradient_checkpointing_enable`."""
+    own = internals(module)
+    paths = chosen(own.graph, where)[::every_n_layers]
+    check_twice(own.graph, paths)
+    former, own.checkpointing = own.checkpointing, Checkpointing(paths, options)
+    try:
+        renew(module)
+    except CaptureError:
+        own.checkpointing = former
+        renew(module)
+        raise
+
+
+def checkpoint_nothing(module: nn.Module) -> None:
+    internals(module).checkpointing = None
+    renew(module)
 
 
 @contextmanager
@@ -125,7 +126,7 @@ def switched_on(model: nn.Module) -> dict[str, nn.Module]:
     return {path: m for path, m in model.named_modules() if isinstance(m, kind) and m.gradient_checkpointing}
 
 
-def keep_checkpointing(module: "GraphModel", model: nn.Module, calls: Collection[str]) -> None:
+def keep_checkpointing(module: nn.Module, model: nn.Module, calls: Collection[str]) -> None:
     """Checkpoint the layers of a captured module that transformers checkpoints in the model. Warns where it cannot, and
     of `calls` of torch.utils.checkpoint that the model makes itself."""
     name = type(model).__name__
@@ -137,25 +138,16 @@ def keep_checkpointing(module: "GraphModel", model: nn.Module, calls: Collection
         warnings.warn(message, CaptureWarning, stacklevel=3)
     if not (on := switched_on(model)):
         return
-    known = regions(module.graph)
+    known = regions(internals(module).graph)
     how = next((f for m in on.values() if (f := getattr(m, "_gradient_checkpointing_func", None))), None)
     options = {name: value for name, value in getattr(how, "keywords", {}).items() if name != "use_reentrant"}
     try:
         if not (layers := [f"exact:{path}" for path in on if path in known]):
             raise SelectorError(f"the graph has none of its layers {', '.join(on)}.")
-        module.gradient_checkpointing_enable(layers, options)
+        checkpoint_blocks(module, layers, options)
     except (CaptureError, SelectorError) as error:
         message = f"Gradient checkpointing of {name} is off in the captured module: {error}"
         warnings.warn(message, CaptureWarning, stacklevel=3)
-
-
-def checkpointed(run: Callable, options: Mapping[str, Any]) -> Callable:
-    """`run(module, *inputs)`, computed again in the backward pass."""
-
-    def again(module: nn.Module, *inputs: Any) -> Any:
-        return checkpoint(functools.partial(run, module), *inputs, use_reentrant=False, **options)
-
-    return again
 
 
 def check_twice(graph: fx.Graph, paths: Sequence[str]) -> None:

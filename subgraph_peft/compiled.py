@@ -7,12 +7,14 @@ import torch
 from torch import fx
 
 from . import graphs
-from .checkpointing import checkpointed
+from .calls import checked
 from .errors import CaptureError
+from .internals import internals
 from .module import GraphModel
 from .normalise import attribute
 from .optimise import optimised
 from .partition import Unit, boundary, ordered, outermost, owners, repeated
+from .runners import checkpointed, specialise
 
 
 class Part(NamedTuple):
@@ -50,8 +52,8 @@ class Compiled:
     def __call__(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         from torch._functorch import config  # slow to import
 
-        flat = self.module.checked(inputs)
-        names = self.module.signature.input_names()
+        flat = checked(self.module, inputs)
+        names = internals(self.module).signature.input_names()
         missing = frozenset(name for name, value in zip(names, flat, strict=True) if value is None)
         if missing not in self.plans:
             self.plans[missing] = self.plan(missing)
@@ -67,11 +69,11 @@ class Compiled:
         return values[graphs.flat_outputs(graph)[0]]
 
     def plan(self, missing: frozenset[str]) -> tuple[fx.Graph, list[Part]]:
-        module = self.module
-        graph = module.specialise(True, missing)
+        module, own = self.module, internals(self.module)
+        graph = specialise(module, True, missing)
         for stage in ("graph", "compiled"):
-            module.changes.setdefault((True, missing), {}).update(optimised(graph, module, stage, module.without))
-        names = module.signature.output_names()
+            own.changes.setdefault((True, missing), {}).update(optimised(graph, own, stage, own.without))
+        names = own.signature.output_names()
         loss = graphs.flat_outputs(graph)[names.index("loss") if "loss" in names else 0]
         graph.output_node().args = ((loss,),)
         graphs.sweep(graph)
@@ -83,9 +85,9 @@ class Compiled:
         text = f"{own.python_code('self').src} {[(getattr(tensor, 'shape', None)) for tensor in held]}"
         if text not in self.functions:
             run = graphs.compile_graph(own, f"{type(self.module).__name__} {unit[0] if unit else 'around layers'}")
-            cuda = self.module.home.device.type == "cuda"
+            cuda = internals(self.module).home.device.type == "cuda"
             self.functions[text] = torch.compile(run, fullgraph=True, options={"combo_kernels": True} if cuda else None)
-        run, again = self.functions[text], self.module.checkpointing
+        run, again = self.functions[text], internals(self.module).checkpointing
         if again and unit and unit[0] in again.paths:
             run = checkpointed(run, again.options)
         return Part(run, sources, outputs)
@@ -94,13 +96,14 @@ class Compiled:
 def units(graph: fx.Graph, module: GraphModel) -> list[tuple[Unit | None, list[fx.Node]]]:
     """The graph in order as calls of layers and what stands between them; as a whole where it cannot be cut."""
     whole = [(None, [node for node in graph.nodes if node.op == "call_function"])]
-    paths = module.checkpointing.paths if module.checkpointing else repeated(graph)
+    again = internals(module).checkpointing
+    paths = again.paths if again else repeated(graph)
     if graphs.bodies(graph, module) or not paths:
         return whole
     try:
         pieces = ordered(graph, owners(graph, outermost(paths), "train"))
     except CaptureError:
-        if module.checkpointing:
+        if again:
             raise
         return whole
     joined: list[tuple[Unit | None, list[fx.Node]]] = []

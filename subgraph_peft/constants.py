@@ -1,32 +1,22 @@
 """Constants: what an equation computes from no trainable tensor, computed once and read from a buffer."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from .adapter import Target
-from .equation import Equation
 from .graphs import evaluate
-from .module import GraphModel, attach
+from .module import GraphModel
+from .records import Constant
 from .stacks import stacked
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A value that no trainable tensor changes: computed when the rewrite is made."""
-
-    target: Target
-    equation: Equation
-    node: fx.Node
+from .tree import attach, named_tensors
 
 
 @torch.no_grad()
 def refresh(module: GraphModel, constants: Mapping[str, Constant]) -> None:
     """Compute the constants of the equations from the tensors as they are now; into the buffers that hold them, where
     there are such, which recorded work goes on reading."""
-    tensors = dict(module.tensors())
+    tensors = dict(named_tensors(module))
     for path, constant in constants.items():
         value, held = evaluate_constant(constant, tensors), tensors.get(path)
         if held is None or (held.shape, held.dtype, held.device) != (value.shape, value.dtype, value.device):

@@ -13,6 +13,7 @@ from torch import fx
 
 from .errors import TrainError
 from .graphs import argument, schema, viewed, written
+from .internals import internals
 from .module import GraphModel
 from .processes import host, world
 from .program import Program
@@ -31,11 +32,11 @@ def start(program: Program) -> None:
     base = {name for name, _ in program.captured.module.named_parameters()}
     given = {
         name: tensor
-        for name, tensor in program.module.tensors()
+        for name, tensor in program.tensors()
         if name not in base or not isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad
     }
     told: list[Mapping[str, str]] = [{}] * world()
-    dist.all_gather_object(told, {n: digest(t, n not in given) for n, t in program.module.tensors()})
+    dist.all_gather_object(told, {n: digest(t, n not in given) for n, t in program.tensors()})
     for process, theirs in enumerate(told):
         if differing := [name for name in {**told[0], **theirs} if told[0].get(name) != theirs.get(name)]:
             raise TrainError(
@@ -95,7 +96,7 @@ def average_statistics(module: GraphModel, names: Sequence[str]) -> None:
 def statistics(module: GraphModel) -> list[str]:
     """Floating-point buffers that a training step writes, such as the running mean of batch norm."""
     found: dict[str, None] = {}
-    for node in module.graph.nodes:
+    for node in internals(module).graph.nodes:
         norm = isinstance(node.target, torch._ops.OpOverload) and "running_mean" in schema(node.target)
         read = [argument(node, name) for name in ("running_mean", "running_var")] if norm else []
         for source in map(viewed, (*(value for value in read if isinstance(value, fx.Node)), *written(node))):

@@ -9,9 +9,9 @@ import sympy
 import torch
 from torch import fx
 
-from .entry import EXTENDS, sizes
+from .entry import EXTENDS
 from .entry_rules import RULES, Index, unread
-from .graphs import viewed, written
+from .graphs import sizes, viewed, written
 from .terms import AXES, Entry, Opaque, branches, constant, number, truth
 
 

@@ -8,14 +8,15 @@ import torch
 from torch import fx
 
 from .errors import MethodError
-from .graphs import aten, cone, evaluate, fixed_size, operator_name
+from .graphs import aten, cone, evaluate, fixed_size, operator_name, sizes
 from .layout import TRANSPOSED
+from .padding import MASK
 from .sites import Call, Site
 
 if TYPE_CHECKING:
     from .program import Program
 
-MASK, TYPES, POSITIONS = "attention_mask", "token_type_ids", "position_ids"
+TYPES, POSITIONS = "token_type_ids", "position_ids"
 EXTENDS = "extends"  # meta of a node that is a padding mask with virtual positions: the name of the input
 # operators through which a value per position stays that value, up to its shape and dtype
 CARRIES = {
@@ -53,7 +54,7 @@ class Entry:
 def sequence_sites(program: "Program") -> Iterator[Site]:
     """The table of the token embedding of the model's main input. Raises MethodError where there is not one."""
     captured = program.captured
-    graph = captured.module.graphs()[0]
+    graph = captured.graphs()[0]
     found = entry(graph)
     table = table_of(found.lookup)
     yield Site(
@@ -144,15 +145,10 @@ def leaves(node: fx.Node) -> set[fx.Node]:
 
 def rows(program: "Program", site: Site, W: torch.Tensor) -> torch.Tensor:
     """What the module that holds the table W [vocabulary, d] gives for every id: its rows, scaled where it scales."""
-    found = entry(program.captured.module.graphs()[0])
-    tensors = dict(program.module.tensors())
+    found = entry(program.captured.graphs()[0])
+    tensors = dict(program.tensors())
     given = evaluate(found.embedded, lambda leaf: tensors[str(leaf.target)].detach(), {found.lookup: W})
     return given.to(W.dtype)
-
-
-def sizes(node: fx.Node) -> tuple[Any, ...]:
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
 def symbols(size: int | torch.SymInt) -> set[str]:

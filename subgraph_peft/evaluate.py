@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .data import IGNORED, Padding
 from .errors import TrainError, suggestion
+from .internals import internals
 from .processes import rank, world
 from .program import Program
 
@@ -41,7 +42,7 @@ def evaluate(
     own = range(rank(), len(data), world())
     batches = [list(own[at : at + batch_size]) for at in range(0, len(own), batch_size)]
     counted, rounds = len(batches), math.ceil(math.ceil(len(data) / world()) / batch_size)
-    if program.module.block_paths:  # of a view that may be sharded, which computes in all processes at once
+    if internals(program.module).block_paths:  # of a view that may be sharded, which computes in all processes at once
         batches += [[0]] * (rounds - counted)
     loader = DataLoader(data, batch_sampler=batches, collate_fn=collate or Padding())
     module, training = program.module, program.module.training
@@ -50,7 +51,7 @@ def evaluate(
         module.eval()
         with torch.no_grad():
             for index, batch in enumerate(loader):
-                batch = pytree.tree_map_only(torch.Tensor, lambda t: t.to(module.home.device), dict(batch))
+                batch = pytree.tree_map_only(torch.Tensor, lambda t: t.to(internals(module).home.device), dict(batch))
                 outputs = loss_and_logits(module(**batch))
                 if index < counted:
                     tally.add(*outputs, batch.get("labels"))

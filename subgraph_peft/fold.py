@@ -1,8 +1,6 @@
 """Fold adapters into plain weights: functional, all or nothing, checked, and honest about what the dtype keeps."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -14,37 +12,10 @@ from .errors import FoldError
 from .generate import base_of, generate, rebuild
 from .method import spell
 from .program import Program
+from .records import FoldReport, SiteFold
 from .text import Table
 
 OUTPUT_BOUND = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
-
-
-@dataclass(frozen=True)
-class SiteFold:
-    """One folded weight.
-
-    relative_delta: ‖ΔW‖ / ‖W‖          retained: 1 − ‖stored − φ(W)‖ / ‖ΔW‖, the part of the update the dtype kept
-    """
-
-    relative_delta: float
-    retained: float
-
-
-@dataclass(frozen=True)
-class FoldReport:
-    """dtype of the folded weights, what each site kept, the largest output difference on the example inputs (relative
-    to the largest output), the adapters that were folded ({name: method}), and those that do not fold."""
-
-    dtype: torch.dtype
-    sites: Mapping[str, SiteFold]
-    output_error: float | None
-    merged: Mapping[str, Any]
-    remaining: tuple[str, ...]
-
-    @property
-    def retained(self) -> float:
-        """The smallest share of any site's update that was kept."""
-        return min((site.retained for site in self.sites.values()), default=1.0)
 
 
 def fold(program: Program, *, dtype: torch.dtype | None = None, retain: float = 0.9, verify: bool = True) -> Program:
@@ -64,7 +35,7 @@ def fold(program: Program, *, dtype: torch.dtype | None = None, retain: float = 
     ]
     if not folding and not trained:
         return program
-    home = program.module.home
+    home = program.home
     program.need_values("fold", FoldError)
     dtype = dtype or torch.promote_types(torch.float32, home.dtype)
     if torch.promote_types(dtype, home.dtype) != dtype:
@@ -73,9 +44,9 @@ def fold(program: Program, *, dtype: torch.dtype | None = None, retain: float = 
             f"Convert the model to {dtype} before it is captured, or fold into {home.dtype}."
         )
     check_finite(program)
-    held = dict(program.module.tensors())
+    held = dict(program.tensors())
     base = base_of(program) if dtype == home.dtype else widened(base_of(program), dtype)
-    tensors = dict(base.module.tensors())
+    tensors = dict(base.tensors())
     for name in trained:
         tensors[name] = nn.Parameter(held[name].detach().to(tensors[name].dtype, copy=True), requires_grad=False)
     report: dict[str, SiteFold] = {}
@@ -141,7 +112,7 @@ def unfolded_in(dtype: torch.dtype, program: Program) -> Program:
 
 def widened(base: Program, dtype: torch.dtype) -> Program:
     """A copy in a wider dtype."""
-    return replace(base, module=rebuild(base, dict(base.module.tensors())).to(dtype))
+    return replace(base, module=rebuild(base, dict(base.tensors())).to(dtype))
 
 
 def check_finite(program: Program) -> None:

@@ -9,13 +9,15 @@ from torch import fx, nn
 
 from . import graphs
 from .adapter import Adapter, Target, targets
-from .constants import Constant, refresh
+from .constants import refresh
 from .equation import Equation
+from .internals import Home, internals
 from .lower import META, Lowering
-from .module import GraphModel, Home, build
+from .module import GraphModel, build
 from .program import Program
+from .records import Constant, Lowered
+from .runners import renew
 from .surroundings import uncollected
-from .values import Lowered
 
 
 @uncollected()
@@ -26,7 +28,7 @@ def generate(
 
     own: the adapters' tensors and the trained parameters of the model, by qualified name
     """
-    base = dict(captured.module.tensors())
+    base = dict(captured.tensors())
     constants: dict[str, Constant] = {}
     held: dict[int, dict[fx.Node, str]] = {}
     lowered: dict[str, Lowered] = {}
@@ -43,13 +45,13 @@ def generate(
 
     rewritten = []
     wanted = targets(adapters)
-    for original in captured.module.graphs():
+    for original in captured.graphs():
         graph, _ = graphs.clone(original)
         cast_trained(graph, own, base)
         readers = {str(node.target): node for node in reversed(graph.find_nodes(op="get_attr"))}
         for target in wanted:
             note = lowered.setdefault(target.chain[0][1].name, Lowered()) if not rewritten else Lowered()
-            device, without = captured.module.home.device, captured.module.without
+            device, without = captured.home.device, internals(captured.module).without
             Lowering(graph, readers, target, dtype, device, hoist, note, without).run()
         graphs.sweep(graph)
         rewritten.append(graph)
@@ -57,10 +59,10 @@ def generate(
     module = rebuild(captured, tensors, rewritten)
     program = replace(captured, module=module, adapters=adapters, base=captured, lowered=lowered, constants=constants)
     if constants:
-        module.computed = frozenset(constants)
-        module.recompute = lambda moved: refresh(moved, constants)
-        module.recompute(module)
-        module.register_load_state_dict_post_hook(lambda loaded, keys: loaded.recompute(loaded))
+        inner = internals(module)
+        inner.computed, inner.recompute = frozenset(constants), lambda moved: refresh(moved, constants)
+        inner.recompute(module)
+        module.register_load_state_dict_post_hook(lambda loaded, keys: internals(loaded).recompute(loaded))
     return program
 
 
@@ -92,9 +94,9 @@ def rebuild(
     Parameters are new objects over the same memory, tied ones tied; buffers are copies. `without` switches optimising
     passes off.
     """
-    source = captured.module
-    own = [graphs.clone(graph)[0] for graph in source.graphs()] if rewritten is None else list(rewritten)
-    home = Home(*(moves.get(literal, literal) for literal in source.home))
+    source, former = captured.module, internals(captured.module)
+    own = [graphs.clone(graph)[0] for graph in captured.graphs()] if rewritten is None else list(rewritten)
+    home = Home(*(moves.get(literal, literal) for literal in former.home))
     for graph in own if moves else ():
         graphs.move(graph, moves)
     known: dict[int, nn.Parameter] = {}
@@ -111,11 +113,11 @@ def rebuild(
     parts = {name: child for name, child in source.named_children() if isinstance(child, fx.GraphModule)}
     held = {name: separate(tensor) for name, tensor in tensors.items()} | parts
     module = build(
-        source.signature, own[0], own[1] if len(own) > 1 else None, held, volatile, home, type(source).__name__,
-        config=getattr(source, "config", None), checkpointing=source.checkpointing,
-        padding=source.padding, without=source.without if without is None else without,
+        former.signature, own[0], own[1] if len(own) > 1 else None, held, volatile, home, type(source).__name__,
+        config=vars(source).get("config"), checkpointing=former.checkpointing,
+        padding=former.padding, without=former.without if without is None else without,
     )  # fmt: skip
-    module.origin = source.origin
+    internals(module).origin = former.origin
     return module.train(source.training)
 
 
@@ -124,10 +126,10 @@ def base_of(program: Program) -> Program:
     buffers that training has written."""
     if program.base is None:
         return program
-    base, held = program.base, dict(program.module.tensors())
+    base, held = program.base, dict(program.tensors())
     trained = {name for name, _ in program.parameters(trainable=True)}
-    moves = dict(zip(base.module.home, program.module.home, strict=True))
-    for name, tensor in base.module.tensors():
+    moves = dict(zip(base.home, program.home, strict=True))
+    for name, tensor in base.tensors():
         if name not in trained:
             moves.setdefault(tensor.device, held[name].device)
             moves.setdefault(tensor.dtype, held[name].dtype)
@@ -138,11 +140,11 @@ def base_of(program: Program) -> Program:
         moved = tensor.detach().to(moves[tensor.device], moves.get(tensor.dtype, tensor.dtype))
         return nn.Parameter(moved, requires_grad=False)
 
-    tensors = {name: current(name, tensor) for name, tensor in base.module.tensors()}
+    tensors = {name: current(name, tensor) for name, tensor in base.tensors()}
     module = rebuild(base, tensors, moves={old: new for old, new in moves.items() if old != new})
-    own = program.module
+    own, made = internals(program.module), internals(module)
     kept = own.checkpointing, own.padding, own.without
-    if (module.checkpointing, module.padding, module.without) != kept:
-        module.checkpointing, module.padding, module.without = kept
-        module.renew()
+    if (made.checkpointing, made.padding, made.without) != kept:
+        made.checkpointing, made.padding, made.without = kept
+        renew(module)
     return replace(base, module=module)

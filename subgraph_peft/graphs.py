@@ -261,6 +261,12 @@ def attributes(graph: fx.Graph) -> Iterator[tuple[str, fx.Node]]:
     return ((str(node.target), node) for node in graph.find_nodes(op="get_attr"))
 
 
+def sizes(node: fx.Node) -> tuple[Any, ...]:
+    """The shape of a node's value; () where it is no tensor."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
 def fixed_size(size: int | torch.SymInt) -> int | None:
     """The number that a dimension is fixed to, or None where it varies. A SymInt may be a constant too."""
     return int(str(size)) if str(size).isdigit() else None

@@ -18,6 +18,7 @@ from .examples import example_of
 from .graphs import argument, aten, bodies, every_node, is_random, mode_argument, operator_name, set_argument
 from .program import Program
 from .refusals import check
+from .runners import renew
 from .signature import export_arguments
 from .surroundings import prepared, seeded, silenced, unwritten
 
@@ -64,7 +65,7 @@ def from_exported(exported: ExportedProgram, example_inputs: Any, dynamic: Any, 
         program.example.update(example_of(program.module, example_inputs))
     training = settle(program)
     if verify:
-        leaves = program.module.signature.flatten(program.example)
+        leaves = program.signature.flatten(program.example)
         args, kwargs = pytree.tree_unflatten(leaves, exported.call_spec.in_spec)
         verify_traced(program, reference, args, kwargs, training)
     return program
@@ -107,7 +108,7 @@ def settle(program: Program) -> bool:
             CaptureWarning,
             stacklevel=4,
         )
-    program.module.renew()
+    renew(program.module)
     program.module.train(training)
     return training
 
@@ -137,7 +138,7 @@ def verify_traced(
     program: Program, reference: nn.Module, args: tuple, kwargs: Mapping[str, Any], training: bool
 ) -> None:
     """Compare the program with what was traced, in the mode of the trace, under one seed. Raises CaptureError."""
-    home = program.module.home.device
+    home = program.home.device
     if home.type == "meta":
         return
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, dict(kwargs)))

@@ -5,23 +5,24 @@ calls attention without them where nothing changes by it, or where right padding
 Rewrites, folding and export see the captured graph.
 """
 
+import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from .attention import attentions, bound, repeated
-from .entry import sizes
-from .graphs import clone, sweep
-from .promise import Padding, padding_masks, watch
+from .errors import CaptureError, CaptureWarning
+from .graphs import clone, sizes, sweep
+from .internals import Home, internals
+from .masks import Mask, recognise
+from .padding import Padding, padding_masks, watch
+from .program import Program
+from .runners import renew
 from .text import Table, grouped
-
-if TYPE_CHECKING:
-    from .masks import Mask
-    from .module import Home
-    from .program import Program
 
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 HALF, WIDEST = (torch.float16, torch.bfloat16), 256  # what the kernel of CUDA that takes grouped keys takes
@@ -59,13 +60,45 @@ def row(call: AttentionCall) -> tuple[str, ...]:
     return call.name, call.kernel, "grouped" if call.grouped else "", call.mask, why
 
 
-def kernels(program: "Program") -> Kernels:
+def kernels(program: Program) -> Kernels:
     """Which kernel every attention of a program gets, and why."""
-    module = program.module
-    return Kernels(choose(clone(module.graph)[0], module.home, module.padding))
+    own = internals(program.module)
+    return Kernels(choose(clone(own.graph)[0], own.home, own.padding))
 
 
-def accelerate(graph: fx.Graph, home: "Home", padding: Padding | None) -> int:
+def promise(program: Program, padding: Padding | None) -> Program:
+    """The same program, sharing all tensors, with a promise about its inputs or, with None, without one.
+
+    padding="right":  every row of an attention mask [batch, length] is ones and then zeros. A causal mask that hides
+                      padding then gives way to `is_causal`, wherever that is all the mask says. Outputs at tokens, and
+                      gradients of a loss over tokens, stay the same where tokens meet in attention only; hidden states
+                      at padding do not
+
+    Every call checks the promise before it computes anything: CaptureError, or RuntimeError in compiled code. Export
+    does without it. Raises CaptureError for a program without an attention mask; warns (CaptureWarning) where no
+    attention gains from it.
+    """
+    if padding not in (None, "right"):
+        raise CaptureError(f'padding is "right" or None, not {padding!r}.')
+    if padding == internals(program.module).padding:
+        return program
+    if padding and not padding_masks(program.graph):
+        names = ", ".join(node.name for node in program.graph.find_nodes(op="placeholder"))
+        raise CaptureError(f"{program.source} has no attention_mask [batch, length] to promise anything of ({names}).")
+    module = copy.deepcopy(program.module, {id(tensor): tensor for _, tensor in program.tensors()})
+    internals(module).padding = padding
+    renew(module)
+    promised = replace(program, module=module)
+    if padding and not any(call.promise for call in kernels(promised)):
+        warnings.warn(
+            f'padding="{padding}" changes no attention of {program.source}; sp.kernels(program) says why.',
+            CaptureWarning,
+            stacklevel=3,
+        )
+    return promised
+
+
+def accelerate(graph: fx.Graph, home: Home, padding: Padding | None) -> int:
     """Give every attention its kernel, check what that takes for granted before anything is computed, remove what
     nothing reads any more. In place. Returns how many go without a mask."""
     calls = list(choose(graph, home, padding))
@@ -74,10 +107,8 @@ def accelerate(graph: fx.Graph, home: "Home", padding: Padding | None) -> int:
     return sum(call.kernel != "mask" for call in calls)
 
 
-def choose(graph: fx.Graph, home: "Home", padding: Padding | None) -> Iterator[AttentionCall]:
+def choose(graph: fx.Graph, home: Home, padding: Padding | None) -> Iterator[AttentionCall]:
     """Change every attention of a graph that is to run at `home`, in place, one after the other."""
-    from .masks import Mask
-
     masks: dict[fx.Node, tuple[Mask, str]] = {}
     for name, node in attentions(graph).items():
         arguments = bound(node)
@@ -104,10 +135,8 @@ def choose(graph: fx.Graph, home: "Home", padding: Padding | None) -> Iterator[A
         yield AttentionCall(name, known.formula, "is_causal" if causal else "no mask", grouped, why, known.promise)
 
 
-def read(graph: fx.Graph, mask: fx.Node, padding: Padding | None) -> tuple["Mask", str]:
+def read(graph: fx.Graph, mask: fx.Node, padding: Padding | None) -> tuple[Mask, str]:
     """The mask, and which promise would make it a causal one."""
-    from .masks import recognise
-
     names = frozenset(map(str, padding_masks(graph)))
     known = recognise(graph, mask, names if padding else frozenset())
     would = known.form is None and not padding and recognise(graph, mask, names).form
@@ -116,7 +145,7 @@ def read(graph: fx.Graph, mask: fx.Node, padding: Padding | None) -> tuple["Mask
     return known, ""
 
 
-def repeats_for(home: "Home", query: fx.Node) -> str:
+def repeats_for(home: Home, query: fx.Node) -> str:
     """Why grouped keys stay repeated: the other kernels would give way to one that holds all scores at once. Empty
     where there is a fast kernel that takes them."""
     dtype, width = query.meta["val"].dtype, sizes(query)[-1]

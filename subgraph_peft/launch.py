@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
 from . import distributed, processes, resume
+from .checkpoint import restore
 from .data import Padding, spread, token_counts
 from .errors import CheckpointError, ConfigError
 from .evaluate import Metrics
@@ -60,7 +61,7 @@ def build_trainer(
     past = resume.read_run(folder) if folder else {}
     if folder:
         check_same(folder, past["run"], run)
-        program.load(folder)
+        restore(program, folder)
     distributed.start(program)
     module = stack.enter_context(sharded(program, arguments.device)) if options.shard else program.module
     compiles = options.compiles(arguments.device)

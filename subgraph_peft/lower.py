@@ -18,10 +18,11 @@ from .graphs import aten
 from .method import AGAIN
 from .modules import again, ends, regions
 from .optimise import optimisations
+from .records import Lowered
 from .sequence import Extension
 from .sites import PLACES
 from .uses import Use, uses
-from .values import Lowered, Values
+from .values import Values
 
 META = "subgraph_peft"
 

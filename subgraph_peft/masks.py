@@ -17,7 +17,7 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from .entries import Reader
-from .entry import sizes
+from .graphs import sizes
 from .terms import AXES, BATCH, KEY, QUERY, Choice, Entry, Opaque, is_truth
 
 CAUSAL = sympy.Symbol("key <= query")

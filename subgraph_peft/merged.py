@@ -63,7 +63,7 @@ def save_merged(program: Program, model: nn.Module | None, tokenizer: Any, folde
     folder that holds the model's own files or any that a merged one does not have.
     """
     check_plain(program, "save")
-    folder, dtype = Path(folder), program.module.home.dtype
+    folder, dtype = Path(folder), program.home.dtype
     if not hasattr(model, "save_pretrained"):
         with replacing(folder / shards.WEIGHTS, FoldError) as temporary:
             save_model(program.module, str(temporary), {"format": "pt"})
@@ -89,12 +89,12 @@ def save_merged(program: Program, model: nn.Module | None, tokenizer: Any, folde
 
 def merged_model(program: Program, model: nn.Module) -> tuple[nn.Module, list[str]]:
     """(the model's modules around the program's tensors, names of parameters that only the program has untied)"""
-    own = dict(program.module.tensors())
+    own = dict(program.tensors())
     theirs = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     check_names(program, theirs)
     shared: dict[int, Any] = {}
     for name, tensor in theirs.items():
-        shared.setdefault(id(tensor), own[name] if name in own else wide(tensor, program.module.home.dtype))
+        shared.setdefault(id(tensor), own[name] if name in own else wide(tensor, program.home.dtype))
     merged = copy.deepcopy(model, shared)
     placed = dict(merged.named_parameters(remove_duplicate=False))
     untied = [name for name in placed if name in own and not same(placed[name], own[name])]
@@ -235,7 +235,7 @@ def check_plain(program: Program, purpose: str) -> None:
     """FoldError for a program that is not plain weights."""
     if any(adapter.method.foldable() for adapter in program.adapters):
         raise FoldError(
-            "The program still has adapters: write_to takes a folded one, sp.fold(program).write_to(model)."
+            "The program still has adapters: write_to takes a folded one, sp.write_to(sp.fold(program), model)."
         )
     if program.adapters:
         names = ", ".join(adapter.name for adapter in program.adapters)

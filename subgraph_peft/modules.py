@@ -14,7 +14,7 @@ from .sites import Call, Site, find
 
 def module_sites(program: Program) -> Iterator[Site]:
     """Every module that computes a result from one activation and is not itself the layer of a weight."""
-    graph = program.captured.module.graphs()[0]
+    graph = program.captured.graphs()[0]
     layers = {site.owner for site in find(program) if len(site.shape) > 1}
     for path, calls in regions(graph).items():
         if not path or path in layers:
@@ -38,7 +38,7 @@ def module_sites(program: Program) -> Iterator[Site]:
 
 def unfit(program: Program, wanted: Callable[[str], bool]) -> str | None:
     """Why a module is no place, if one is among those whose path is wanted."""
-    for path, calls in regions(program.captured.module.graphs()[0]).items():
+    for path, calls in regions(program.captured.graphs()[0]).items():
         if path and wanted(path):
             try:
                 for region in calls.values():

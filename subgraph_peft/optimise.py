@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from torch import fx
 
 from .errors import ConfigError, suggestion
+from .internals import internals
 
 if TYPE_CHECKING:
     from .equation import Equation
@@ -76,14 +77,14 @@ def optimise(program: "Program", **switches: bool) -> "Program":
 
     check_switches(switches)
     on = {name for name, value in switches.items() if value}
-    without = (program.module.without - on) | (switches.keys() - on)
-    if without == program.module.without:
+    without = (internals(program.module).without - on) | (switches.keys() - on)
+    if without == internals(program.module).without:
         return program
     captured = base_of(program)
-    captured = replace(captured, module=rebuild(captured, dict(captured.module.tensors()), without=without))
+    captured = replace(captured, module=rebuild(captured, dict(captured.tensors()), without=without))
     if not program.adapters:
         return captured
-    tensors = dict(program.module.tensors())
+    tensors = dict(program.tensors())
     declared = [path for adapter in program.adapters for _, _, path in adapter.all_paths()]
     own = {n: tensors[n] for n in (*(n for n, _ in program.parameters(trainable=True)), *declared)}
     result = generate(captured, program.adapters, own, tensors[declared[0]].dtype)

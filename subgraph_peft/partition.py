@@ -17,15 +17,15 @@ Unit = tuple[str, str]  # a block and the name of one call of it
 class Block(nn.Module):
     """A module of the source: it holds the tensors, and computes those calls of it that runners make as a whole.
 
-    runners: call -> function (self, *inputs) -> the call's result, or tuple of results
+    _subgraph: call -> function (self, *inputs) -> the call's result, or tuple of results. All that it keeps for itself
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.runners: dict[str, Any] = {}
+        self._subgraph: dict[str, Any] = {}
 
     def forward(self, call: str, *inputs: Any) -> Any:
-        return self.runners[call](self, *inputs)
+        return self._subgraph[call](self, *inputs)
 
 
 class Piece(NamedTuple):

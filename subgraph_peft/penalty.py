@@ -16,7 +16,7 @@ def penalty(program: Program) -> torch.Tensor:
 
     Computed in the dtype of the adapters' tensors, also under autocast.
     """
-    home = program.module.home
+    home = program.home
     total = torch.zeros((), device=home.device, dtype=torch.promote_types(torch.float32, home.dtype))
     for adapter in program.adapters:
         shared = {n: program.module.get_parameter(adapter.path(adapter.sites[0], n)) for n in adapter.shared}

@@ -97,8 +97,8 @@ class Pass(BaseModel):
         """Every graph is well-formed, and every node that a rewrite added says which."""
         if after.program is None or after.program is before.program:
             return
-        known = {node.name for graph in after.program.captured.module.graphs() for node in graph.nodes}
-        for graph in after.program.module.graphs():
+        known = {node.name for graph in after.program.captured.graphs() for node in graph.nodes}
+        for graph in after.program.graphs():
             graph.lint()
             for node in graph.nodes:
                 unknown = node.op == "call_function" and node.name not in known

@@ -12,13 +12,15 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .checkpointing import Checkpointing
 from .errors import CaptureWarning, CheckpointError
 from .guards import guards_of
+from .internals import Checkpointing, Home, internals
 from .legal import is_name
-from .module import GraphModel, Home, attach, build
+from .module import GraphModel, build
 from .portable import check_path, decoded, encoded, graph_json, graph_of
-from .signature import Signature
+from .runners import renew
+from .signature import CALL, UNKNOWN, Signature
+from .tree import attach, named_tensors
 
 Tensors = dict[str, torch.Tensor]
 KINDS = ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD", "VAR_POSITIONAL", "KEYWORD_ONLY")
@@ -29,29 +31,29 @@ def module_part(module: GraphModel, tensors: Tensors) -> dict[str, Any]:
     first: dict[int, str] = {}
     saved = module.state_dict(keep_vars=True)
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    for name, value in module.tensors():
+    for name, value in named_tensors(module):
         if first.setdefault(id(value), name) == name:
             tensors[name] = stored(name, value)
-    config = getattr(module, "config", None)
+    own, config = internals(module), vars(module).get("config")
     parts = {name: child for name, child in module.named_children() if isinstance(child, fx.GraphModule)}
-    held = {name for name, _ in module.tensors()} | set(parts)
+    held = {name for name, _ in named_tensors(module)} | set(parts)
     return {
         "class": type(module).__name__,
-        "graphs": [graph_json(graph, held) for graph in module.graphs()],
+        "graphs": [graph_json(graph, held) for graph in own.graphs()],
         "parts": {name: part_json(part) for name, part in parts.items()},
-        "signature": signature_json(module.signature),
-        "home": encoded(tuple(module.home)),
-        "origin": encoded(tuple(module.origin)),
-        "devices": sorted({str(value.device) for _, value in module.tensors()}),
-        "tensors": {name: first[id(value)] for name, value in module.tensors()},
+        "signature": signature_json(own.signature),
+        "home": encoded(tuple(own.home)),
+        "origin": encoded(tuple(own.origin)),
+        "devices": sorted({str(value.device) for _, value in named_tensors(module)}),
+        "tensors": {name: first[id(value)] for name, value in named_tensors(module)},
         "parameters": {name: value.requires_grad for name, value in parameters.items()},
-        "volatile": [name for name, _ in module.tensors() if name not in saved],
-        "computed": sorted(module.computed),
+        "volatile": [name for name, _ in named_tensors(module) if name not in saved],
+        "computed": sorted(own.computed),
         "training": module.training,
-        "blocks": list(module.block_paths),
-        "padding": module.padding,
-        "without": sorted(module.without),
-        "checkpointing": module.checkpointing and encoded(tuple(module.checkpointing)),
+        "blocks": list(own.block_paths),
+        "padding": own.padding,
+        "without": sorted(own.without),
+        "checkpointing": own.checkpointing and encoded(tuple(own.checkpointing)),
         "config": config.to_json_string(use_diff=False) if hasattr(config, "model_type") else None,
     }
 
@@ -70,7 +72,7 @@ def module_of(written: Mapping[str, Any], tensors: Tensors, device: str | torch.
         check_path(path)
     if not is_name(written["class"]):
         raise CheckpointError(f"The class of the module is called {written['class']!r}, which is no identifier.")
-    own = [graph_of(graph, {*written["tensors"], *written["parts"]}, devices) for graph in written["graphs"]]
+    rebuilt = [graph_of(graph, {*written["tensors"], *written["parts"]}, devices) for graph in written["graphs"]]
     placed = {first: tensors[first].to(device) for first in set(written["tensors"].values())}
     for name, requires_grad in written["parameters"].items():
         first = written["tensors"][name]
@@ -79,14 +81,15 @@ def module_of(written: Mapping[str, Any], tensors: Tensors, device: str | torch.
     held = {name: part_of(part, devices) for name, part in written["parts"].items()}
     held |= {name: placed[first] for name, first in written["tensors"].items()}
     module = build(
-        signature_of(written["signature"]), own[0], own[1] if len(own) > 1 else None, held, set(written["volatile"]),
-        Home(device, home.dtype), written["class"], config_of(written["config"]),
+        signature_of(written["signature"]), rebuilt[0], rebuilt[1] if len(rebuilt) > 1 else None, held,
+        set(written["volatile"]), Home(device, home.dtype), written["class"], config_of(written["config"]),
         again, written["padding"], frozenset(written["without"]),
     )  # fmt: skip
-    module.origin, module.computed = origin, frozenset(written["computed"])
+    own = internals(module)
+    own.origin, own.computed = origin, frozenset(written["computed"])
     if written["blocks"]:
-        module.block_paths = tuple(written["blocks"])
-        module.renew()
+        own.block_paths = tuple(written["blocks"])
+        renew(module)
     return module.train(written["training"])
 
 
@@ -137,7 +140,7 @@ def default_json(default: Any) -> list[Any]:
 def signature_of(written: Mapping[str, Any]) -> Signature:
     names = [name for name, *_ in written["parameters"]]
     for name, kind, *_ in written["parameters"]:
-        if not is_name(name) or name in ("self", "unknown") or names.count(name) > 1 or kind not in KINDS:
+        if not is_name(name) or name in ("self", CALL, UNKNOWN) or names.count(name) > 1 or kind not in KINDS:
             raise CheckpointError(f"The signature has a parameter {name!r} ({kind}), which no function can have.")
     guards = guards_of(written["guards"], written["inputs"])
     if len(guards) < len(written["guards"]):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from .checkpoint import save
 from .errors import CheckpointError
 from .program import Program
 from .schedule import Schedule
@@ -46,7 +47,7 @@ def write(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
             new = Path(temporary) / folder.name
-            program.save(new)
+            save(program, new)
             save_file(tensors, new / OPTIMIZER)
             if scheduled["tensors"]:
                 save_file({n: v.cpu().contiguous() for n, v in scheduled["tensors"].items()}, new / SCHEDULE)

@@ -101,13 +101,13 @@ def rewrite(
     check_stacks(adapter)
     captured = resolve_ties(captured, adapter.sites, tied)
     dtype = adapter_dtype(program, dtype)
-    tensors = dict(program.module.tensors())
+    tensors = dict(program.tensors())
     if clash := trained & {site.name for a in program.adapters for site in a.sites if site.kind != "sequence"}:
         raise MethodError(
             f"{sorted(clash)[0]} has an adapter already and cannot be trained in full beside it; "
             "leave it out of `trainable`."
         )
-    added = first_values(program, adapter, captured.module.home, dtype, seed, cache)
+    added = first_values(program, adapter, captured.home, dtype, seed, cache)
     kept = {n: p.detach().clone() for n, p in program.parameters(trainable=True)}
     kept |= {
         path: tensors[path].detach().clone()
@@ -169,9 +169,9 @@ def check_arguments(program: Program, method: Method) -> None:
 def check_example(program: Program, adapter: Adapter) -> None:
     """Raises MethodError where a graph with more positions does not run on the example inputs, or gives other shapes
     than the captured one."""
-    if program.module.home.device.type == "meta":
+    if program.home.device.type == "meta":
         return
-    config = getattr(program.module, "config", None)
+    config = vars(program.module).get("config")
     rows = getattr(config, "max_position_embeddings", getattr(config, "n_positions", None))
     full = f" (positions end at {rows})" if rows else ""
     try:
@@ -194,7 +194,7 @@ def adapter_dtype(program: Program, wanted: torch.dtype | None) -> torch.dtype:
     }
     if wanted and own and own != {wanted}:
         raise MethodError(f"The adapters of this program are {own.pop()}; one of {wanted} cannot join them.")
-    return wanted or (own.pop() if own else torch.promote_types(torch.float32, program.captured.module.home.dtype))
+    return wanted or (own.pop() if own else torch.promote_types(torch.float32, program.captured.home.dtype))
 
 
 def unique(name: str, taken: set[str]) -> str:
@@ -217,7 +217,7 @@ def resolve_ties(captured: Program, sites: Sequence[Site], tied: Tied) -> Progra
             f"{site.name} is tied to {', '.join(site.ties)}: rewriting it would change both. Exclude it, or pass "
             f'tied="untie" to give {site.name} memory of its own and leave {site.ties[0]} as it is.'
         )
-    tensors = dict(captured.module.tensors())
+    tensors = dict(captured.tensors())
     for name in names:
         tensors[name] = nn.Parameter(tensors[name].detach().clone(), requires_grad=False)
     ties = tuple(rest for group in captured.ties if len(rest := group - set(names)) > 1)

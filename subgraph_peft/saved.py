@@ -1,32 +1,32 @@
 """Programs as one safetensors file: tensors under their own names, graph and adapters as JSON in its header. Nothing is
 unpickled, and nothing that a file says runs: names and operators are checked before code is made of them."""
 
+import copyreg
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save, save_file
+from safetensors.torch import save, save_file
 from torch.utils import _pytree as pytree
 
 from . import registry
 from .checkpoint import assembled, buffers, entry, read_adapter, trained
 from .errors import CheckpointError, SubgraphPeftError
 from .files import replacing
-from .fold import FoldReport, SiteFold
 from .generate import base_of
+from .internals import internals
 from .method import spell
-from .module import GraphModel
+from .pickling import HEADER, copies, header, reading
 from .portable import decoded, encoded
 from .portable_module import Tensors, module_of, module_part, spec_of, spec_text, stored
 from .program import Program
+from .records import FoldReport, SiteFold
 
-HEADER, FORMAT = "subgraph_peft", 1
+FORMAT = 1
 
 
 def write(program: Program, path: str | os.PathLike) -> None:
@@ -41,7 +41,7 @@ def write(program: Program, path: str | os.PathLike) -> None:
 
 
 def read(path: str | os.PathLike, device: str | torch.device | None = None) -> Program:
-    """The program in a file that `Program.write` wrote, on one device (by default the one it was on).
+    """The program in a file that `write` wrote, on one device (by default the one it was on).
 
     The source model is not needed, and transformers only where outputs are of its types. Outputs are bit-equal,
     dimensions that varied vary, and the program can be rewritten, trained, folded and exported.
@@ -56,7 +56,7 @@ def read(path: str | os.PathLike, device: str | torch.device | None = None) -> P
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is missing or damaged: {error}.") from error
     if text is None:
-        raise CheckpointError(f"{path} holds no program: it was not written by Program.write.")
+        raise CheckpointError(f"{path} holds no program: it was not written by sp.write.")
     return program_of(tensors, text, Path(path), device)
 
 
@@ -69,39 +69,6 @@ def program_from(data: bytes) -> Program:
     return program_of(copies(data), header(data), Path("this pickled program"), None)
 
 
-def module_bytes(module: GraphModel) -> bytes:
-    tensors: Tensors = {}
-    text = json.dumps(module_part(module, tensors))
-    return save(tensors, {HEADER: text})
-
-
-def module_from(data: bytes) -> GraphModel:
-    """A module that was pickled. Where it has constants that equations give from adapters' tensors, it refuses to load
-    a state dict: they would not be computed anew."""
-    with reading(Path("this pickled module")):
-        module = module_of(json.loads(header(data)), copies(data), None)
-
-    def refuse(loaded: GraphModel, *_: Any) -> None:
-        raise CheckpointError(
-            f"This {type(loaded).__name__} was unpickled without the equations that compute {min(loaded.computed)} "
-            "from its adapters. Load the state dict before pickling, or move the program: program.write, sp.read."
-        )
-
-    if module.computed:
-        module.register_load_state_dict_pre_hook(refuse)
-    return module
-
-
-def copies(data: bytes) -> Tensors:
-    """Aligned in memory, as those of a model are: kernels round by alignment."""
-    return {name: tensor.clone() for name, tensor in load(data).items()}
-
-
-def header(data: bytes) -> str:
-    """The metadata of a safetensors file in memory: its header follows 8 bytes that hold the header's length."""
-    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"][HEADER]
-
-
 def program_parts(program: Program) -> tuple[Tensors, str]:
     for adapter in program.adapters:
         check_registered(adapter.name, [adapter.method, *(method for _, method in adapter.variants)])
@@ -111,7 +78,7 @@ def program_parts(program: Program) -> tuple[Tensors, str]:
         for name, value in buffers(base).items():
             value.copy_(program.base.module.get_buffer(name))
     leaves, example = pytree.tree_flatten(dict(program.example))
-    own = dict(program.module.tensors())
+    own = dict(program.tensors())
     paths = [path for a in program.adapters for path, tensor in a.declared().items() if tensor.saved]
     changed = {*paths, *trained(program), *buffers(program)} if program.adapters else set()
     changed = [name for name in own if name in changed]
@@ -145,7 +112,7 @@ def program_of(tensors: Tensors, text: str, path: Path, device: str | torch.devi
     with reading(path):
         module = module_of(described["module"], tensors, device)
         leaves = [
-            tensors[f"example:{i}"].to(module.home.device) if f"example:{i}" in tensors else decoded(leaf)
+            tensors[f"example:{i}"].to(internals(module).home.device) if f"example:{i}" in tensors else decoded(leaf)
             for i, leaf in enumerate(described["leaves"])
         ]
         example = pytree.tree_unflatten(leaves, spec_of(described["example"]))
@@ -158,16 +125,6 @@ def program_of(tensors: Tensors, text: str, path: Path, device: str | torch.devi
     program.module.train(described["training"])
     folded = described["folded"] and fold_report(described["folded"])
     return replace(program, history=tuple(described["history"]), folded=folded)
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Errors name the file."""
-    try:
-        yield
-    except (SubgraphPeftError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        what = ": " if isinstance(error, SubgraphPeftError) else f" is damaged: {type(error).__name__}: "
-        raise CheckpointError(f"{path}{what}{error}") from error
 
 
 def check_registered(name: str, methods: list[Any]) -> None:
@@ -187,3 +144,6 @@ def fold_report(written: dict[str, Any]) -> FoldReport:
     sites = {name: SiteFold(**kept) for name, kept in written["sites"].items()}
     dtype, remaining = decoded(written["dtype"]), tuple(written["remaining"])
     return FoldReport(**{**written, "dtype": dtype, "sites": sites, "remaining": remaining})
+
+
+copyreg.pickle(Program, lambda program: (program_from, (program_bytes(program),)))

@@ -56,7 +56,7 @@ class Schedule:
             if total_steps is None:
                 raise MethodError(
                     f"{adapter.name}: {layer.name} follows a schedule over the whole run: pass total_steps, the number "
-                    "of optimiser steps, to program.schedule(optimizer, total_steps)."
+                    "of optimiser steps, to sp.schedule(program, optimizer, total_steps)."
                 )
             layer.check_schedule(total_steps)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -106,9 +106,14 @@ class Schedule:
                 raise CheckpointError(f"The schedule's state has {path}, which this program has no place for.")
             found[place][name] = value
         self.number = state["number"]
-        device = self.program.module.home.device
+        device = self.program.home.device
         for place, entry in places.items():
             entry.state = {name: value.to(device) for name, value in found[place].items()}
+
+
+def schedule(program: Program, optimizer: torch.optim.Optimizer, total_steps: int | None = None) -> Schedule:
+    """Let methods with a schedule follow the steps of `optimizer`, `total_steps` in all."""
+    return Schedule(program, optimizer, total_steps)
 
 
 def scheduled(adapter: Adapter) -> list[Method]:
@@ -125,7 +130,7 @@ def site_steps(program: Program, adapter: Adapter, layer: Method) -> list[SiteSt
             earlier = program.adapters[: program.adapters.index(adapter) + 1]
             target = next(t for t in targets(earlier) if t.part in ("weight", "bias") and t.name == site.name)
             rest = tuple((a, s) for a, s in target.chain if a is not adapter)
-            found = type(target)(target.part, target.name, target.site, rest).evaluate(dict(program.module.tensors()))
+            found = type(target)(target.part, target.name, target.site, rest).evaluate(dict(program.tensors()))
             own = program.module.get_parameter(next(iter(adapter.paths(site).values())))
             return reduce(lambda matrix, rows: matrix[rows], parts, found).to(own.device)  # a sharded base is elsewhere
 

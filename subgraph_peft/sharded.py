@@ -11,11 +11,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from .errors import ConfigError, SelectorError
-from .module import GraphModel, container
+from .internals import internals
+from .module import GraphModel
 from .partition import outermost
 from .processes import world
 from .program import Program
 from .schedule import scheduled
+from .tree import container
 from .unflatten import unflatten
 
 
@@ -32,7 +34,7 @@ def sharded(program: Program, device: torch.device) -> Iterator[GraphModel]:
     graph holds as constants; CaptureError for parameters that layers share.
     """
     check(program)
-    home = program.module.home
+    home = program.home
     try:
         view = unflatten(program)
     except SelectorError as error:
@@ -50,7 +52,7 @@ def sharded(program: Program, device: torch.device) -> Iterator[GraphModel]:
             parameter.data = parameter.data.to(device)
         whole = {tensor for tensor in own.values() if isinstance(tensor, nn.Parameter)} | scalars
         mesh = init_device_mesh(device.type, (world(),))
-        for path in outermost(view.block_paths):
+        for path in outermost(internals(view).block_paths):
             fully_shard(view.get_submodule(path), mesh=mesh, ignored_params=whole)
         yield fully_shard(view, mesh=mesh, ignored_params=whole)
     finally:
@@ -78,7 +80,7 @@ def own_tensors(program: Program) -> dict[str, torch.Tensor]:
     written = {path for adapter in program.adapters if scheduled(adapter) for path in adapter.declared()}
     return {
         name: tensor
-        for name, tensor in program.module.tensors()
+        for name, tensor in program.tensors()
         if name not in program.constants
         and (not isinstance(tensor, nn.Parameter) or tensor.requires_grad or name in written)
     }

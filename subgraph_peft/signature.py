@@ -11,6 +11,8 @@ from torch.utils import _pytree as pytree
 from .errors import CaptureError
 from .guards import guards_of
 
+CALL, UNKNOWN = "_subgraph_call", "_subgraph_unknown"  # names of ours beside those of a model's arguments
+
 
 def named_inputs(forward: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Example inputs by parameter name, in signature order, without those that are None."""
@@ -179,8 +181,8 @@ def positional_parameters(program: torch.export.ExportedProgram, count: int) -> 
     return tuple(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in names)
 
 
-def compile_forward(parameters: Sequence[inspect.Parameter]) -> Callable:
-    """`def forward(self, <the source's parameters>, **unknown): return self.call({name: value})`. Tools that read
+def compile_forward(parameters: Sequence[inspect.Parameter], call: Callable) -> Callable:
+    """`def forward(self, <the source's parameters>, **unknown): return call(self, {name: value})`. Tools that read
     signatures (transformers.Trainer, torch.compile) see the source model's own; `call` refuses what is unknown."""
     seen_keyword_only = False
     text, defaults = ["self"], {}
@@ -195,10 +197,10 @@ def compile_forward(parameters: Sequence[inspect.Parameter]) -> Callable:
         default = None if parameter.default is inspect.Parameter.empty else parameter.default
         defaults[f"default_{parameter.name}"] = default
         text.append(f"{parameter.name}=default_{parameter.name}")
-    text.append("**unknown")
-    inputs = ", ".join([*(f"{p.name!r}: {p.name}" for p in parameters), "**unknown"])
-    namespace: dict[str, Any] = dict(defaults)
-    exec(f"def forward({', '.join(text)}):\n    return self.call({{{inputs}}})", namespace)
+    text.append(f"**{UNKNOWN}")
+    inputs = ", ".join([*(f"{p.name!r}: {p.name}" for p in parameters), f"**{UNKNOWN}"])
+    namespace: dict[str, Any] = {**defaults, CALL: call}
+    exec(f"def forward({', '.join(text)}):\n    return {CALL}(self, {{{inputs}}})", namespace)
     forward = namespace["forward"]
     *shown, _ = inspect.signature(forward).parameters.values()
     forward.__signature__ = inspect.Signature(shown)

@@ -185,7 +185,7 @@ def sites(program: "Program") -> SiteTable:
 def unowned(captured: "Program") -> Iterator[str]:
     """Floating-point tensors of two or more dimensions, not parameters, that an operator takes as its weight."""
     own = dict(captured.module.named_parameters(remove_duplicate=False))
-    for node in captured.module.graphs()[0].find_nodes(op="get_attr"):
+    for node in captured.graphs()[0].find_nodes(op="get_attr"):
         value = node.meta.get("val")
         if str(node.target) in own or not isinstance(value, torch.Tensor):
             continue
@@ -196,8 +196,8 @@ def unowned(captured: "Program") -> Iterator[str]:
 def find(program: "Program") -> Iterator[Site]:
     """Every parameter of the captured graph: weights first, then vectors (biases, norm scales)."""
     captured = program.captured
-    tensors = dict(captured.module.tensors())
-    graph = captured.module.graphs()[0]
+    tensors = dict(captured.tensors())
+    graph = captured.graphs()[0]
     vectors: list[Site] = []
     for node in graph.find_nodes(op="get_attr"):
         name, tensor = str(node.target), tensors.get(str(node.target))

@@ -12,8 +12,8 @@ from .batches import Job, Values, grouped, prepare_group
 from .cache import Cache
 from .entry import rows
 from .errors import MethodError
+from .internals import Home
 from .method import Method, Tensor, initial, starting
-from .module import Home
 from .program import Program
 from .sites import PLACES, VECTORS, Site
 
@@ -48,7 +48,7 @@ def first_values(
 
 def prepared(program: Program, adapter: Adapter, home: Home, cache: Cache | None) -> Iterator[tuple[Site, Values]]:
     """Every site with what `prepare` computes there, or what the cache has of that."""
-    tensors = dict(program.module.tensors())
+    tensors = dict(program.tensors())
     reading = [Job(adapter.at(site), site) for site in adapter.sites if adapter.at(site).reads_weight]
     if home.device.type == "meta":
         reading = []
@@ -97,7 +97,7 @@ def current_weight(
     """The matrix φ(W) under the adapters that are `there` already, float32 or wider; the vector of a vector site. A
     place has none and gets an empty matrix."""
     if site.kind in PLACES:
-        home = program.module.home
+        home = program.home
         return torch.empty(0, 0, device=home.device, dtype=torch.promote_types(torch.float32, home.dtype))
     part = "bias" if site.kind in VECTORS else "weight"
     current = there.get((part, site.name), Target(part, site.name, site, ())).evaluate(tensors)

@@ -9,18 +9,21 @@ from pydantic import ConfigDict, Field
 
 from . import registry
 from .capture import capture
+from .checkpoint import save
 from .data import example_batch
 from .definition import Definition
 from .errors import ConfigError, suggestion
 from .evaluate import evaluate
 from .export import to_delta
 from .fold import difference_text, fold, fold_table
+from .internals import internals
 from .method import Method
 from .optimise import check_switches, optimisations, optimise
 from .options import TrainOptions
 from .pipeline_pass import Pass, State
 from .processes import on_first
 from .rewrite import rewrite
+from .runners import changes
 from .text import Table
 from .train import train
 from .written import WRITTEN
@@ -134,9 +137,10 @@ class Optimise(Pass):
 
     def apply(self, state: State) -> tuple[State, str]:
         program = optimise(state.program, **self.options())
-        changed = program.module.matches[True, frozenset()]
+        changed = changes(program.module)[True, frozenset()]
         places = ", ".join(f"{name} {count}" for name, count in changed.items())
-        off = f"off: {', '.join(sorted(program.module.without))}" if program.module.without else "all on"
+        without = internals(program.module).without
+        off = f"off: {', '.join(sorted(without))}" if without else "all on"
         return replace(state, program=program), f"{off}; places changed in the training graph: {places or 'none'}"
 
     def options(self) -> dict[str, Any]:
@@ -172,7 +176,7 @@ class Train(Pass, TrainOptions):
             options=options,
             collate=data.collate,
         )
-        on_first(lambda: state.program.save(state.folder / "adapter"))
+        on_first(lambda: save(state.program, state.folder / "adapter"))
         state = state.without_record("merged")  # its weights have changed
         least = sum(p.nbytes * (4 if p.requires_grad else 1) for _, p in state.program.parameters())
         summary = f"{result.steps} steps in {result.seconds:.1f} s"

@@ -60,7 +60,7 @@ def train(
     output = Path(output)
     folder = processes.on_first(lambda: prepare_output(output, options))
     module, attributes = program.module, set(program.module.__dict__)
-    training, config = module.training, getattr(module, "config", None)
+    training, config = module.training, vars(module).get("config")
     use_cache = getattr(config, "use_cache", None)
     try:
         with ExitStack() as stack:
@@ -96,7 +96,7 @@ def check(program: Program, data: Dataset, options: TrainOptions) -> None:
         raise TrainError("Nothing requires gradients: rewrite the program, or name parameters with trainable=[…].")
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or not len(data):
         raise TrainError("Training data is a dataset with at least one example, a length and random access.")
-    names, outputs = program.module.signature.output_names(), program.module.graph.output_node().args[0]
+    names, outputs = program.signature.output_names(), program.graph.output_node().args[0]
     if "loss" not in names and (outputs[0] is None or outputs[0].meta["val"].ndim):
         raise TrainError(
             f"The graph gives {', '.join(names)} and no loss: capture the model with labels among its example inputs, "

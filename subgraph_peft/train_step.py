@@ -11,7 +11,7 @@ from .compiled import Compiled
 from .errors import TrainError, TrainWarning
 from .evaluate import loss_and_logits
 from .gradients import Gradients
-from .penalty import has_penalty
+from .penalty import has_penalty, penalty
 from .program import Program
 from .replay import Recorded, signature
 from .step_optimizer import StepOptimizer, parameter_groups
@@ -24,7 +24,7 @@ class TrainStep:
     """step(batch) takes one optimiser step on what `program` trains and returns the loss, a scalar on the device.
 
         step = sp.TrainStep(adapted, lr=1e-3)
-        schedule = adapted.schedule(step.optimizer, total_steps=100)     # and any learning rate scheduler
+        schedule = sp.schedule(adapted, step.optimizer, total_steps=100)  # and any learning rate scheduler
         for batch in batches:
             loss = step(batch)
 
@@ -65,7 +65,7 @@ class TrainStep:
         groups = parameter_groups(program, lr, weight_decay)
         if not groups:
             raise TrainError("Nothing requires gradients: rewrite the program, or name parameters with trainable=[…].")
-        self.device = self.module.home.device
+        self.device = program.home.device
         cuda = self.device.type == "cuda"
         self.compile = cuda if compile is None else compile
         self.record = cuda and (self.compile if record is None else record)
@@ -96,7 +96,7 @@ class TrainStep:
             self.gradients.zero()
             self.gradients.attach()
         if batch is None:
-            return self.add(share * self.program.penalty())
+            return self.add(share * penalty(self.program))
         if not self.module.training:
             self.module.train()
         inputs = {n: v for n, v in batch.items() if v is not None}
@@ -136,7 +136,7 @@ class TrainStep:
             loss = loss_of(inputs)
         loss = loss * factor.to(loss.dtype)
         if self.penalised:
-            loss = loss + self.program.penalty()
+            loss = loss + penalty(self.program)
         return self.add(loss * share.to(loss.dtype))
 
     def add(self, loss: torch.Tensor) -> torch.Tensor:

@@ -21,9 +21,10 @@ from .evaluate import Metrics, evaluate, loss_and_logits, scored, shifts_labels
 from .module import GraphModel
 from .options import TrainOptions
 from .order import Order
-from .penalty import has_penalty
+from .penalty import has_penalty, penalty
 from .program import Program
 from .record import Record
+from .schedule import schedule
 from .step_optimizer import parameter_groups
 from .train_step import TrainStep
 
@@ -103,7 +104,7 @@ class ProgramTrainer(Trainer):
             self.optimizer = self.fast.optimizer
         else:
             self.optimizer = torch.optim.AdamW(parameter_groups(self.program, lr, options.weight_decay), lr=lr)
-        self.schedule = self.program.schedule(self.optimizer, self.args.max_steps)
+        self.schedule = schedule(self.program, self.optimizer, self.args.max_steps)
         return self.optimizer
 
     # the loss of a step is the mean over all its labels, however they are spread over batches and processes
@@ -141,7 +142,7 @@ class ProgramTrainer(Trainer):
             # a mean over no labels is not a number, nor is its gradient
             loss = loss * factor.to(loss.dtype) if factor is not None else (logits * 0).sum().to(loss.dtype)
         if self.penalised:
-            loss = loss + self.program.penalty()
+            loss = loss + penalty(self.program)
         return (loss, logits) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:

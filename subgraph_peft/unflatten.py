@@ -8,9 +8,11 @@ from torch import fx, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 
 from .errors import CaptureError
+from .internals import internals
 from .module import GraphModel
 from .partition import chosen, cut, within
 from .program import Program
+from .runners import renew
 
 
 def unflatten(program: Program, where: str | Sequence[str] | None = None) -> GraphModel:
@@ -26,18 +28,18 @@ def unflatten(program: Program, where: str | Sequence[str] | None = None) -> Gra
     Raises SelectorError where a pattern matches no module, CaptureError for a parameter that blocks share.
     """
     module = program.module
-    blocks = chosen(module.graph, where)
-    for graph in module.graphs():
+    blocks = chosen(program.graph, where)
+    for graph in program.graphs():
         check_reads(module, graph, blocks)
     check_ties(module, blocks)
     memo: dict[int, torch.Tensor] = {}
-    for _, tensor in module.tensors():
+    for _, tensor in program.tensors():
         trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
         frozen = nn.Parameter(tensor.detach(), False) if isinstance(tensor, nn.Parameter) else tensor.detach()
         memo.setdefault(id(tensor), tensor if trained else frozen)
     view = copy.deepcopy(module, memo)
-    view.block_paths = blocks
-    view.renew()
+    internals(view).block_paths = blocks
+    renew(view)
     return view
 
 
@@ -50,11 +52,11 @@ def take(program: Program, view: nn.Module) -> Program:
     """
     from torch.distributed.tensor import DTensor
 
-    module, base = program.module, dict(program.captured.module.named_parameters(remove_duplicate=False))
+    base = dict(program.captured.module.named_parameters(remove_duplicate=False))
     tensors = [*view.named_parameters(remove_duplicate=False), *view.named_buffers(remove_duplicate=False)]
     theirs = {name.replace(_CHECKPOINT_PREFIX, ""): tensor for name, tensor in tensors}
     changed: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for name, own in module.tensors():
+    for name, own in program.tensors():
         held = theirs.get(name)
         if held is None or (held.shape, held.dtype) != (own.shape, own.dtype):
             shown = "no such tensor" if held is None else f"{list(held.shape)} {held.dtype}"
@@ -66,7 +68,7 @@ def take(program: Program, view: nn.Module) -> Program:
             changed.append((own, held))
     for own, held in changed:
         full = held.full_tensor() if isinstance(held, DTensor) else held
-        own.data = full.detach().to(module.home.device, copy=True)
+        own.data = full.detach().to(program.home.device, copy=True)
     return program
 
 

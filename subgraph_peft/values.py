@@ -1,7 +1,6 @@
 """Values of an equation as nodes of the target graph: each made once, cast where it is read in another dtype."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -9,26 +8,8 @@ from torch import fx
 from .equation import MATMULS, VIEWS, Equation, Operand
 from .errors import MethodError
 from .graphs import aten, flat_outputs, operator_name
+from .records import Lowered
 from .stacks import lift, stacked
-
-
-@dataclass
-class Lowered:
-    """How one site was rewritten.
-
-    dense:      why a full-size matrix is evaluated each step, if one is
-    nodes:      names of the nodes that the rewrite added
-    per_token:  FLOPs added per row of the input, a multiply-add being two    per_step: those independent of the input
-    """
-
-    dense: list[str] = field(default_factory=list)
-    nodes: list[str] = field(default_factory=list)
-    per_token: int = 0
-    per_step: int = 0
-
-    @property
-    def form(self) -> str:
-        return "dense" if self.dense else "factored"
 
 
 class Values:

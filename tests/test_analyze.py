@@ -78,7 +78,7 @@ def frame(size: int, columns: int, seed: int) -> torch.Tensor:
 
 
 def weight(program: sp.Program, name: str) -> np.ndarray:
-    W = dict(program.module.tensors())[name].detach().numpy()
+    W = dict(program.tensors())[name].detach().numpy()
     return W.T if ".down." in name else W
 
 

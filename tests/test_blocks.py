@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import subgraph_peft as sp
+from subgraph_peft.internals import internals
 from subgraph_peft.partition import cut, repeated
 from tests import models
 
@@ -93,7 +94,7 @@ def test_checkpointing_changes_no_bit(captured, name, method):
     module = rewritten(program, METHODS[method]).module
     expected, before = losses_and_gradients(module, inputs), saved_bytes(module, inputs)
     module.gradient_checkpointing_enable()
-    assert module.checkpointing.paths == LAYERS[name] and module.is_gradient_checkpointing
+    assert internals(module).checkpointing.paths == LAYERS[name] and module.is_gradient_checkpointing
     assert_equal(losses_and_gradients(module, inputs), expected)
     assert saved_bytes(module, inputs) < before / 4
     assert_equal(losses_and_gradients(copy.deepcopy(module), inputs), expected)
@@ -113,14 +114,14 @@ def test_eight_layers_keep_little_more_than_their_inputs():
         module.gradient_checkpointing_enable()
         assert_equal(losses_and_gradients(module, inputs), expected)
         after = saved_bytes(module, inputs)
-        assert len(module.checkpointing.paths) == 8 and after < before / 8, (before, after)
+        assert len(internals(module).checkpointing.paths) == 8 and after < before / 8, (before, after)
 
 
 def test_nothing_is_checkpointed_in_eval_mode_and_without_gradients(captured, monkeypatch):
     calls = []
     real = torch.utils.checkpoint.checkpoint
     monkeypatch.setattr(
-        "subgraph_peft.checkpointing.checkpoint", lambda *args, **kwargs: calls.append(args) or real(*args, **kwargs)
+        "subgraph_peft.runners.checkpoint", lambda *args, **kwargs: calls.append(args) or real(*args, **kwargs)
     )
     program, inputs = captured["bert"]
     module = rewritten(program).module
@@ -138,12 +139,12 @@ def test_the_setting_goes_from_program_to_program(captured):
     first.module.gradient_checkpointing_enable("*.layer.1")
     second = sp.rewrite(first, LoRA(r=1), where="*.output.dense")
     for made in (second, sp.fold(second), sp.rewrite(sp.fold(first), LoRA(r=2), where="*.key")):
-        assert made.module.checkpointing.paths == ("bert.encoder.layer.1",)
+        assert internals(made.module).checkpointing.paths == ("bert.encoder.layer.1",)
         made.module.requires_grad_(True)
         few = saved_bytes(made.module, inputs)
         made.module.gradient_checkpointing_disable()
         assert few < 0.8 * saved_bytes(made.module, inputs)
-    assert program.module.checkpointing is None
+    assert internals(program.module).checkpointing is None
 
 
 @pytest.mark.filterwarnings("error::subgraph_peft.CaptureWarning", "ignore::FutureWarning")
@@ -155,7 +156,7 @@ def test_checkpointing_of_the_source_is_kept():
     model.bert.encoder.layer[0].gradient_checkpointing = False
     program = sp.capture(model.train(), inputs)
     assert [layer.gradient_checkpointing for layer in model.bert.encoder.layer] == [False, True]
-    assert program.module.checkpointing == (("bert.encoder.layer.1",), {"preserve_rng_state": True})
+    assert internals(program.module).checkpointing == (("bert.encoder.layer.1",), {"preserve_rng_state": True})
     program.module.requires_grad_(True)
     found, expected = losses_and_gradients(program.module, inputs), losses_and_gradients(model, inputs)
     for name, value in expected.items():
@@ -180,7 +181,7 @@ class Own(nn.Module):
 def test_layers_that_no_one_checkpoints_are_not(monkeypatch):
     monkeypatch.delitem(sys.modules, "transformers.modeling_layers")
     model = Own()
-    assert sp.capture(model, torch.randn(3, 4)).module.checkpointing is None
+    assert internals(sp.capture(model, torch.randn(3, 4)).module).checkpointing is None
     assert model.gradient_checkpointing is True
 
 
@@ -212,7 +213,7 @@ def test_trainer_switches_it(captured, tmp_path):
     )  # fmt: skip
     rows = [{name: value[i] for name, value in inputs.items()} for i in range(3)]
     Trainer(module, arguments, train_dataset=rows).train()
-    assert module.checkpointing == (LAYERS["bert"], {"preserve_rng_state": True})
+    assert internals(module).checkpointing == (LAYERS["bert"], {"preserve_rng_state": True})
 
 
 def test_it_compiles_without_graph_breaks(captured):
@@ -245,7 +246,7 @@ def test_what_cannot_be_computed_twice_is_refused():
     module = sp.capture(Residual(), inputs).module
     with pytest.raises(sp.CaptureError, match="layers.0 cannot be checkpointed: .* updates a buffer"):
         module.gradient_checkpointing_enable()
-    assert module.checkpointing is None
+    assert internals(module).checkpointing is None
     module.gradient_checkpointing_enable("layers.*.0")
     inplace = sp.capture(Residual(norm=False), inputs).module
     inplace.requires_grad_(True)
@@ -266,7 +267,7 @@ def test_paths_that_match_nothing_are_an_error(captured):
     with pytest.raises(sp.SelectorError, match="no repeated layers"):
         sp.unflatten(plain)
     module.gradient_checkpointing_enable(every_n_layers=2)
-    assert module.checkpointing.paths == ("bert.encoder.layer.0",)
+    assert internals(module).checkpointing.paths == ("bert.encoder.layer.0",)
     module.gradient_checkpointing_disable()
 
 
@@ -392,9 +393,9 @@ def test_checkpoint_wrappers_take_blocks_and_the_values_come_back(captured):
     for parameter in apart.parameters():
         parameter.data += 0.01
     with pytest.raises(sp.CaptureError, match="no view of this program: .* no such tensor in the module"):
-        program.take(nn.Linear(2, 2))
+        sp.take(program, nn.Linear(2, 2))
     frozen = {n: p.clone() for n, p in program.module.named_parameters() if not p.requires_grad}
-    assert program.take(apart) is program
+    assert sp.take(program, apart) is program
     assert all(torch.equal(p, program.module.get_parameter(n)) for n, p in frozen.items())
     for name, parameter in program.parameters(trainable=True):
         layer = name.replace("layers.0.", "layers.0._checkpoint_wrapped_module.")
@@ -428,7 +429,7 @@ def sharded(rank, size, store):
                 torch.testing.assert_close(found, mean)
             started = {n: p.detach().clone() for n, p in program.parameters(trainable=True)}
             optimizer.step()
-            program.take(view)
+            sp.take(program, view)
             for path, parameter in program.parameters(trainable=True):
                 torch.testing.assert_close(parameter.detach(), started[path] - 0.1 * mean[path])
             torch.testing.assert_close(program.run()[1], view.eval()(**program.example)[1])

@@ -8,6 +8,7 @@ from subgraph_peft.passes import DoRA, LoRA, PiSSA
 
 import subgraph_peft as sp
 from subgraph_peft import checkpoint
+from subgraph_peft.checkpoint import restore
 from tests import models
 
 
@@ -19,7 +20,7 @@ def adapted():
 
 @pytest.fixture
 def folder(adapted, tmp_path):
-    adapted.save(tmp_path / "adapter")
+    sp.save(adapted, tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
@@ -41,7 +42,7 @@ def test_nested_methods_and_frozen_tensors_come_back(tmp_path):
     model, inputs = models.bert()
     base = sp.capture(model, inputs)
     adapted = sp.rewrite(base, DoRA(of=PiSSA(r=2, niter=2)), where="*.query", name="mine")
-    adapted.save(tmp_path)
+    sp.save(adapted, tmp_path)
     loaded = sp.load(base, tmp_path)
     assert loaded.adapters[0].method == DoRA(of=PiSSA(r=2, niter=2)) and loaded.adapters[0].name == "mine"
     assert torch.equal(loaded.run().logits, adapted.run().logits)
@@ -51,7 +52,7 @@ def test_nested_methods_and_frozen_tensors_come_back(tmp_path):
 def test_loading_does_not_run_the_decomposition_again(tmp_path, monkeypatch):
     model, inputs = models.bert()
     base = sp.capture(model, inputs)
-    sp.rewrite(base, PiSSA(r=2), where="*.query").save(tmp_path)
+    sp.save(sp.rewrite(base, PiSSA(r=2), where="*.query"), tmp_path)
     monkeypatch.setattr(PiSSA, "prepare", lambda *_: pytest.fail("an SVD at load"))
     sp.load(base, tmp_path)
 
@@ -86,7 +87,7 @@ def test_strict_loading_lists_every_key_that_does_not_fit_and_changes_nothing(ad
         metadata = file.metadata()
     save_file(wrong, path, metadata)
     before = {n: p.clone() for n, p in adapted.module.named_parameters()}
-    for load in (lambda: adapted.load(folder), lambda: sp.load(adapted, folder)):
+    for load in (lambda: restore(adapted, folder), lambda: sp.load(adapted, folder)):
         with pytest.raises(sp.CheckpointError) as caught:
             load()
         for part in ("missing classifier.bias", "unexpected stray", f"{first} is [3, 3], expected [2, 24]"):
@@ -102,9 +103,9 @@ def test_another_base_another_method_another_format_are_refused(adapted, folder)
         sp.load(sp.capture(model, inputs), folder)
     base = adapted.captured
     with pytest.raises(sp.CheckpointError, match="another method"):
-        sp.rewrite(base, LoRA(r=3), where="*.query", trainable="classifier").load(folder)
+        restore(sp.rewrite(base, LoRA(r=3), where="*.query", trainable="classifier"), folder)
     with pytest.raises(sp.CheckpointError, match="trains"):
-        sp.rewrite(base, LoRA(r=2), where="*.query").load(folder)
+        restore(sp.rewrite(base, LoRA(r=2), where="*.query"), folder)
     edit(
         folder,
         adapters=[
@@ -145,16 +146,16 @@ def test_an_interrupted_save_leaves_the_former_files(adapted, folder, monkeypatc
 
     monkeypatch.setattr(checkpoint, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        adapted.save(folder)
+        sp.save(adapted, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(adapted, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(sp.CheckpointError, match="cannot be written"):
-        adapted.save(tmp_path / "file" / "adapter")
+        sp.save(adapted, tmp_path / "file" / "adapter")
     with pytest.raises(sp.CheckpointError, match="no adapters to save"):
-        adapted.captured.save(tmp_path / "x")
+        sp.save(adapted.captured, tmp_path / "x")
 
 
 def test_batch_norm_statistics_that_training_wrote_travel_with_the_adapter(tmp_path):
@@ -166,14 +167,14 @@ def test_batch_norm_statistics_that_training_wrote_travel_with_the_adapter(tmp_p
     before = {n: b.clone() for n, b in model.named_buffers()}
     adapted.module.train()(torch.randn(6, 3, 8, 8))
     assert all(torch.equal(b, before[n]) for n, b in (*model.named_buffers(), *base.module.named_buffers()))
-    adapted.save(tmp_path)
+    sp.save(adapted, tmp_path)
     loaded, x = sp.load(base, tmp_path), {"x": torch.randn(2, 3, 8, 8)}
     assert torch.equal(loaded.run(x), adapted.run(x)) and not torch.equal(loaded.run(x), base.run(x))
-    fresh = sp.rewrite(base, LoRA(r=1), where="exact:conv").load(tmp_path)
+    fresh = restore(sp.rewrite(base, LoRA(r=1), where="exact:conv"), tmp_path)
     assert torch.equal(fresh.run(x), adapted.run(x))
     folded = sp.fold(adapted)
     torch.testing.assert_close(folded.run(x), adapted.run(x))
-    changed = folded.write_to(model)
+    changed = sp.write_to(folded, model)
     assert "norm.running_mean" in changed
     torch.testing.assert_close(model.eval()(x["x"]), folded.run(x))
 
@@ -186,7 +187,8 @@ def test_an_adapter_with_its_own_head_loads_on_a_base_whose_head_is_drawn_anew(a
 
 
 def test_files_of_two_saves_do_not_load_together(adapted, folder, tmp_path):
-    sp.rewrite(adapted.captured, LoRA(r=2, alpha=999), where="*.query", trainable="classifier").save(tmp_path / "other")
+    other = sp.rewrite(adapted.captured, LoRA(r=2, alpha=999), where="*.query", trainable="classifier")
+    sp.save(other, tmp_path / "other")
     (tmp_path / "other/adapter.safetensors").replace(folder / "adapter.safetensors")
     with pytest.raises(sp.CheckpointError, match="is not the one that adapter.safetensors was saved with"):
         sp.load(adapted, folder)

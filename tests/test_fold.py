@@ -19,12 +19,12 @@ def trained(base, method, where, size=0.05, **options):
 
 def test_folding_reports_each_site_and_leaves_the_adapted_program_alone():
     adapted = trained(models.captured("bert"), LoRA(r=2), "*.{query,value}")
-    before = {n: t.clone() for n, t in adapted.module.tensors()}
+    before = {n: t.clone() for n, t in adapted.tensors()}
     folded = sp.fold(adapted)
     assert len(folded.folded.sites) == 4 and folded.folded.retained > 0.999
     assert all(site.relative_delta > 0.001 for site in folded.folded.sites.values())
     assert folded.folded.output_error < 1e-5
-    assert all(torch.equal(t, before[n]) for n, t in adapted.module.tensors())
+    assert all(torch.equal(t, before[n]) for n, t in adapted.tensors())
     assert folded.history[-1] == "fold" and not folded.module.training
 
 
@@ -33,7 +33,7 @@ def test_write_to_puts_plain_weights_into_the_model_and_nothing_else():
     adapted = trained(sp.capture(model, inputs), LoRA(r=2), "*.query", trainable="classifier")
     before = {n: t.clone() for n, t in model.state_dict().items()}
     expected = adapted.run().logits
-    changed = sp.fold(adapted).write_to(model)
+    changed = sp.write_to(sp.fold(adapted), model)
     assert changed == [n for n in before if n.endswith("query.weight") or n.startswith("classifier")]
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items() if n not in changed)
     torch.testing.assert_close(model.eval()(**inputs).logits, expected)
@@ -44,14 +44,14 @@ def test_write_to_refuses_before_it_writes():
     model, inputs = models.mlp()
     adapted = trained(sp.capture(model, inputs), LoRA(r=2), "first")
     with pytest.raises(sp.FoldError, match=r"sp.fold\(program\)"):
-        adapted.write_to(model)
+        sp.write_to(adapted, model)
     other, _ = models.conv()
     before = {n: t.clone() for n, t in other.state_dict().items()}
     with pytest.raises(sp.FoldError, match="takes the model that was captured"):
-        sp.fold(adapted).write_to(other)
+        sp.write_to(sp.fold(adapted), other)
     assert all(torch.equal(t, before[n]) for n, t in other.state_dict().items())
     with pytest.raises(sp.FoldError, match="Convert the model"):
-        sp.fold(adapted).write_to(model.double())
+        sp.write_to(sp.fold(adapted), model.double())
 
 
 def test_values_that_are_not_finite_are_refused_by_name():
@@ -75,7 +75,7 @@ def test_a_16_bit_fold_that_loses_the_update_is_refused_and_float32_keeps_it():
     assert accepted.folded.retained < 0.9
     strong = sp.fold(trained(base, LoRA(r=2, alpha=16.0), "*.{q,v}_proj", size=0.5), dtype=torch.bfloat16)
     assert strong.folded.retained > 0.9
-    strong.write_to(model)
+    sp.write_to(strong, model)
     torch.testing.assert_close(model.eval()(**inputs).logits, strong.run().logits)
 
 
@@ -94,7 +94,7 @@ def test_what_cannot_fold_stays_and_the_rest_folds():
     assert "_lora_" not in text and text.count("parallel_adapter_relu") > 0
     torch.testing.assert_close(folded.run().logits, mixed.run().logits)
     with pytest.raises(sp.FoldError, match="parallel_adapter cannot become plain weights"):
-        folded.write_to(model)
+        sp.write_to(folded, model)
 
 
 def test_a_wrong_equation_does_not_fold(monkeypatch):

@@ -294,7 +294,7 @@ def test_a_branch_on_a_shape_is_asked_at_every_call(condition, text, tmp_path):
     program = sp.capture(model, (torch.randn(3, 6, 6),))
     x = torch.randn(2, 8, 6)
     torch.testing.assert_close(program.module(x), model(x))
-    program.write(tmp_path / "model.safetensors")
+    sp.write(program, tmp_path / "model.safetensors")
     for module in (program.module, sp.read(tmp_path / "model.safetensors").module):
         with pytest.raises(sp.CaptureError, match=f"the model where {text}, which these inputs break"):
             module(torch.randn(2, 3, 6))

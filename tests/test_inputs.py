@@ -106,7 +106,7 @@ def test_the_same_sites_train_and_fold(name, front):
     with torch.no_grad():
         torch.testing.assert_close(loss_of(folded.module.eval()(**inputs)), loss_of(adapted.module.eval()(**inputs)))
     model.eval()
-    folded.write_to(model)
+    sp.write_to(folded, model)
     with torch.no_grad():
         torch.testing.assert_close(loss_of(model(**inputs)), loss_of(folded.module(**inputs)))
 

@@ -16,9 +16,10 @@ import subgraph_peft as sp
 from subgraph_peft.attention import attentions, bound
 from subgraph_peft.compare import difference
 from subgraph_peft.graphs import show
+from subgraph_peft.internals import Home, internals
 from subgraph_peft.kernels import accelerate, choose
-from subgraph_peft.module import Home
-from subgraph_peft.promise import check_right
+from subgraph_peft.padding import check_right
+from subgraph_peft.runners import specialise
 from tests.models import VOCABULARY, made
 from tests.sequences import BART, DECODER
 
@@ -91,8 +92,8 @@ def padded(given: dict, lengths: list[int], left: bool = False) -> dict:
 
 def running(program: sp.Program) -> fx.Graph:
     """The graph that a program runs in train mode."""
-    graph = program.module.specialise(True)
-    accelerate(graph, program.module.home, program.module.padding)
+    graph = specialise(program.module, True)
+    accelerate(graph, program.home, internals(program.module).padding)
     return graph
 
 
@@ -159,7 +160,7 @@ def test_keys_stay_repeated_where_no_fast_kernel_takes_groups():
 
 @cache
 def promised() -> sp.Program:
-    return captured("llama", masked=True).promise("right")
+    return sp.promise(captured("llama", masked=True), "right")
 
 
 def test_under_the_promise_tokens_stay_the_same():
@@ -190,10 +191,10 @@ BROKEN = {
 @pytest.mark.parametrize("row", BROKEN)
 def test_a_broken_promise_is_an_error(row):
     given = {"input_ids": ids(2, LENGTH), "attention_mask": torch.tensor([[1] * LENGTH, *BROKEN[row]])}
-    with pytest.raises(sp.CaptureError, match="attention_mask is not padded on the right.*promise.None"):
+    with pytest.raises(sp.CaptureError, match="attention_mask is not padded.*promise.program, padding=None"):
         promised().run(given)
     if row != "values":
-        found = promised().promise(None).run(given).logits
+        found = sp.promise(promised(), None).run(given).logits
         with torch.no_grad():
             true = model("llama")(**given).logits
         real = given["attention_mask"].bool()
@@ -207,7 +208,7 @@ def test_a_broken_promise_is_noticed_before_anything_is_computed():
 
 def test_the_promise_stays_with_the_program(tmp_path):
     program = sp.rewrite(promised(), LoRA(r=2), where="*.q_proj")
-    program.write(tmp_path / "program.safetensors")
+    sp.write(program, tmp_path / "program.safetensors")
     carried = {
         "rewritten": program,
         "folded": sp.fold(program),
@@ -223,9 +224,9 @@ def test_the_promise_stays_with_the_program(tmp_path):
 
 def test_what_cannot_be_promised():
     with pytest.raises(sp.CaptureError, match="LlamaForCausalLM has no attention_mask .* .input_ids, labels"):
-        captured("llama").promise("right")
+        sp.promise(captured("llama"), "right")
     with pytest.raises(sp.CaptureError, match="padding is \"right\" or None, not 'left'"):
-        captured("llama", masked=True).promise("left")
+        sp.promise(captured("llama", masked=True), "left")
 
 
 def test_compiled_without_a_break():
@@ -242,13 +243,13 @@ def test_compiled_without_a_break():
 def test_virtual_positions(method, masked):
     """Prompts are before the tokens, so that the mask stays causal; a prefix is seen by all of them."""
     plain = captured("llama", masked)
-    program = sp.rewrite(plain.promise("right") if masked else plain, method)
+    program = sp.rewrite(sp.promise(plain, "right") if masked else plain, method)
     exact = sp.rewrite(plain, method)
     given = padded(inputs("llama", 2, 9), [9, 4]) if masked else inputs("llama", 2, 9)
     real = given["attention_mask"].bool() if masked else slice(None)
     kernel = "is_causal" if isinstance(method, PromptTuning) else "mask"
     assert {c.kernel for c in sp.kernels(program)} == {kernel}
-    graphs = {"captured": exact.module.specialise(False), "running": running(program)}
+    graphs = {"captured": specialise(exact.module, False), "running": running(program)}
     assert (" = le(" in show(graphs["running"])) == (kernel == "mask")
     expected = run(exact, graphs["captured"], given)
     assert difference(expected[real], program.run(given).logits[real]) < 1e-9
@@ -257,8 +258,8 @@ def test_virtual_positions(method, masked):
 def run(program: sp.Program, graph: fx.Graph, given: dict) -> torch.Tensor:
     """The logits of a graph as it was captured."""
     with torch.no_grad():
-        leaves = fx.Interpreter(program.module, graph=graph).run(*program.module.signature.flatten(given))
-    return program.module.signature.unflatten(leaves).logits
+        leaves = fx.Interpreter(program.module, graph=graph).run(*program.signature.flatten(given))
+    return program.signature.unflatten(leaves).logits
 
 
 def test_export_does_without_promises_and_kernels(tmp_path):

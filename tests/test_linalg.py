@@ -207,7 +207,7 @@ def test_batched_starting_values_are_those_of_single_sites(program, method, monk
     together = sp.rewrite(program, method)
     assert widths == [3, 2, 3, 2]
     assert [n for n, _ in single.module.named_parameters()] == [n for n, _ in together.module.named_parameters()]
-    for (name, one), (_, two) in zip(single.module.tensors(), together.module.tensors(), strict=True):
+    for (name, one), (_, two) in zip(single.tensors(), together.tensors(), strict=True):
         assert torch.allclose(one, two, rtol=1e-9, atol=1e-12), name
         assert two.untyped_storage().nbytes() == two.nbytes
 
@@ -222,10 +222,10 @@ def test_cuda_agrees_with_the_cpu(method, widths):
     host = sp.rewrite(sp.capture(model, x), method)
     device = sp.rewrite(sp.capture(model.cuda(), x.cuda()), method)
     assert widths == [5, 5]
-    there = dict(device.module.tensors())
+    there = dict(device.tensors())
     for site in host.adapters[0].sites:
         paths = host.adapters[0].paths(site)
-        one, two = (t[paths["B0"]].cpu() @ t[paths["A0"]].cpu() for t in (dict(host.module.tensors()), there))
+        one, two = (t[paths["B0"]].cpu() @ t[paths["A0"]].cpu() for t in (dict(host.tensors()), there))
         assert torch.allclose(one, two, rtol=0, atol=1e-5)
 
 
@@ -275,7 +275,7 @@ def test_a_prepare_that_cannot_be_batched_runs_site_by_site(program, method, mon
     monkeypatch.setitem(batches.BATCH_BYTES, "cpu", 3 * 20 * 30 * 8)
     together = sp.rewrite(program, method)
     assert widths == [0, 0]
-    for (name, one), (_, two) in zip(single.module.tensors(), together.module.tensors(), strict=True):
+    for (name, one), (_, two) in zip(single.tensors(), together.tensors(), strict=True):
         assert torch.equal(one, two), name
 
 
@@ -325,7 +325,7 @@ def decompositions(monkeypatch) -> list[tuple[int, ...]]:
 
 
 def same(one: sp.Program, two: sp.Program) -> bool:
-    pairs = zip(one.module.tensors(), two.module.tensors(), strict=True)
+    pairs = zip(one.tensors(), two.tensors(), strict=True)
     return all(n == m and torch.equal(a, b) for (n, a), (m, b) in pairs)
 
 

@@ -168,7 +168,7 @@ def test_a_mask_that_hides_padding(name):
     assert call.kernel == "mask"
     assert seen in call.mask, call
     assert ('padding="right"' in call.why) == (form is not None)
-    (promised,) = sp.kernels(program.promise("right"))
+    (promised,) = sp.kernels(sp.promise(program, "right"))
     assert promised.kernel == ("is_causal" if form else "mask"), promised
     assert promised.promise == ({"attention_mask"} if form else set())
 
@@ -179,7 +179,7 @@ def test_other_inputs_stay_in_the_mask():
         return (k <= q) & m[:, None, None, :].bool() | (types[:, None, None, :] == 1)
 
     with pytest.warns(sp.CaptureWarning, match="changes no attention of Attention"):
-        program = captured(mask, "attention_mask", "token_type_ids").promise("right")
+        program = sp.promise(captured(mask, "attention_mask", "token_type_ids"), "right")
     (call,) = sp.kernels(program)
     assert call.kernel == "mask"
     assert "token_type_ids[batch, key] == 1" in call.mask

@@ -109,7 +109,7 @@ def test_a_merged_folder_is_the_source_but_for_what_changed(case, tmp_path):
     report = save_merged(program, model, None, tmp_path / "out")
     ours, theirs = contents(tmp_path / "out"), contents(source)
     assert ours.keys() == theirs.keys() and len(report.files) > 1
-    assert report.source == source and report.dtype == program.module.home.dtype
+    assert report.source == source and report.dtype == program.home.dtype
     differing = {file for file in ours if ours[file] != theirs[file]}
     assert differing & report.files.keys() == {file for file, same in report.files.items() if not same}
     if name == "bf16 widened":
@@ -137,7 +137,7 @@ def test_a_delta_applied_is_write_to_bit_for_bit(case, tmp_path):
     written, applied = (type(model).from_pretrained(source) for _ in range(2))
     if name == "bf16 widened":
         written, applied = written.float(), applied.float()
-    assert sorted(export.apply_delta(tmp_path / "delta.safetensors", applied)) == sorted(program.write_to(written))
+    assert sorted(export.apply_delta(tmp_path / "delta.safetensors", applied)) == sorted(sp.write_to(program, written))
     expected = written.state_dict()
     assert all(torch.equal(t, expected[n]) for n, t in applied.state_dict().items())
     if "tied" in name or name == "bf16 widened":
@@ -159,7 +159,7 @@ def test_a_delta_applied_to_the_folder_is_the_merged_folder_byte_for_byte(case, 
 
 def test_no_weight_is_copied_in_memory(llama, tmp_path, monkeypatch):
     _, model, program = llama
-    held = {t.data_ptr() for _, t in program.module.tensors()}
+    held = {t.data_ptr() for _, t in program.tensors()}
     together, _ = merged.merged_model(program, model)
     assert all(p.data_ptr() in held for p in together.parameters())
     monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", lambda *_: pytest.fail("a parameter was copied"))
@@ -353,7 +353,7 @@ def test_what_no_delta_can_be_made_of(tmp_path):
     with pytest.raises(sp.FoldError, match="still has adapters"):
         export.to_delta(adapted, path)
     program = folded(model, inputs, "*.query")
-    program.write(tmp_path / "program.safetensors")
+    sp.write(program, tmp_path / "program.safetensors")
     read = sp.read(tmp_path / "program.safetensors")
     with pytest.raises(sp.ExportError, match="was read from a file. Give base="):
         export.to_delta(read, path)

@@ -19,6 +19,9 @@ from torch.utils import _pytree as pytree
 
 import subgraph_peft as sp
 from subgraph_peft.graphs import fixed_size, move, show
+from subgraph_peft.internals import internals
+from subgraph_peft.runners import renew
+from subgraph_peft.tree import named_tensors
 from tests import models
 from tests.test_capture import StochasticDepth, resized
 from tests.test_rewrite import Mixed, Turned
@@ -50,7 +53,7 @@ def trained(program, method, where):
     with torch.no_grad():
         for _, p in adapted.parameters(trainable=True):
             p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    adapted.module.recompute and adapted.module.recompute(adapted.module)
+    internals(adapted.module).recompute and internals(adapted.module).recompute(adapted.module)
     return adapted
 
 
@@ -104,13 +107,13 @@ def test_an_adapted_module_in_a_wider_dtype_is_its_fold(captured, method):
 def test_narrowing_is_refused_before_anything_changes(captured, dtype):
     _, inputs, program = captured("llama")
     module = trained(program, LoRA(r=2), WHERE["llama"]).module
-    before, graph = {n: t.clone() for n, t in module.tensors()}, show(module.graph)
+    before, graph = {n: t.clone() for n, t in named_tensors(module)}, show(internals(module).graph)
     with pytest.raises(sp.CaptureError, match=r"embed_tokens.weight holds torch.float32 values.*would narrow.*capture"):
         module.to(dtype)
     with pytest.raises(sp.CaptureError, match="would narrow"):
         module.to("meta", dtype)
-    assert all(torch.equal(t, before[n]) and t.dtype == before[n].dtype for n, t in module.tensors())
-    assert show(module.graph) == graph
+    assert all(torch.equal(t, before[n]) and t.dtype == before[n].dtype for n, t in named_tensors(module))
+    assert show(internals(module).graph) == graph
 
 
 def test_a_buffer_in_a_wider_dtype_is_not_narrowed_either():
@@ -145,7 +148,7 @@ def test_a_mixed_model_keeps_its_dtypes_on_a_device_and_widens_as_a_whole():
     model = Derived()
     program = trained(sp.capture(model, x), LoRA(r=2), "body")
     program.module.to(torch.float32)
-    sp.fold(program).write_to(model.float())
+    sp.write_to(sp.fold(program), model.float())
     torch.testing.assert_close(program.run(), model(x))
     assert sp.rewrite(program, LoRA(r=2), where="exact:head").run().dtype == torch.float32
 
@@ -189,9 +192,9 @@ def test_values_of_nodes_follow_the_device():
 def test_a_device_without_an_index_follows_the_one_with(captured):
     module = copy.deepcopy(captured("bert")[2].module)
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    move(module.graph, {cpu: cuda})
-    move(module.graph, {torch.device("cuda:0"): cpu})
-    assert {d for n in module.graph.nodes for d in n.kwargs.values() if isinstance(d, torch.device)} == {cpu}
+    move(internals(module).graph, {cpu: cuda})
+    move(internals(module).graph, {torch.device("cuda:0"): cpu})
+    assert {d for n in internals(module).graph.nodes for d in n.kwargs.values() if isinstance(d, torch.device)} == {cpu}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -206,9 +209,9 @@ def test_a_module_moves_to_cuda_and_back(captured, name, tmp_path):
         assert a.is_cuda
         torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-3)
     tensors(adapted.module.train()(**on_device))[0].backward()
-    adapted.write(tmp_path / "program.safetensors")
+    sp.write(adapted, tmp_path / "program.safetensors")
     there, here = (sp.read(tmp_path / "program.safetensors", device=d) for d in (None, "cpu"))
-    assert there.module.home.device.type == "cuda"
+    assert there.home.device.type == "cuda"
     for a, b in zip(tensors(there.run()), tensors(adapted.run()), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # kernels are chosen by alignment
     for a, b in zip(tensors(here.run()), expected, strict=True):
@@ -229,7 +232,7 @@ def test_autocast_is_eager_under_autocast(captured, name):
     for method in (None, LoRA(r=2), DoRA(of=LoRA(r=2))):
         adapted = copy.deepcopy(program) if method is None else trained(program, method, WHERE[name])
         eager = copy.deepcopy(model).eval()
-        sp.fold(adapted).write_to(eager)
+        sp.write_to(sp.fold(adapted), eager)
         module = adapted.module.eval()
         if method is None:
             module.requires_grad_(True)
@@ -289,12 +292,12 @@ def test_a_deep_copy_of_a_tied_module_is_tied(captured):
 def test_a_program_comes_back_bit_equal_and_goes_on(captured, tmp_path, name):
     model, inputs, program = captured(name)
     path = tmp_path / "program.safetensors"
-    program.write(path)
+    sp.write(program, path)
     back = sp.read(path)
     assert show(back.graph) == show(program.graph)
     assert (back.history, back.ties, back.source) == (program.history, program.ties, program.source)
     assert list(back.module.state_dict()) == list(program.module.state_dict())
-    assert all(t.data_ptr() % 64 == 0 for _, t in back.module.tensors()), "kernels round by alignment"
+    assert all(t.data_ptr() % 64 == 0 for _, t in back.tensors()), "kernels round by alignment"
     assert_same(program, back, inputs)
     for node, other in zip(program.graph.nodes, back.graph.nodes, strict=True):
         value, again = node.meta.get("val"), other.meta.get("val")
@@ -308,9 +311,9 @@ def test_a_program_comes_back_bit_equal_and_goes_on(captured, tmp_path, name):
     one, other = (trained(p, DoRA(of=PiSSA(r=2)), WHERE[name]) for p in (program, back))
     assert show(one.graph) == show(other.graph)
     assert_same(one, other, inputs)
-    one.save(tmp_path / "adapter")
+    sp.save(one, tmp_path / "adapter")
     assert_same(sp.load(back, tmp_path / "adapter"), one, inputs)
-    one.write(path)
+    sp.write(one, path)
     again = sp.read(path)
     assert_same(one, again, inputs)
     names = [[n for n, _ in p.parameters(trainable=True)] for p in (one, again)]
@@ -318,7 +321,7 @@ def test_a_program_comes_back_bit_equal_and_goes_on(captured, tmp_path, name):
     assert_same(sp.fold(one), sp.fold(again), inputs)
     again.module.load_state_dict(other.module.state_dict())
     folded = sp.fold(again)
-    folded.write(path)
+    sp.write(folded, path)
     assert sp.read(path).folded == folded.folded
     assert_same(sp.read(path), folded, inputs)
 
@@ -331,18 +334,18 @@ def test_statistics_heads_and_a_second_graph_travel_with_the_program(tmp_path):
         program.module.get_parameter("head.weight").add_(1.0)
     program.module.get_parameter("point.weight_lora.A").requires_grad_(False)
     program.module.train()(**inputs)
-    program.write(tmp_path / "program")
+    sp.write(program, tmp_path / "program")
     back = sp.read(tmp_path / "program")
     trains = [[n for n, _ in p.parameters(trainable=True)] for p in (back, program)]
     assert trains[0] == trains[1] == ["point.weight_lora.B", "head.weight", "head.bias"]
     assert_same(program, back, inputs)
     assert_same(base, back.captured, inputs)
     assert back.module.training
-    back.save(tmp_path / "adapter")
+    sp.save(back, tmp_path / "adapter")
     assert_same(sp.load(base, tmp_path / "adapter"), program, inputs)
     two = sp.capture(StochasticDepth(), torch.randn(3, 4))
-    two.write(tmp_path / "two")
-    assert sp.read(tmp_path / "two").module.eval_graph is not None
+    sp.write(two, tmp_path / "two")
+    assert internals(sp.read(tmp_path / "two").module).eval_graph is not None
     assert_same(two, sp.read(tmp_path / "two"), two.example)
 
 
@@ -350,15 +353,15 @@ def test_a_moved_program_comes_back_as_it_is(captured, tmp_path):
     _, inputs, program = captured("mlp")
     adapted = trained(program, PiSSA(r=2), "first")
     adapted.module.double()
-    adapted.write(tmp_path / "program")
+    sp.write(adapted, tmp_path / "program")
     back = sp.read(tmp_path / "program")
-    assert back.module.home.dtype == torch.float64
+    assert back.home.dtype == torch.float64
     assert_same(adapted, back, wide(inputs))
 
 
 def test_the_file_holds_plain_tensors_and_text(captured, tmp_path):
     model, _, program = captured("tied_llama")
-    program.write(tmp_path / "program.safetensors")
+    sp.write(program, tmp_path / "program.safetensors")
     held = load_file(tmp_path / "program.safetensors")
     assert torch.equal(held["model.embed_tokens.weight"], model.lm_head.weight) and "lm_head.weight" not in held
     with safe_open(tmp_path / "program.safetensors", framework="pt") as file:
@@ -369,6 +372,8 @@ def test_the_file_holds_plain_tensors_and_text(captured, tmp_path):
 FRESH = """
 import pickle, sys, torch
 import subgraph_peft as sp
+from subgraph_peft.runners import renew
+from subgraph_peft.tree import named_tensors
 folder = sys.argv[1]
 for name in ("transformers", "tests"):
     sys.modules[name] = None
@@ -388,9 +393,9 @@ def test_a_fresh_process_needs_neither_the_model_nor_transformers(captured, tmp_
     _, inputs, program = captured("mlp")
     adapted = trained(program, PiSSA(r=2), "first")
     adapted.module.eval()
-    adapted.write(tmp_path / "mlp")
+    sp.write(adapted, tmp_path / "mlp")
     (tmp_path / "module.pickle").write_bytes(pickle.dumps(adapted.module))
-    captured("bert")[2].write(tmp_path / "bert")
+    sp.write(captured("bert")[2], tmp_path / "bert")
     done = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for output in torch.load(tmp_path / "outputs.pt"):
@@ -421,9 +426,9 @@ def test_files_that_are_no_programs_say_so(captured, tmp_path):
     with pytest.raises(sp.CheckpointError, match="missing or damaged"):
         sp.read(path)
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(sp.CheckpointError, match="not written by Program.write"):
+    with pytest.raises(sp.CheckpointError, match="not written by sp.write"):
         sp.read(path)
-    program.write(path)
+    sp.write(program, path)
     held = load_file(path)
     text = program_text(path)
 
@@ -440,7 +445,7 @@ def test_files_that_are_no_programs_say_so(captured, tmp_path):
     meta = copy.deepcopy(program)
     meta.module.to("meta")
     with pytest.raises(sp.CheckpointError, match="first.weight is on the meta device"):
-        meta.write(path)
+        sp.write(meta, path)
 
 
 def program_text(path):
@@ -526,7 +531,7 @@ CRAFTED = {
 @pytest.mark.parametrize("sort", CRAFTED)
 def test_a_crafted_file_is_refused_and_nothing_of_it_runs(captured, tmp_path, monkeypatch, sort):
     path, (edit, reason) = tmp_path / "crafted", CRAFTED[sort]
-    captured("mlp")[2].write(path)
+    sp.write(captured("mlp")[2], path)
     described = json.loads(program_text(path))
     edit(described["module"])
     save_file(load_file(path), path, metadata={"subgraph_peft": json.dumps(described)})
@@ -542,15 +547,15 @@ def test_names_that_are_code_are_compiled_from_no_source(captured, tmp_path):
     """Adapters bring names of their own, and so may graphs that were edited by hand."""
     _, _, program = captured("mlp")
     path = tmp_path / "program"
-    sp.rewrite(program, LoRA(r=2), where="first").write(path)
+    sp.write(sp.rewrite(program, LoRA(r=2), where="first"), path)
     text = program_text(path).replace('"name": "lora"', '"name": "a\\", \\"b"')
     save_file(load_file(path), path, metadata={"subgraph_peft": text})
     with pytest.raises(sp.CheckpointError, match="program: the adapter's name 'a\", \"b' is no identifier"):
         sp.read(path)
     module = copy.deepcopy(program.module)
-    next(iter(module.graph.find_nodes(op="get_attr"))).target = 'first", print("ran"), "'
+    next(iter(internals(module).graph.find_nodes(op="get_attr"))).target = 'first", print("ran"), "'
     with pytest.raises(sp.CaptureError, match="which is no qualified name"):
-        module.renew()
+        renew(module)
 
 
 class Branch(nn.Module):
@@ -565,7 +570,7 @@ class Branch(nn.Module):
 def test_branches_and_their_bodies_travel(tmp_path):
     torch.manual_seed(0)
     program = sp.capture(Branch(), torch.randn(3, 4))
-    program.write(tmp_path / "branch")
+    sp.write(program, tmp_path / "branch")
     back = sp.read(tmp_path / "branch")
     for x in (torch.ones(3, 4), -torch.ones(3, 4)):
         assert torch.equal(back.module.eval()(x), program.module.eval()(x))
@@ -579,13 +584,13 @@ def test_branches_and_their_bodies_travel(tmp_path):
 def test_row_blocks_travel_with_the_program(captured, tmp_path):
     _, inputs, program = captured("gpt2")
     adapted = trained(program, LoRA(r=2), "*.c_attn[q,v]")
-    adapted.write(tmp_path / "program")
+    sp.write(adapted, tmp_path / "program")
     assert_same(adapted, sp.read(tmp_path / "program"), inputs)
 
 
 def test_an_unknown_config_is_named(captured, tmp_path):
     path = tmp_path / "program"
-    captured("bert")[2].write(path)
+    sp.write(captured("bert")[2], path)
     described = json.loads(program_text(path))
     config = json.loads(described["module"]["config"])
     described["module"]["config"] = json.dumps({**config, "model_type": "bort2"})
@@ -597,8 +602,8 @@ def test_an_unknown_config_is_named(captured, tmp_path):
 def test_adapters_and_programs_are_read_to_aligned_memory(captured, tmp_path):
     _, _, program = captured("mlp")
     adapted = trained(program, LoRA(r=3), "first")
-    adapted.save(tmp_path / "adapter")
-    adapted.write(tmp_path / "program")
+    sp.save(adapted, tmp_path / "adapter")
+    sp.write(adapted, tmp_path / "program")
     for back in (sp.load(program, tmp_path / "adapter"), sp.read(tmp_path / "program")):
         assert all(p.data_ptr() % 64 == 0 for _, p in back.parameters(trainable=True))
 

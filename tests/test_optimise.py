@@ -31,8 +31,10 @@ import subgraph_peft as sp
 from subgraph_peft import equation
 from subgraph_peft.config import apply_override, load_config, schema
 from subgraph_peft.graphs import aten, show, sweep
+from subgraph_peft.internals import internals
 from subgraph_peft.optimise import Optimisation, optimisations
 from subgraph_peft.pipeline import Pipeline, State
+from subgraph_peft.runners import changes, specialise
 from tests import models
 
 BOTH = (True, frozenset())  # the runner of train mode with every input
@@ -102,9 +104,9 @@ def assert_same(program: sp.Program, other: sp.Program, inputs: dict, tolerance:
 
 def running(program: sp.Program, *passes: Optimisation) -> fx.Graph:
     """The graph of train mode, under some passes alone."""
-    graph = program.module.specialise(True)
+    graph = specialise(program.module, True)
     for each in passes:
-        each.apply(graph, program.module)
+        each.apply(graph, internals(program.module))
         sweep(graph)
     return graph
 
@@ -207,7 +209,7 @@ def test_changes_below_the_digits_of_the_factors_count_in_bfloat16():
     base = sp.capture(model, inputs)
     program = sp.rewrite(base, PiSSA(r=8), where="0")
     assert torch.equal(program.run(), base.run())
-    held = dict(program.module.tensors())
+    held = dict(program.tensors())
     A, B, A0, B0 = (held[f"0.weight_pissa.{name}"] for name in ("A", "B", "A0", "B0"))
     with torch.no_grad():
         model[0].weight.zero_()
@@ -275,14 +277,14 @@ COUNTS = {
 def test_how_often_passes_match(captured, case):
     source, where, method = case
     program = sp.rewrite(captured(source)[1], method, where=where)
-    matched = program.module.matches[BOTH]
+    matched = changes(program.module)[BOTH]
     assert {name: matched[name] for name in COUNTS[case]} == COUNTS[case]
     assert list(matched) == ["attention", "tidy", "scalars", "sums", "siblings"]
 
 
 def test_a_causal_mask_goes(captured):
-    program = captured("llama")[1].promise("right")
-    assert program.module.matches[BOTH]["attention"] == 2
+    program = sp.promise(captured("llama")[1], "right")
+    assert changes(program.module)[BOTH]["attention"] == 2
     assert "scaled_dot_product_attention(" in show(running(program, Attention()))
     assert " = le(" in show(running(program)) and " = le(" not in show(running(program, Attention()))
 
@@ -332,7 +334,7 @@ def test_results_and_gradients_are_those_of_the_captured_graph(captured, name):
     inputs, base = captured(source)
     program = shaken(sp.rewrite(base, method, where=where))
     plain = sp.optimise(program, **OFF)
-    assert not any(plain.module.matches[BOTH].values())
+    assert not any(changes(plain.module)[BOTH].values())
     assert_same(program, plain, inputs)
 
 
@@ -343,7 +345,7 @@ def test_every_pass_alone(captured, name):
     program = shaken(sp.rewrite(base, DoRA(of=inner, norm_gradient=True), where="*layers.0*.{q,v}_proj"))
     plain = sp.optimise(program, **OFF)
     one = sp.optimise(plain, **{name: True})
-    assert name == "attention" or one.lowered != plain.lowered or one.module.matches[BOTH][name] > 0
+    assert name == "attention" or one.lowered != plain.lowered or changes(one.module)[BOTH][name] > 0
     assert_same(one, plain, inputs)
 
 
@@ -385,7 +387,7 @@ def test_rotary_changes_no_number(captured, monkeypatch):
         program = sp.optimise(shaken(sp.rewrite(base, SSB(), where="*_proj")), rotary=rotary)
         step = sp.TrainStep(program, lr=1e-2, compile=True)
         found.append([step(inputs).item() for _ in range(4)])
-        assert program.module.matches[BOTH].get("rotary") == (4 if rotary else None)
+        assert changes(program.module)[BOTH].get("rotary") == (4 if rotary else None)
     assert found[0] == found[1] and found[0][0] != found[0][-1]
 
 
@@ -396,7 +398,7 @@ def test_rotary_leaves_other_concatenations_alone():
             return torch.cat([-a, b], -1), torch.cat([-b, c], -1), torch.cat([-b, a], 0), torch.cat([b, -a], -1)
 
     program = sp.capture(Turns(), {"x": torch.randn(2, 5, 8)}, verify=False)
-    assert Rotary().apply(program.module.specialise(True), program.module) == 0
+    assert Rotary().apply(specialise(program.module, True), internals(program.module)) == 0
 
 
 def test_several_adapters_at_one_site(captured):
@@ -405,7 +407,7 @@ def test_several_adapters_at_one_site(captured):
     for method in (LoRA(r=2), LoRA(r=1), DoRA(of=LoRA(r=2), norm_gradient=True)):
         program = sp.rewrite(program, method, where="*.{q,v}_proj")
     shaken(program)
-    matched = program.module.matches[BOTH]
+    matched = changes(program.module)[BOTH]
     assert (matched["sums"], matched["siblings"]) == (4, 2)
     assert not any(lowered.dense for lowered in program.lowered.values())
     assert_same(program, sp.optimise(program, **OFF), inputs)
@@ -414,7 +416,7 @@ def test_several_adapters_at_one_site(captured):
 def test_the_order_in_which_dropout_draws_stays(captured):
     inputs, base = captured("bert")
     program = shaken(sp.rewrite(base, LoRA(r=2, dropout=0.3), where="*.{query,key,value}"))
-    assert program.module.matches[BOTH]["siblings"] == 0
+    assert changes(program.module)[BOTH]["siblings"] == 0
     assert_same(program, sp.optimise(program, **OFF), inputs)
     assert not torch.equal(*(results(program, inputs, seed)["output 0"] for seed in (0, 1)))
 
@@ -565,7 +567,7 @@ class Pair(nn.Module):
 def test_siblings_have_one_input_of_one_dtype(second, dtype, joined):
     base = sp.capture(Pair(second, dtype), torch.randn(3, 16), verify=False)
     program = shaken(sp.rewrite(base, LoRA(r=2), where=["a", "b"]))
-    assert program.module.matches[BOTH]["siblings"] == joined
+    assert changes(program.module)[BOTH]["siblings"] == joined
     assert_same(program, sp.optimise(program, **OFF), {"x": torch.randn(3, 16)}, 1e-6)
 
 
@@ -575,7 +577,7 @@ def test_siblings_of_a_layer_that_is_called_twice(captured):
     program = shaken(sp.rewrite(base, VeRA(r=3), where="*.{query,key,value}"))
     graph = running(program)
     assert all(len(node.users) == 2 for node in graph.nodes if node.name.endswith("vera_alias"))
-    assert program.module.matches[BOTH]["siblings"] == 2
+    assert changes(program.module)[BOTH]["siblings"] == 2
     assert_same(program, sp.optimise(program, **OFF), inputs)
 
 
@@ -588,11 +590,11 @@ def test_siblings_keep_to_blocks(captured, blocks, joined):
     program = shaken(sp.rewrite(base, LoRA(r=2), where="*.{q,k,v}_proj"))
     expected = results(program, inputs)
     view = sp.unflatten(program, blocks)
-    assert view.matches[BOTH]["siblings"] == joined
+    assert changes(view)[BOTH]["siblings"] == joined
     assert torch.allclose(view.train()(**inputs).loss, expected["output 0"])
     other = copy.deepcopy(program)
     other.module.gradient_checkpointing_enable(blocks)
-    assert other.module.matches[BOTH]["siblings"] == joined
+    assert changes(other.module)[BOTH]["siblings"] == joined
     assert_same(other, program, inputs)
 
 
@@ -610,7 +612,7 @@ def tidied(forward, *inputs: torch.Tensor) -> tuple[list[str], int, fx.GraphModu
 
     exported = torch.export.export(Module().train(), inputs, strict=False)
     program = sp.capture(exported, verify=False)
-    graph = program.module.specialise(True)
+    graph = specialise(program.module, True)
     count = Tidy().apply(graph, program.module)
     sweep(graph)
     return [line for line in show(graph).splitlines() if not line.endswith("= input")], count, program
@@ -682,8 +684,8 @@ def test_a_switched_program_shares_the_tensors(captured, adapted):
     other = sp.optimise(adapted, siblings=False, gram=False)
     adapted.module.eval()
     assert other.module.training and not other.captured.module.training
-    assert other.module.without == {"siblings", "gram"}
-    assert list(other.module.matches[BOTH]) == ["attention", "tidy", "scalars", "sums"]
+    assert internals(other.module).without == {"siblings", "gram"}
+    assert list(changes(other.module)[BOTH]) == ["attention", "tidy", "scalars", "sums"]
     assert (other.history, other.counts()) == (adapted.history, adapted.counts())
     theirs = dict(other.module.named_parameters())
     assert theirs.keys() == dict(adapted.module.named_parameters()).keys()
@@ -695,13 +697,13 @@ def test_a_switched_program_shares_the_tensors(captured, adapted):
 
 def test_nothing_switched_is_the_program_itself(adapted):
     assert sp.optimise(adapted) is sp.optimise(adapted, siblings=True, tidy=True) is adapted
-    assert adapted.module.without == frozenset()
+    assert internals(adapted.module).without == frozenset()
 
 
 def test_switches_of_a_program_without_adapters(captured):
     inputs, base = captured("llama")
     other = sp.optimise(base, tidy=False)
-    assert other.module.without == {"tidy"} and other.adapters == () and other.base is None
+    assert internals(other.module).without == {"tidy"} and other.adapters == () and other.base is None
     assert torch.equal(other.run(inputs).logits, base.run(inputs).logits)
     heads = [each.module.get_parameter("lm_head.weight") for each in (other, base)]
     assert heads[0].data_ptr() == heads[1].data_ptr()
@@ -710,8 +712,8 @@ def test_switches_of_a_program_without_adapters(captured):
 def test_switches_stay_with_the_program(captured, adapted, tmp_path):
     inputs, _ = captured("bert")
     other = sp.optimise(adapted, siblings=False, gram=False)
-    other.write(tmp_path / "program.safetensors")
-    other.save(tmp_path / "adapter")
+    sp.write(other, tmp_path / "program.safetensors")
+    sp.save(other, tmp_path / "adapter")
     carried = {
         "rewritten": sp.rewrite(other, LoRA(r=1), where="*.key"),
         "folded": sp.fold(other),
@@ -722,19 +724,19 @@ def test_switches_stay_with_the_program(captured, adapted, tmp_path):
         "partly on again": sp.optimise(sp.optimise(other, siblings=True), siblings=False),
     }
     for how, program in carried.items():
-        assert program.module.without == {"siblings", "gram"}, how
-        assert "siblings" not in program.module.matches[BOTH], how
-    assert sp.optimise(other, siblings=True, gram=True).module.without == frozenset()
+        assert internals(program.module).without == {"siblings", "gram"}, how
+        assert "siblings" not in changes(program.module)[BOTH], how
+    assert internals(sp.optimise(other, siblings=True, gram=True).module).without == frozenset()
     assert_same(carried["read"], other, inputs)
 
 
 def test_moved_programs():
     inputs = {"x": torch.randn(3, 16)}
     program = shaken(sp.rewrite(sp.capture(Pair(), inputs, verify=False), DoRA(of=LoRA(r=2)), where=["a", "b"]))
-    before, inputs = program.module.matches[BOTH], {"x": inputs["x"].double()}
+    before, inputs = changes(program.module)[BOTH], {"x": inputs["x"].double()}
     assert before == {"attention": 0, "tidy": 0, "scalars": 2, "sums": 0, "siblings": 1}
     program.module.to(torch.float64)
-    assert program.module.matches[BOTH] == before
+    assert changes(program.module)[BOTH] == before
     other = sp.optimise(program, **OFF)
     assert {p.dtype for p in other.module.parameters()} == {torch.float64}
     assert_same(program, other, inputs)
@@ -764,7 +766,7 @@ def test_folding_and_export_see_the_captured_graph(captured):
     program = shaken(sp.rewrite(base, LoRA(r=2), where="*.{query,value}"))
     assert show(sp.fold(program).graph) == show(base.graph)
     assert "_part = getitem" not in show(program.graph)
-    assert program.module.matches[BOTH]["siblings"] == 2
+    assert changes(program.module)[BOTH]["siblings"] == 2
     assert not any("_part" in node.name for node in inference(program).module.graph.nodes)
 
 
@@ -841,8 +843,8 @@ def test_passes_of_third_parties_register_as_entry_points(monkeypatch):
     equation.trace.cache_clear()
     try:
         program = sp.capture(nn.Sequential(nn.Linear(4, 4), Negated()), torch.randn(2, 4))
-        assert program.module.matches[BOTH]["negations"] == 1
-        without = sp.optimise(program, negations=False).module.matches[BOTH]
+        assert changes(program.module)[BOTH]["negations"] == 1
+        without = changes(sp.optimise(program, negations=False).module)[BOTH]
         assert without.keys() == {*PASSES} - {"gram", "changes", "rotary"}
     finally:
         optimisations.cache_clear()

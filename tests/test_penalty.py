@@ -107,7 +107,7 @@ def test_value_and_gradient_over_every_method_with_factors(base, inner, wrapper,
         expected = sum(a + b for a, b in terms)
     else:
         expected = sum(math.sqrt(a) + math.sqrt(b) for a, b in terms) / (2 * len(pairs))
-    penalty = program.penalty()
+    penalty = sp.penalty(program)
     assert penalty.shape == () and penalty.item() == pytest.approx(0.25 * expected, rel=1e-12)
     penalty.backward()
     held = {id(p) for pair in pairs for p in pair}
@@ -130,7 +130,7 @@ def test_a_constraint_changes_neither_the_function_nor_the_count(base, wrapper):
     assert plain.counts() == constrained.counts()
     assert torch.equal(shake(plain).run(), shake(constrained).run())
     torch.testing.assert_close(sp.fold(constrained).run(), constrained.run(), rtol=1e-12, atol=1e-13)
-    assert plain.penalty().item() == 0 and not has_penalty(plain) and has_penalty(constrained)
+    assert sp.penalty(plain).item() == 0 and not has_penalty(plain) and has_penalty(constrained)
 
 
 def with_factors(base: sp.Program, method: sp.Method, A: torch.Tensor, B: torch.Tensor) -> sp.Program:
@@ -152,8 +152,8 @@ def test_orthonormal_factors_cost_nothing(base, form):
     A, B = orthonormal(3, 7), orthonormal(3, 5).T
     for wrapper in (MPCo, MPCd):
         program = with_factors(base, wrapper(of=LoRA(r=3), coefficient=1.0, form=form), A, B)
-        assert program.penalty().item() < 1e-14
-        program.penalty().backward()
+        assert sp.penalty(program).item() < 1e-14
+        sp.penalty(program).backward()
         assert all(torch.isfinite(p.grad).all() for pair in factors(program) for p in pair)
 
 
@@ -161,30 +161,30 @@ def test_orthonormal_factors_cost_nothing(base, form):
 def test_a_zero_b_costs_r_and_stays_where_it_is(base, form, expected):
     """‖−I_r‖² = r; unsquared √r, halved by the mean over A and B. No gradient in B, and a finite one."""
     program = with_factors(base, MPCo(of=LoRA(r=3), coefficient=1.0, form=form), orthonormal(3, 7), torch.zeros(5, 3))
-    assert program.penalty().item() == pytest.approx(expected, rel=1e-12)
-    program.penalty().backward()
+    assert sp.penalty(program).item() == pytest.approx(expected, rel=1e-12)
+    sp.penalty(program).backward()
     A, B = factors(program)[0]
     assert not B.grad.any() and torch.isfinite(A.grad).all()
     program = with_factors(base, MPCd(of=LoRA(r=3), coefficient=1.0, form=form), orthonormal(3, 7), torch.zeros(5, 3))
-    assert program.penalty().item() < 1e-14
-    program.penalty().backward()
+    assert sp.penalty(program).item() < 1e-14
+    sp.penalty(program).backward()
     A, B = factors(program)[0]
     assert torch.equal(B.grad, torch.zeros_like(B)) and torch.isfinite(A.grad).all()
 
 
 def test_scaled_orthogonal_columns_are_free_in_the_diagonal_form(base):
     A, B = orthonormal(3, 7), orthonormal(3, 5).T * torch.tensor([0.5, 2.0, 3.0])
-    assert with_factors(base, MPCd(of=LoRA(r=3), coefficient=1.0), A, B).penalty().item() < 1e-26
+    assert sp.penalty(with_factors(base, MPCd(of=LoRA(r=3), coefficient=1.0), A, B)).item() < 1e-26
     expected = (0.25 - 1) ** 2 + (4 - 1) ** 2 + (9 - 1) ** 2
-    assert with_factors(base, MPCo(of=LoRA(r=3), coefficient=1.0), A, B).penalty().item() == pytest.approx(expected)
+    assert sp.penalty(with_factors(base, MPCo(of=LoRA(r=3), coefficient=1.0), A, B)).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("form", ["squared_sum", "unsquared_mean"])
 def test_one_direction_has_no_off_diagonal(base, form):
     A, B = orthonormal(1, 7), 3 * orthonormal(1, 5).T
     program = with_factors(base, MPCd(of=LoRA(r=1), coefficient=1.0, form=form), A, B)
-    assert program.penalty().item() < 1e-14
-    program.penalty().backward()
+    assert sp.penalty(program).item() < 1e-14
+    sp.penalty(program).backward()
     assert all(torch.isfinite(p.grad).all() for pair in factors(program) for p in pair)
 
 
@@ -215,10 +215,10 @@ def test_the_squared_form_over_per_site_ranks(base):
     program = shake(sp.rewrite(base, MPCo(of=LoRA(r=2), coefficient=1.0), where=SITES, patterns={"same": {"r": 4}}))
     assert [A.shape[0] for A, _ in factors(program)] == [2, 2, 4]
     expected = sum(sum(slow(A.detach(), B.detach(), False)) for A, B in factors(program))
-    assert program.penalty().item() == pytest.approx(expected, rel=1e-12)
+    assert sp.penalty(program).item() == pytest.approx(expected, rel=1e-12)
     own = sp.rewrite(base, MPCo(of=LoRA(r=2), coefficient=1.0), where=SITES, patterns={"same": {"coefficient": 0.5}})
     found = [sum(slow(A.detach(), B.detach(), False)) for A, B in factors(shake(own))]
-    assert own.penalty().item() == pytest.approx(found[0] + found[1] + 0.5 * found[2], rel=1e-12)
+    assert sp.penalty(own).item() == pytest.approx(found[0] + found[1] + 0.5 * found[2], rel=1e-12)
 
 
 def test_penalties_of_several_adapters_add_up(base):
@@ -227,14 +227,14 @@ def test_penalties_of_several_adapters_add_up(base):
     (A, B), (C, D) = factors(one)[0], factors(both)[0]
     expected = sum(slow(A.detach(), B.detach(), False))
     expected += 0.5 * sum(math.sqrt(x) for x in slow(C.detach(), D.detach(), False)) / 2
-    assert both.penalty().item() == pytest.approx(expected, rel=1e-12)
+    assert sp.penalty(both).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_adalora_within_a_constraint_keeps_its_own(base):
     program = shake(sp.rewrite(base, MPCo(of=AdaLoRA(r=3, target_r=1, orthogonal=0.5), coefficient=2.0), where=SITES))
     terms = [slow(A.detach(), B.detach(), False) for A, B in factors(program)]
     expected = 2.0 * sum(map(sum, terms)) + 0.5 * sum(math.sqrt(a) + math.sqrt(b) for a, b in terms) / 6
-    assert program.penalty().item() == pytest.approx(expected, rel=1e-12)
+    assert sp.penalty(program).item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("inner", [MPCo(of=LoRA(r=2), coefficient=1.0), AdaLoRA(r=2, target_r=1, orthogonal=1.0)],
@@ -251,7 +251,7 @@ def test_blocks_pay_the_penalty_of_the_method_within(inner):
         terms.append(slow(A, B, False))
     mean = sum(math.sqrt(a) + math.sqrt(b) for a, b in terms) / 4
     expected = mean if isinstance(inner, AdaLoRA) else sum(map(sum, terms))
-    assert program.penalty().item() == pytest.approx(expected, rel=1e-12)
+    assert sp.penalty(program).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_penalty_keeps_its_precision_under_autocast():
@@ -260,7 +260,7 @@ def test_the_penalty_keeps_its_precision_under_autocast():
     program = shake(sp.rewrite(program, MPCo(of=LoRA(r=3), coefficient=1.0), where=SITES))
     expected = sum(sum(slow(A.detach().double(), B.detach().double(), False)) for A, B in factors(program))
     with torch.autocast("cpu", torch.bfloat16):
-        penalty = program.penalty()
+        penalty = sp.penalty(program)
     assert penalty.dtype == torch.float32 and penalty.item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -344,7 +344,7 @@ def shake_alike(base: sp.Program, program: sp.Program) -> sp.Program:
 
 def test_a_nonlinearity_survives_a_checkpoint(base, tmp_path):
     program = shake(sp.rewrite(base, MPCn(of=LoRA(r=3), activation="gelu"), where=SITES))
-    program.save(tmp_path)
+    sp.save(program, tmp_path)
     assert torch.equal(sp.load(base, tmp_path).run(), program.run())
 
 
@@ -400,13 +400,13 @@ def test_the_trainer_adds_what_a_loop_would(captured, tmp_path, method, parts):
     result = train(fresh[0], data, output=tmp_path, options=options, collate=collate)
     batch = collate([data[i] for i in range(8)])
     optimizer = torch.optim.AdamW(parameter_groups(fresh[1], lr), lr=lr)
-    fresh[1].schedule(optimizer, total)
+    sp.schedule(fresh[1], optimizer, total)
     if method.name == "diff_pruning":  # one step: the noise of the later ones is the trainer's own
         total = 1
     for step in range(total):
         optimizer.zero_grad()
         loss = fresh[1].module(**batch).loss
-        penalty = fresh[1].penalty()
+        penalty = sp.penalty(fresh[1])
         assert penalty.item() > 1e-2 * loss.item()
         (loss + penalty).backward()
         optimizer.step()

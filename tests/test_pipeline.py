@@ -196,7 +196,7 @@ def test_third_parties_register_methods_through_an_entry_point(third_party, tmp_
     with torch.no_grad():
         adapted.module.get_parameter("0.weight_rank_one.u").add_(1.0)
     torch.testing.assert_close(sp.fold(adapted).run(), adapted.run())
-    adapted.save(tmp_path)
+    sp.save(adapted, tmp_path)
     assert torch.equal(sp.load(program, tmp_path).run(), adapted.run())
     entry = next(e for e in catalogue.catalogue() if e.name == "rank_one")
     assert entry.equation == "φ(W) = W + s u v" and entry.trained == "out·1 + 1·in"

@@ -36,6 +36,7 @@ from torch import nn
 import subgraph_peft as sp
 from subgraph_peft import export
 from subgraph_peft.budget import allowed
+from subgraph_peft.checkpoint import restore
 from subgraph_peft.config import load_config
 from subgraph_peft.pipeline import Pipeline, State
 from tests.models import MODELS
@@ -225,7 +226,7 @@ def test_output_adapters_do_not_fold_and_survive_a_checkpoint(tmp_path):
     program = sp.rewrite(base, SERIAL, where="*.albert_layers.0")
     program = shake(sp.rewrite(program, AROUND, where="*.full_layer_layer_norm"))
     assert sp.fold(program) is program
-    program.save(tmp_path)
+    sp.save(program, tmp_path)
     assert torch.equal(logits(sp.load(base, tmp_path).run()), logits(program.run()))
 
 
@@ -404,7 +405,7 @@ def test_blocks_share_veras_projections_of_their_own_size(attention, tmp_path):
     assert {n: tuple(v.shape) for n, v in t.items()} == {
         "b_q": (8,), "d_q": (3,), "b_v": (2,), "d_v": (3,), "A": (3, 8), "B": (8, 3)
     }  # fmt: skip
-    program.save(tmp_path)
+    sp.save(program, tmp_path)
     assert torch.equal(sp.load(attention, tmp_path).run(), program.run())
 
 
@@ -477,13 +478,13 @@ PATTERNS_ON_QUERY = {"*.query": {"r": 2}, "*.layer.1.*.query": {"r": 6, "alpha":
 def test_patterns_survive_a_checkpoint_and_a_pipeline(bert, tmp_path):
     program = shake(sp.rewrite(bert, DoRA(of=LoRA(r=4)), where=EVERY, patterns=PATTERNS_ON_QUERY))
     assert program.adapters[0].at(program.adapters[0].sites[0]) == DoRA(of=LoRA(r=2))
-    program.save(tmp_path)
+    sp.save(program, tmp_path)
     rebuilt = sp.load(bert, tmp_path)
     assert torch.equal(logits(rebuilt.run()), logits(program.run()))
     assert rebuilt.adapters[0].variants == program.adapters[0].variants
-    sp.rewrite(bert, DoRA(of=LoRA(r=4)), where=EVERY, patterns=PATTERNS_ON_QUERY, seed=3).load(tmp_path)
+    restore(sp.rewrite(bert, DoRA(of=LoRA(r=4)), where=EVERY, patterns=PATTERNS_ON_QUERY, seed=3), tmp_path)
     with pytest.raises(sp.CheckpointError, match="another variants than the program's"):
-        sp.rewrite(bert, DoRA(of=LoRA(r=4)), where=EVERY).load(tmp_path)
+        restore(sp.rewrite(bert, DoRA(of=LoRA(r=4)), where=EVERY), tmp_path)
     pipeline = Pipeline.read([{"lora": {"r": 4, "where": EVERY, "patterns": PATTERNS_ON_QUERY}}])
     assert Pipeline.read(str(pipeline)) == pipeline
     assert (
@@ -600,7 +601,7 @@ def test_a_budget_and_patterns_keep_each_to_their_sites(bert):
 def test_a_chosen_rank_is_in_the_checkpoint(bert, tmp_path):
     program = shake(sp.rewrite(bert, LoRA(), where="*.query", budget=500))
     assert program.adapters[0].method.r == 5
-    program.save(tmp_path)
+    sp.save(program, tmp_path)
     assert torch.equal(logits(sp.load(bert, tmp_path).run()), logits(program.run()))
 
 
@@ -640,7 +641,7 @@ def test_veras_projections_are_one_tensor_counted_and_saved_once(bert, tmp_path)
     assert len(reads) == 1
     assert program.counts()[0] == sum(site.out_features + 6 for site in adapter.sites)
     assert not any(p.requires_grad for n, p in program.parameters() if n.startswith("shared_vera"))
-    program.save(tmp_path)
+    sp.save(program, tmp_path)
     saved = load_file(tmp_path / "adapter.safetensors")
     assert [n for n in saved if n.endswith((".A", ".B"))] == ["shared_vera.A", "shared_vera.B"]
     assert torch.equal(logits(sp.load(bert, tmp_path).run()), logits(program.run()))
@@ -664,9 +665,9 @@ def test_reload_from_the_seed_equals_reload_from_the_file(bert, tmp_path):
     for kept in (True, False):
         program = shake(vera(bert, projection_seed=11, save_projections=kept))
         folder = tmp_path / str(kept)
-        program.save(folder)
+        sp.save(program, folder)
         assert any(n.startswith("shared") for n in load_file(folder / "adapter.safetensors")) == kept
-        for again in (sp.load(bert, folder), vera(bert, projection_seed=11, save_projections=kept).load(folder)):
+        for again in (sp.load(bert, folder), restore(vera(bert, projection_seed=11, save_projections=kept), folder)):
             own = dict(program.module.named_parameters())
             assert all(torch.equal(p, own[n]) for n, p in again.module.named_parameters())
             outputs.append(logits(again.run()))

@@ -52,7 +52,7 @@ def test_the_api_on_one_screen_runs(tmp_path, monkeypatch):
     placing = next(body for kind, body in BLOCKS if kind == "python" and "Houlsby" in body)
     namespace |= {"torch": torch, "batches": [example_inputs] * 2}
     exec(placing, namespace)
-    assert namespace["schedule"].number == 2 and namespace["adapted"].penalty() > 0
+    assert namespace["schedule"].number == 2 and sp.penalty(namespace["adapted"]) > 0
 
 
 @pytest.mark.parametrize(("index", "start"), [(0, "capture,lora{"), (1, "capture,method{name=my_lora,")])

@@ -10,6 +10,7 @@ from subgraph_peft.passes import LoRA
 from torch import nn
 
 import subgraph_peft as sp
+from subgraph_peft.checkpoint import restore
 from tests import models
 
 
@@ -240,7 +241,7 @@ def test_complex_weights_are_refused_and_complex_buffers_are_not():
     model, x = Rotary(), torch.randn(3, 4)
     adapted = sp.rewrite(sp.capture(model, x), LoRA(r=2))
     adapted.module.train()(x).sum().backward()
-    sp.fold(adapted).write_to(model)
+    sp.write_to(sp.fold(adapted), model)
     torch.testing.assert_close(model(x), adapted.run({"x": x}))
 
 
@@ -299,7 +300,7 @@ def test_models_that_others_wrapped_are_taken():
     program = sp.capture(compiled, x)
     assert [site.name for site in sp.sites(program)] == ["a.weight", "b.weight"]
     folded = sp.fold(sp.rewrite(program, LoRA(r=2)))
-    folded.write_to(compiled)
+    sp.write_to(folded, compiled)
     model.a.register_forward_hook(lambda module, inputs, output: output * 2)
     torch.testing.assert_close(sp.capture(model, x).run(), model(x))
     with_adapters = peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["a"], r=2))
@@ -350,14 +351,14 @@ def test_a_model_on_the_meta_device_is_not_trained_folded_or_written(on_meta, tm
     empty, program, adapted, inputs = on_meta
     real, _ = models.mlp()
     loaded = sp.rewrite(sp.capture(real, inputs), LoRA(r=2))
-    loaded.save(tmp_path / "adapter")
+    sp.save(loaded, tmp_path / "adapter")
     refused = {
         "train": lambda: train(adapted, Examples(), output=tmp_path / "run"),
         "evaluate": lambda: evaluate(adapted, Examples()),
         "fold": lambda: sp.fold(adapted),
-        "save": lambda: adapted.save(tmp_path / "saved"),
-        "load adapters for": lambda: adapted.load(tmp_path / "adapter"),
-        "write": lambda: program.write_to(real),
+        "save": lambda: sp.save(adapted, tmp_path / "saved"),
+        "load adapters for": lambda: restore(adapted, tmp_path / "adapter"),
+        "write": lambda: sp.write_to(program, real),
         "export": lambda: export.to_onnx(program, tmp_path / "model.onnx"),
     }
     for purpose, call in refused.items():
@@ -366,7 +367,7 @@ def test_a_model_on_the_meta_device_is_not_trained_folded_or_written(on_meta, tm
     with pytest.raises(sp.FoldError, match="no weights to save"):
         save_merged(program, None, None, tmp_path / "merged")
     with pytest.raises(sp.FoldError, match="first.weight is on the meta device in the model"):
-        sp.fold(loaded).write_to(empty)
+        sp.write_to(sp.fold(loaded), empty)
     with pytest.raises(sp.TrainError, match="no weights to train"):
         adapted.module.train()(**adapted.example)
     with pytest.raises(sp.CaptureError, match="meta device and has no weights: capture the loaded model"):

@@ -492,7 +492,7 @@ def test_every_weight_keeps_its_own_dtype_in_a_mixed_model():
     assert {n: p.dtype for n, p in folded.module.named_parameters()} == {
         n: p.dtype for n, p in model.named_parameters()
     }
-    folded.write_to(model)
+    sp.write_to(folded, model)
     assert torch.equal(model.eval()(base.example["x"]), folded.run())
 
 

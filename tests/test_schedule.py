@@ -14,8 +14,10 @@ from subgraph_peft.passes import SSL, AdaLoRA, Blocks, DiffPruning, DoRA, LoRA, 
 from torch import nn
 
 import subgraph_peft as sp
+from subgraph_peft.checkpoint import restore
 from subgraph_peft.data import Examples
 from subgraph_peft.options import TrainOptions
+from subgraph_peft.schedule import Schedule
 from subgraph_peft.step_optimizer import parameter_groups
 from subgraph_peft.train import train
 from tests.models import VOCABULARY, bert
@@ -73,7 +75,7 @@ def backward(program: sp.Program, seed: int, scale: float = 1.0) -> torch.Tensor
 def steps(program: sp.Program, total: int, count: int | None = None, lr: float = 0.05) -> torch.optim.Optimizer:
     """`count` steps of a run of `total`."""
     optimizer = torch.optim.AdamW(parameter_groups(program, lr), lr=lr)
-    program.schedule(optimizer, total)
+    sp.schedule(program, optimizer, total)
     for number in range(total if count is None else count):
         optimizer.zero_grad()
         backward(program, number)
@@ -159,7 +161,7 @@ def test_adalora_ranks_agree_with_a_slow_reference(base, method, total):
     slow = SlowAdaLoRA(method, own, total)
     objects = trained(program)
     optimizer = torch.optim.SGD(objects, lr=0.1)
-    program.schedule(optimizer, total)
+    sp.schedule(program, optimizer, total)
     generator = np.random.default_rng(3)
     zeros, grown = set(), False
     for t in range(1, total + 1):
@@ -200,7 +202,7 @@ def test_adalora_budget_starts_from_the_ranks_that_there_are(base):
         method = AdaLoRA(r=4, target_r=1, warmup=1, final=1)
         program = sp.rewrite(base, method, where=SITES, patterns={"wide": {"r": r}})
         optimizer = torch.optim.AdamW(trained(program), lr=0.05)
-        program.schedule(optimizer, 8)
+        sp.schedule(program, optimizer, 8)
         left = []
         for number in range(8):
             optimizer.zero_grad()
@@ -245,11 +247,11 @@ def test_adalora_trains_as_peft_does(options):
             p.copy_(program.module.get_parameter(path).reshape(p.shape))
     ours_by, theirs_by = (torch.optim.AdamW(ps, lr=0.02) for ps in (
         trained(program), [p for p in theirs.parameters() if p.requires_grad]))  # fmt: skip
-    program.schedule(ours_by, total)
+    sp.schedule(program, ours_by, total)
     for t in range(1, total + 1):
         ours_by.zero_grad()
         theirs_by.zero_grad()
-        loss = program.module(**inputs).loss + program.penalty()
+        loss = program.module(**inputs).loss + sp.penalty(program)
         expected = theirs.base_model(**inputs).loss
         assert loss.item() == pytest.approx(expected.item(), rel=1e-11)
         loss.backward()
@@ -276,17 +278,17 @@ def test_adalora_trains_as_peft_does(options):
 def test_a_schedule_that_does_not_fit_is_refused(base, method, message):
     program = sp.rewrite(base, method, where="tall")
     with pytest.raises(sp.MethodError, match=message):
-        program.schedule(torch.optim.SGD(trained(program), lr=0.1), 10)
+        sp.schedule(program, torch.optim.SGD(trained(program), lr=0.1), 10)
 
 
 def test_a_schedule_needs_the_number_of_steps_and_the_right_optimiser(base):
     program = sp.rewrite(base, AdaLoRA(r=2, target_r=1), where="tall")
     with pytest.raises(sp.MethodError, match="pass total_steps"):
-        program.schedule(torch.optim.SGD(trained(program), lr=0.1))
+        sp.schedule(program, torch.optim.SGD(trained(program), lr=0.1))
     with pytest.raises(sp.MethodError, match="tall.weight_adalora.e trains, but this optimiser does not hold it"):
-        program.schedule(torch.optim.SGD(trained(program)[:2], lr=0.1), 10)
+        sp.schedule(program, torch.optim.SGD(trained(program)[:2], lr=0.1), 10)
     plain = sp.rewrite(base, LoRA(r=2), where="tall")
-    plain.schedule(torch.optim.SGD(trained(plain), lr=0.1))
+    sp.schedule(plain, torch.optim.SGD(trained(plain), lr=0.1))
 
 
 # every schedule, in any loop
@@ -309,7 +311,7 @@ def test_a_step_that_the_gradient_scaler_skips_does_not_count(base, method, fuse
         program = sp.rewrite(base, method, where=SITES)
         optimizer = torch.optim.AdamW(trained(program), lr=0.05, fused=fused)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100, enabled=scaled)
-        schedule = program.schedule(optimizer, 8)
+        schedule = sp.schedule(program, optimizer, 8)
         for number in range(8):
             optimizer.zero_grad()
             loss = loss_of(program, number)
@@ -344,7 +346,7 @@ def test_forward_calls_and_accumulation_do_not_count(base, method):
         torch.manual_seed(1)
         program = sp.rewrite(base, method, where=SITES)
         optimizer = torch.optim.AdamW(trained(program), lr=0.05)
-        schedule = program.schedule(optimizer, 8)
+        schedule = sp.schedule(program, optimizer, 8)
         for number in range(8):
             optimizer.zero_grad()
             for _ in range(parts):
@@ -369,19 +371,19 @@ def test_a_schedule_goes_on_from_its_state(base, method, tmp_path):
             backward(program, number)
             optimizer.step()
 
-    def fresh(seed: int) -> tuple[sp.Program, torch.optim.Optimizer, sp.schedule.Schedule]:
+    def fresh(seed: int) -> tuple[sp.Program, torch.optim.Optimizer, Schedule]:
         program = sp.rewrite(base, method, where=SITES, seed=seed)
         optimizer = torch.optim.AdamW(parameter_groups(program, 0.05), lr=0.05)
-        return program, optimizer, program.schedule(optimizer, 8)
+        return program, optimizer, sp.schedule(program, optimizer, 8)
 
     torch.manual_seed(1)
     whole, optimizer, schedule = fresh(0)
     go(whole, optimizer, 0, 5)
-    whole.save(tmp_path)
+    sp.save(whole, tmp_path)
     state, optimised = copy.deepcopy((schedule.state_dict(), optimizer.state_dict()))
     noise = torch.get_rng_state()
     part, again, resumed = fresh(5)
-    part.load(tmp_path)
+    restore(part, tmp_path)
     again.load_state_dict(optimised)
     resumed.load_state_dict(state)
     go(whole, optimizer, 5, 8)
@@ -398,7 +400,7 @@ def test_two_schedules_share_the_count_of_steps(base):
     program = sp.rewrite(program, LoRADash(r=2, directions=2, switch=3), where=["wide", "tall"])
     program = sp.rewrite(program, SSL(), where="last")
     optimizer = torch.optim.AdamW(trained(program), lr=0.05)
-    schedule = program.schedule(optimizer, 6)
+    schedule = sp.schedule(program, optimizer, 6)
     for number in range(6):
         optimizer.zero_grad()
         backward(program, number)
@@ -413,10 +415,10 @@ def test_two_schedules_share_the_count_of_steps(base):
 
 
 def test_a_state_of_another_program_is_refused(base):
-    def schedule(where: list[str]) -> sp.schedule.Schedule:
+    def schedule(where: list[str]) -> Schedule:
         program = sp.rewrite(base, AdaLoRA(r=2, target_r=1), where=where)
         optimizer = torch.optim.SGD(trained(program), lr=0.1)
-        found = program.schedule(optimizer, 10)
+        found = sp.schedule(program, optimizer, 10)
         backward(program, 0)
         optimizer.step()
         return found
@@ -522,7 +524,7 @@ def test_lora_dash_switches_at_its_step_and_not_before(base):
     program = sp.rewrite(base, LoRADash(r=2, alpha=3.0, directions=3, switch=4), where=SITES)
     assert calls(program) == 2, "wide is called twice in a forward"
     optimizer = torch.optim.AdamW(trained(program), lr=0.05)
-    program.schedule(optimizer, 9)
+    sp.schedule(program, optimizer, 9)
     for number in range(1, 10):
         optimizer.zero_grad()
         backward(program, number)
@@ -575,7 +577,7 @@ def test_lora_dash_directions_against_a_slow_reference(base):
 def test_lora_dash_saved_after_the_switch_keeps_its_directions(base, tmp_path):
     program = sp.rewrite(base, LoRADash(r=2, directions=2, switch=2), where=SITES)
     steps(program, 6, 4)
-    program.save(tmp_path)
+    sp.save(program, tmp_path)
     rebuilt = sp.load(base, tmp_path)
     assert torch.equal(rebuilt.run(), program.run()) and tensor(rebuilt, "wide", "U").any()
     assert not tensor(rebuilt, "wide", "U").requires_grad and tensor(rebuilt, "wide", "g").requires_grad
@@ -600,7 +602,7 @@ def test_lora_dash_survives_a_weight_without_full_rank():
         sp.capture(model, torch.randn(4, 6).double()), LoRADash(r=1, directions=3, switch=1), where="0"
     )
     optimizer = torch.optim.SGD(trained(program), lr=0.1)
-    program.schedule(optimizer, 3)
+    sp.schedule(program, optimizer, 3)
     for _ in range(3):
         program.module(torch.randn(4, 6).double()).square().sum().backward()
         optimizer.step()
@@ -684,8 +686,8 @@ def test_diff_pruning_penalty_at_the_start(base):
     program = everything(base, DiffPruning(l0=0.01))
     sigma = 1 / (1 + math.exp(-5.0))
     count = base.counts()[1] + len(program.adapters[0].sites)
-    assert program.penalty().item() == pytest.approx(0.01 * sigma * count, rel=1e-12)
-    program.penalty().backward()
+    assert sp.penalty(program).item() == pytest.approx(0.01 * sigma * count, rel=1e-12)
+    sp.penalty(program).backward()
     for p in (*gates(program, "a"), *gates(program, "a_g")):
         torch.testing.assert_close(p.grad, torch.full_like(p, 0.01 * sigma * (1 - sigma)))
     assert all(p.grad is None or not p.grad.any() for p in gates(program, "w"))
@@ -695,7 +697,7 @@ def test_diff_pruning_draws_new_noise_after_every_step(base):
     torch.manual_seed(0)
     program = everything(base, DiffPruning(fix_at=0.9))
     optimizer = torch.optim.AdamW(parameter_groups(program, 1e-3), lr=1e-3)
-    program.schedule(optimizer, 10)
+    sp.schedule(program, optimizer, 10)
     seen = []
     for number in range(3):
         backward(program, number)
@@ -717,10 +719,10 @@ def test_diff_pruning_keeps_its_share_of_all_parameters(base, target):
     program = everything(base, DiffPruning(target=target, fix_at=0.5, gate_lr=5.0))
     total = base.counts()[1]
     optimizer = torch.optim.AdamW(parameter_groups(program, 0.02), lr=0.02)
-    program.schedule(optimizer, 12)
+    sp.schedule(program, optimizer, 12)
 
     def differences() -> dict[str, torch.Tensor]:
-        held = dict(program.module.tensors())
+        held = dict(program.tensors())
         found = {}
         for site in program.adapters[0].sites:
             own = {n: held[path].detach() for n, path in program.adapters[0].paths(site).items()}
@@ -732,13 +734,13 @@ def test_diff_pruning_keeps_its_share_of_all_parameters(base, target):
     for number in range(12):
         optimizer.zero_grad()
         backward(program, number)
-        program.penalty().backward()
+        sp.penalty(program).backward()
         optimizer.step()
         if number >= 5:
             found = differences()
             masks.append({n: d != 0 for n, d in found.items()})
             assert sum(int(mask.sum()) for mask in masks[-1].values()) == math.floor(target * total)
-            assert program.penalty().item() == 0
+            assert sp.penalty(program).item() == 0
     assert all(torch.equal(masks[0][n], mask[n]) for mask in masks for n in mask)
     changed = differences()
     folded = sp.fold(program)
@@ -753,7 +755,7 @@ def test_diff_pruning_keeps_the_largest_expected_differences(base):
     torch.manual_seed(0)
     program = everything(base, DiffPruning(target=0.2, fix_at=0.5))
     optimizer = torch.optim.SGD(parameter_groups(program, 1e-12), lr=1e-12)
-    program.schedule(optimizer, 2)
+    sp.schedule(program, optimizer, 2)
     with torch.no_grad():
         for w, a in zip(gates(program, "w"), gates(program, "a"), strict=True):
             w.normal_()
@@ -780,7 +782,7 @@ def test_diff_pruning_on_a_transformer_with_embeddings(still):
     kinds = {site.kind for site in program.adapters[0].sites}
     assert {"embedding", "linear", "bias", "scale"} <= kinds
     optimizer = torch.optim.AdamW(parameter_groups(program, 1e-3), lr=1e-3)
-    program.schedule(optimizer, 4)
+    sp.schedule(program, optimizer, 4)
     for _ in range(4):
         optimizer.zero_grad()
         program.module(**still.example).loss.backward()
@@ -853,12 +855,12 @@ def test_blocks_follow_the_schedule_of_the_method_within(inner):
                 pairs.append((whole, apart.module.get_parameter(path)))
     optimizers = [torch.optim.AdamW(trained(p), lr=0.05) for p in (program, apart)]
     for one, optimizer in zip((program, apart), optimizers, strict=True):
-        one.schedule(optimizer, 8)
+        sp.schedule(one, optimizer, 8)
     for number in range(8):
         x = torch.randn(4, 5, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
         for one, optimizer in zip((program, apart), optimizers, strict=True):
             optimizer.zero_grad()
-            (one.module(x).square().sum() + one.penalty()).backward()
+            (one.module(x).square().sum() + sp.penalty(one)).backward()
             optimizer.step()
         for a, b in pairs:
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)

@@ -14,6 +14,7 @@ from subgraph_peft.passes.reconstruction.prompt_tuning import PromptTuning
 from torch import nn
 
 import subgraph_peft as sp
+from subgraph_peft.checkpoint import restore
 from subgraph_peft.errors import MethodError
 from tests import models
 from tests.models import BATCH, ENCODER, LENGTH, VOCABULARY, made
@@ -268,10 +269,10 @@ def test_labels_may_be_missing():
 @pytest.mark.parametrize("kind", METHODS)
 def test_checkpoint_round_trip(kind, tmp_path):
     adapted = adapt("albert", METHODS[kind])
-    adapted.save(tmp_path)
+    sp.save(adapted, tmp_path)
     fresh = adapt("albert", METHODS[kind], seed=1)
     assert not torch.equal(fresh.run().logits, adapted.run().logits)
-    assert torch.equal(fresh.load(tmp_path).run().logits, adapted.run().logits)
+    assert torch.equal(restore(fresh, tmp_path).run().logits, adapted.run().logits)
     assert torch.equal(copy.deepcopy(adapted.module).eval()(**adapted.example).logits, adapted.run().logits)
 
 

@@ -19,6 +19,7 @@ from subgraph_peft.gradients import Gradients
 from subgraph_peft.options import TrainOptions
 from subgraph_peft.penalty import penalty
 from subgraph_peft.replay import signature
+from subgraph_peft.runners import changes
 from subgraph_peft.step_optimizer import StepOptimizer, parameter_groups
 from subgraph_peft.train import train
 from tests import models
@@ -237,7 +238,7 @@ def test_a_graph_that_cannot_be_cut_is_one_piece(eager):
             return nn.functional.cross_entropy(logits, labels), logits
 
     program = sp.rewrite(sp.capture(Heads().double(), batch(), verify=False), LoRA(r=2), where="heads.*")
-    assert program.module.matches[True, frozenset()]["siblings"] == 1
+    assert changes(program.module)[True, frozenset()]["siblings"] == 1
     compare(*both(program, compile=True), batches(2))
     assert len(eager) == 1
 
@@ -422,7 +423,7 @@ def test_what_the_loss_does_not_depend_on_stays_as_it_is(eager):
 )
 def test_schedules(method, compiled, eager):
     step, plain = both(made(method), compile=compiled)
-    schedules = [each.program.schedule(each.optimizer, total_steps=6) for each in (step, plain)]
+    schedules = [sp.schedule(each.program, each.optimizer, total_steps=6) for each in (step, plain)]
     compare(step, plain, batches(6))
     one, other = (each.state_dict() for each in schedules)
     assert one["number"] == other["number"]

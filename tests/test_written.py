@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import subgraph_peft as sp
 from subgraph_peft import catalogue, registry
+from subgraph_peft.checkpoint import restore
 from subgraph_peft.cli import app
 from subgraph_peft.config import load_config, schema
 from subgraph_peft.expression import FUNCTIONS, EquationError, parse
@@ -117,22 +118,22 @@ def test_a_written_method_is_the_built_in_one(base, name):
 def test_a_checkpoint_needs_no_python_to_be_read(base, name, tmp_path):
     definition, _ = PAIRS[name]
     adapted = shake(adapt(base, written(definition)))
-    adapted.save(tmp_path)
+    sp.save(adapted, tmp_path)
     stored = json.loads((tmp_path / "adapter.json").read_text())["adapters"][0]["method"]["method"]
     assert {part: stored.get(part) for part in ("weight", "bias", "output")} == {
         part: definition.get(part) for part in ("weight", "bias", "output")
     }
-    for loaded in (sp.load(base, tmp_path), adapt(base, written(definition), seed=5).load(tmp_path)):
+    for loaded in (sp.load(base, tmp_path), restore(adapt(base, written(definition), seed=5), tmp_path)):
         assert all(torch.equal(value, values(adapted)[key]) for key, value in values(loaded).items())
         assert torch.equal(loaded.run()[1], adapted.run()[1])
         assert loaded.adapters[0].method == adapted.adapters[0].method
 
 
 def test_another_definition_of_the_same_name_is_not_loaded(base, tmp_path):
-    adapt(base, written(LORA)).save(tmp_path)
+    sp.save(adapt(base, written(LORA)), tmp_path)
     other = adapt(base, written(LORA, weight="W + r / alpha * B @ A"))
     with pytest.raises(sp.CheckpointError, match="another method"):
-        other.load(tmp_path)
+        restore(other, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,7 @@ def test_patterns_give_some_sites_other_options(base, tmp_path):
     adapted = shake(adapt(base, written(LORA), patterns={"first": {"r": 1}}))
     shapes = {key: list(value.shape) for key, value in values(adapted).items()}
     assert shapes["first.weight A"] == [1, 6] and shapes["shared.weight A"] == [2, 10]
-    adapted.save(tmp_path)
+    sp.save(adapted, tmp_path)
     assert torch.equal(sp.load(base, tmp_path).run()[1], adapted.run()[1])
 
 

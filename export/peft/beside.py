@@ -59,7 +59,7 @@ def read(captured: Program, form: Form, options: Options, adapted: Collection[st
         slots[name] = Slot(key_of(name, adapted), tuple(state[name].shape))
     copies = {
         name: Slot(key_of(name, adapted), tuple(value.shape))
-        for name, value in captured.module.tensors()
+        for name, value in captured.tensors()
         if name not in slots and key_of(name, adapted) in keys and name.endswith(".weight")
     }
     unused = tuple(
@@ -93,7 +93,7 @@ def key_of(name: str, adapted: Collection[str]) -> str:
 
 def check_copies(captured: Program, beside: Beside, tensors: Mapping[str, torch.Tensor], where: str) -> None:
     """Raises CheckpointError where a base weight in the file is another one than the program's."""
-    own = dict(captured.module.tensors())
+    own = dict(captured.tensors())
     for name, slot in beside.copies.items():
         value, stored = own[name], tensors[slot.key]
         if stored.shape != value.shape or not torch.equal(stored.to(value), value):
@@ -106,7 +106,7 @@ def check_copies(captured: Program, beside: Beside, tensors: Mapping[str, torch.
 def own_values(program: Program, adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
     """Values of the model's own tensors that are not the base's, by name: trained parameters, statistics that training
     wrote, and biases under `adapters`. Raises MethodError for a bias that other adapters rewrite too."""
-    held = dict(program.module.tensors())
+    held = dict(program.tensors())
     values = {name: held[name].detach() for name in (*trained(program), *written(program))}
     names = {adapter.name for adapter in adapters}
     for target in targets(program.adapters):
@@ -116,7 +116,7 @@ def own_values(program: Program, adapters: Sequence[Adapter]) -> dict[str, torch
         elif target.part == "bias" and rewriting & names:
             raise MethodError(
                 f"{target.name} is rewritten by {' and '.join(sorted(rewriting))}, which a peft folder cannot hold at "
-                "once. Use program.save(folder)."
+                "once. Use sp.save(program, folder)."
             )
     return values
 
@@ -144,7 +144,7 @@ def write(program: Program, form: Form, values: Mapping[str, torch.Tensor], adap
     if clash := next((module for module in sorted(adapted) if inside(f"{module}.", saved)), None):
         raise MethodError(
             f"{clash} has an adapter, and peft ({form.peft_type}) would save it whole among modules_to_save "
-            f"{sorted(outermost(sorted(saved)))}. Use program.save(folder)."
+            f"{sorted(outermost(sorted(saved)))}. Use sp.save(program, folder)."
         )
     names = [name for name in base if inside(name, saved)]
     kept -= set(names)
@@ -175,11 +175,11 @@ def task_of(
     """(peft's task type, the heads that it always saves, whole). A type that brings heads is given where they are saved
     anyway, or where the adapter acts by its type. Raises MethodError."""
     task = next((task for ending, task in TASKS.items() if program.source.endswith(ending)), None)
-    config = getattr(program.module, "config", None)
+    config = vars(program.module).get("config")
     if task == "SEQ_2_SEQ_LM" and not getattr(config, "is_encoder_decoder", False):
         task = "CAUSAL_LM"
     if form.needs_task and task in (None, "SEQ_2_SEQ_LM"):
-        raise MethodError(f"peft puts no virtual tokens before a {program.source}. Use program.save(folder).")
+        raise MethodError(f"peft puts no virtual tokens before a {program.source}. Use sp.save(program, folder).")
     named = HEADS.get(task, ())
     heads = outermost([module for module in modules(program.captured) if named and module.endswith(named)])
     whole = all(any(inside(f"{module}.", [head]) for module in saved) for head in heads)

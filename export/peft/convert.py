@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from subgraph_peft.capture import capture
-from subgraph_peft.checkpoint import load
+from subgraph_peft.checkpoint import load, save
 from subgraph_peft.errors import ConfigError, first_line, suggestion
 from subgraph_peft.program import Program
 from subgraph_peft.sources import CLASSES, ModelSpec, load_model
@@ -28,7 +28,7 @@ def convert(
         return to_peft(adapted, target, as_lora=to == "lora", rank=rank, tolerance=tolerance).rows()
     if rank is not None:
         raise ConfigError("A rank belongs to the layout lora.")
-    adapted.save(target)
+    save(adapted, target)
     sites = sum(len(adapter.sites) for adapter in adapted.adapters)
     return [("folder", str(target)), ("type", ", ".join(a.name for a in adapted.adapters)), ("sites", str(sites))]
 

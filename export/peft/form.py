@@ -123,7 +123,7 @@ class ModuleForm(Form):
         met: dict[str, str] = {}
         for piece in pieces:
             if why := self.obstacle(piece.site, piece.method):
-                raise MethodError(f"{piece.adapter} at {piece.site.name} {why}. Use program.save(folder).")
+                raise MethodError(f"{piece.adapter} at {piece.site.name} {why}. Use sp.save(program, folder).")
             if piece.site.name in met:
                 raise MethodError(
                     f"{piece.site.name} is rewritten by {met[piece.site.name]} and {piece.adapter}; a peft folder has "

@@ -21,13 +21,13 @@ def lora_pieces(program: Program, rank: int | None, tolerance: float) -> tuple[l
     most `rank`. Raises MethodError for an adapter that does not fold, an update of full rank, and an error above
     `tolerance`.
     """
-    held = dict(program.module.tensors())
+    held = dict(program.tensors())
     found, errors = [], {}
     for target in targets(program.adapters):
         if target.part not in ("weight", "bias"):
             names = ", ".join(adapter.name for adapter, _ in target.chain)
             raise MethodError(
-                f"{names} at {target.name} changes no weight, so that it is no LoRA. Use program.save(folder)."
+                f"{names} at {target.name} changes no weight, so that it is no LoRA. Use sp.save(program, folder)."
             )
         if target.part == "weight":
             adapter, site = target.chain[0]

@@ -27,7 +27,7 @@ class Piece:
 
 def pieces(program: Program, adapters: tuple[Adapter, ...]) -> list[Piece]:
     """One a site and adapter, in the form that others know."""
-    held = dict(program.module.tensors())
+    held = dict(program.tensors())
     found = []
     for adapter in adapters:
         for site in adapter.sites:

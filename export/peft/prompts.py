@@ -74,7 +74,7 @@ class PromptForm(VirtualForm):
 
     def written(self, captured: Program, pieces: Sequence[Piece]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         if len(pieces) > 1:
-            raise MethodError("The program has several prompts; a peft folder has one. Save them with program.save.")
+            raise MethodError("The program has several prompts; a peft folder has one. Save them with sp.save.")
         check_picks(captured, MethodError)
         (piece,) = pieces
         tokens = piece.method.evaluate("embeddings", tensors=piece.tensors)
@@ -130,12 +130,12 @@ class PrefixForm(VirtualForm):
     def written(self, captured: Program, pieces: Sequence[Piece]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         n = one("the number of virtual tokens", pieces, lambda method: method.n)
         if len({piece.adapter for piece in pieces}) > 1:
-            raise MethodError("The program has several prefixes; a peft folder has one. Save them with program.save.")
+            raise MethodError("The program has several prefixes; a peft folder has one. Save them with sp.save.")
         every = candidates(captured, pieces[0].method)
         by_site = {piece.site.name: piece for piece in pieces}
         if missing := [site.name for site in every if site.name not in by_site]:
             raise MethodError(
-                f"{missing[0]} has no prefix; peft puts one before every attention. Use program.save(folder)."
+                f"{missing[0]} has no prefix; peft puts one before every attention. Use sp.save(program, folder)."
             )
         if one("positions", pieces, lambda method: method.positions) == "kept":
             raise MethodError('prefix_tuning keeps positions; peft starts them at n. Use positions="shifted".')
@@ -154,14 +154,14 @@ class PrefixForm(VirtualForm):
 
 def check_picks(captured: Program, error: type[Exception]) -> None:
     """Where the model picks a position by its number, peft lets it pick a virtual token."""
-    graph = captured.module.graphs()[0]
+    graph = captured.graphs()[0]
     found = entry(graph)
     held = carriers(graph, found, {})
     if picked := next((node for node in graph.nodes if node in held and picks(node, found)), None):
         raise error(
             f"{captured.source} reads a token by its position ({picked.name}): behind a prompt that is a virtual token "
-            "in peft, and the real one in this package. Use program.save(folder) in place of a peft folder; or capture "
-            "the model without its pooled output."
+            "in peft, and the real one in this package. Use sp.save(program, folder) in place of a peft folder; or "
+            "capture the model without its pooled output."
         )
 
 

@@ -16,7 +16,7 @@ ALL_LINEAR = "all-linear"
 def modules(captured: Program) -> list[str]:
     """Paths of all modules that hold a tensor, and of those above them."""
     found: dict[str, None] = {}
-    for name, _ in captured.module.tensors():
+    for name, _ in captured.tensors():
         parts = name.split(".")[:-1]
         found |= dict.fromkeys(".".join(parts[:i]) for i in range(1, len(parts) + 1))
     return list(found)

@@ -103,14 +103,14 @@ def single(adapters: Sequence[Adapter]) -> Adapter:
     if len(adapters) > 1:
         raise MethodError(
             f"A peft folder holds one adapter; the program has {', '.join(a.name for a in adapters)}. "
-            "program.save(folder) holds any number, and as_lora=True writes the sum of their updates."
+            "sp.save(program, folder) holds any number, and as_lora=True writes the sum of their updates."
         )
     return adapters[0]
 
 
 def about(program: Program) -> dict[str, Any]:
     """Keys that every configuration has."""
-    config = getattr(program.module, "config", None)
+    config = vars(program.module).get("config")
     return {
         "base_model_name_or_path": getattr(config, "name_or_path", None) or None,
         "inference_mode": True,

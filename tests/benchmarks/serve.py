@@ -99,7 +99,7 @@ class Bench:
         for name, program in adapted.items():
             reports[name] = export.to_onnx(program, files[name], slots=True, merge=SLOTTED[name][1], **options)
             export.to_adapter(program, folder / f"{name}.onnx_adapter", files[name])
-        folded.write_to(model)
+        sp.write_to(folded, model)
         model = model.half() if self.cuda else model
         result = {
             "nodes": {name: report.nodes for name, report in reports.items()},

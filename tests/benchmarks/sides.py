@@ -134,7 +134,7 @@ class Ours(Side):
         return {"attach": capture + rewrite, "capture": capture, "rewrite": rewrite}
 
     def merge(self) -> dict[str, float]:
-        dtype = self.program.captured.module.home.dtype
+        dtype = self.program.captured.home.dtype
         _, checked = self.timed(lambda: sp.fold(self.program))
         _, alone = self.timed(lambda: sp.fold(self.program, dtype=dtype, retain=0.0, verify=False))
         return {"merge, checked": checked, "merge": alone}

@@ -166,7 +166,7 @@ def whole_job(device: str, tiny: bool, rounds: int) -> dict[str, Any]:
         method = PiSSA(r=r, niter=NITER) if start == "pissa" else LoRA(r=r)
         adapted = measured(samples["ours"], start, lambda: sp.rewrite(program, method, where=where), device)
         if start == "pissa" and "ours" not in errors:
-            tensors = dict(adapted.module.tensors())
+            tensors = dict(adapted.tensors())
             paths = {site.owner: adapted.adapters[0].paths(site) for site in adapted.adapters[0].sites}
             pairs = {name: (tensors[paths[name]["B0"]], tensors[paths[name]["A0"]]) for name in targets}
             errors["ours"] = {name: left_over(targets[name], *pair) for name, pair in pairs.items()}

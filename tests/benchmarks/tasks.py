@@ -180,7 +180,7 @@ def run(
     decay = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / warm, (steps - s) / max(1, steps - warm))
     )
-    program.schedule(optimizer, steps)
+    sp.schedule(program, optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat(
         [torch.randperm(len(train.texts), generator=generator) for _ in range(1 + steps * batch // len(train.texts))]
@@ -190,7 +190,7 @@ def run(
     for rows in order[: steps * batch].split(batch):
         loss = program.module(**{k: v.to(device) for k, v in train.batch(rows).items()}).loss
         losses.append(loss.detach())
-        (loss + program.penalty()).backward()
+        (loss + sp.penalty(program)).backward()
         torch.nn.utils.clip_grad_norm_([p for _, p in program.parameters(trainable=True)], 1.0)
         optimizer.step()
         decay.step()

@@ -37,7 +37,7 @@ def expected(name: str, which: str | None) -> list[torch.Tensor]:
     """Tokens of transformers, under an adapter or none."""
     model, _ = decoders.MODELS[name]()
     if which:
-        sp.fold(adapted(name, which)).write_to(model)
+        sp.write_to(sp.fold(adapted(name, which)), model)
     return [reference(model, inputs) for inputs in prompts(name)]
 
 

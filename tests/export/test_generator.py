@@ -56,7 +56,7 @@ def generator(folder):
 @cache
 def merged(name: str) -> torch.nn.Module:
     model, _ = decoders.MODELS[name]()
-    folded(name)[0].write_to(model)
+    sp.write_to(folded(name)[0], model)
     return model
 
 

@@ -684,7 +684,7 @@ def test_truncation_states_its_error(tmp_path):
         to_peft(program, tmp_path / "folder", as_lora=True, rank=6)
     assert not (tmp_path / "folder").exists()
     report = to_peft(program, tmp_path / "folder", as_lora=True, rank=6, tolerance=1.0)
-    held = dict(program.module.tensors())
+    held = dict(program.tensors())
     _, tensors = read(tmp_path / "folder")
     for name, error in report.errors.items():
         owner = f"base_model.model.{name.removesuffix('.weight')}"
@@ -755,7 +755,7 @@ def test_convert_takes_runs_and_pipelines(tmp_path):
     """A run's folder says itself on which model it was trained."""
     source, inputs = MODELS["bert"]()
     program = trained(sp.rewrite(sp.capture(source, inputs), LoRA(r=2), where="*.query"))
-    program.save(tmp_path / "run/adapter")
+    sp.save(program, tmp_path / "run/adapter")
     (tmp_path / "run/config.yaml").write_text(PIPELINE)
     (tmp_path / "pipeline.yaml").write_text(PIPELINE)
     call("convert", tmp_path / "run", tmp_path / "first")
@@ -784,7 +784,7 @@ def test_convert_from_the_command_line(tmp_path):
     source.save_pretrained(tmp_path / "model")
     program = sp.capture(source, MODELS["bert"]()[1])
     program = trained(sp.rewrite(program, TriLoRA(r=2), where="*.query", trainable="classifier"))
-    program.save(tmp_path / "native")
+    sp.save(program, tmp_path / "native")
     expected = logits(program.run())
 
     assert "this package alone reads" in call("convert", tmp_path / "native", tmp_path / "own", tmp_path / "model")

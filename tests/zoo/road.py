@@ -103,7 +103,7 @@ class Walk:
         """Every weight is a site; what nothing reads is none, and gets no gradient from the model either."""
         listed = {name for site in sp.sites(self.program) for name in (site.name, *site.ties)}
         missing = [n for n, p in self.model.named_parameters() if p.ndim >= 2 and n not in listed]
-        read = {str(node.target) for graph in self.program.module.graphs() for node in graph.find_nodes(op="get_attr")}
+        read = {str(node.target) for graph in self.program.graphs() for node in graph.find_nodes(op="get_attr")}
         if lost := [name for name in missing if name in read]:
             raise Failed(f"no site: {', '.join(lost)}")
         if missing:
@@ -155,7 +155,7 @@ class Walk:
         if not largest_difference(self.program.run(self.inputs), before[0]) > 10 * FOLD_BOUND:
             raise Failed("training changed no output")
         merged = copy.deepcopy(self.model)
-        folded.write_to(merged)
+        sp.write_to(folded, merged)
         same("the model with folded weights", run(merged, other), folded.run(other), EAGER_BOUND)
         self.folded[name] = folded
 
@@ -189,7 +189,7 @@ class Walk:
         """Inputs that are larger by one in every dynamic dimension; in the batch alone, where a length is fixed."""
         if self.entry.other is not None:
             return self.entry.other()
-        signature, axes = self.program.module.signature, axes_of(self.program)
+        signature, axes = self.program.signature, axes_of(self.program)
         flat = flat_example(self.program, self.inputs)
         sizes, fixed = sizes_of(axes, flat), any(" is fixed to " in note for note in self.row.notes)
         larger = {axis: size if fixed and axis != "batch" else size + 1 for axis, size in sizes.items()}
