@@ -14,8 +14,7 @@ from tests import models
 
 @pytest.fixture
 def adapted():
-    model, inputs = models.bert()
-    return sp.rewrite(sp.capture(model, inputs), LoRA(r=2), where="*.query", trainable="classifier")
+    return sp.rewrite(models.captured("bert"), LoRA(r=2), where="*.query", trainable="classifier")
 
 
 @pytest.fixture
@@ -39,8 +38,7 @@ def test_tensors_are_named_beside_their_weights(folder):
 
 
 def test_nested_methods_and_frozen_tensors_come_back(tmp_path):
-    model, inputs = models.bert()
-    base = sp.capture(model, inputs)
+    base = models.captured("bert")
     adapted = sp.rewrite(base, DoRA(of=PiSSA(r=2, niter=2)), where="*.query", name="mine")
     sp.save(adapted, tmp_path)
     loaded = sp.load(base, tmp_path)
@@ -50,8 +48,7 @@ def test_nested_methods_and_frozen_tensors_come_back(tmp_path):
 
 
 def test_loading_does_not_run_the_decomposition_again(tmp_path, monkeypatch):
-    model, inputs = models.bert()
-    base = sp.capture(model, inputs)
+    base = models.captured("bert")
     sp.save(sp.rewrite(base, PiSSA(r=2), where="*.query"), tmp_path)
     monkeypatch.setattr(PiSSA, "prepare", lambda *_: pytest.fail("an SVD at load"))
     sp.load(base, tmp_path)

@@ -37,7 +37,8 @@ from subgraph_peft.options import TrainOptions
 from subgraph_peft.penalty import has_penalty
 from subgraph_peft.step_optimizer import parameter_groups
 from subgraph_peft.train import train
-from tests.models import VOCABULARY, bert
+from tests import models
+from tests.models import VOCABULARY
 
 SITES = ["wide", "tall", "same"]
 FACTORED = {
@@ -381,7 +382,7 @@ def collate(items: list[dict]) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def captured() -> sp.Program:
-    return sp.capture(*bert())
+    return models.captured("bert")
 
 
 @pytest.mark.parametrize("parts", [1, 4])

@@ -20,6 +20,7 @@ from subgraph_peft.options import TrainOptions
 from subgraph_peft.schedule import Schedule
 from subgraph_peft.step_optimizer import parameter_groups
 from subgraph_peft.train import train
+from tests import models
 from tests.models import VOCABULARY, bert
 
 SITES = ["wide", "tall", "last"]
@@ -441,12 +442,12 @@ IN_TRAINER = {
 
 @pytest.fixture(scope="module")
 def captured() -> sp.Program:
-    return sp.capture(*bert(dropout=0.1))
+    return models.captured("bert", 0.1)
 
 
 @pytest.fixture(scope="module")
 def still() -> sp.Program:
-    return sp.capture(*bert())
+    return models.captured("bert")
 
 
 def examples(count: int, seed: int = 0, length: int = 6) -> Examples:

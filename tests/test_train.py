@@ -22,6 +22,7 @@ from subgraph_peft.order import Order
 from subgraph_peft.step_optimizer import parameter_groups
 from subgraph_peft.train import train
 
+from . import models
 from .models import VOCABULARY, bert, conv, gpt2, mlp
 
 QUICK = TrainOptions(max_steps=7, batch_size=4, lr=1e-2, eval_every=None, save_every=None, seed=3)
@@ -29,7 +30,7 @@ QUICK = TrainOptions(max_steps=7, batch_size=4, lr=1e-2, eval_every=None, save_e
 
 @pytest.fixture(scope="module")
 def captured() -> sp.Program:
-    return sp.capture(*bert(dropout=0.2))
+    return models.captured("bert", 0.2)
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def test_same_outputs_and_merged_weights(model, method):
 
 @pytest.mark.parametrize(
     ("model", "method", "dtype", "bound"),
-    [(*case, torch.float32, 1e-6) for case in CASES]
+    [(*case, torch.float32, 1e-6) for case in CASES if case[1] == "pissa" or case[0] == "bert"]
     + [(*case, torch.float64, 1e-11) for case in CASES if case[1] != "pissa"],
 )
 def test_same_losses_over_five_steps(model, method, dtype, bound):
