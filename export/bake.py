@@ -7,7 +7,7 @@ from torch import fx
 
 from subgraph_peft.equation import VIEWS
 from subgraph_peft.graphs import aten, cone, evaluate
-from subgraph_peft.lower import META
+from subgraph_peft.rewriter import META
 
 KEPT = VIEWS | {aten.to.dtype, aten.unflatten.int, aten.flatten.using_ints, aten.reshape.default}
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from subgraph_peft.errors import ExportError, suggestion
-from subgraph_peft.graphs import aten, fixed_size, flat_outputs
+from subgraph_peft.graphs import aten, fixed_size, flat_outputs, sweep
 from subgraph_peft.normalise import attribute
 from subgraph_peft.program import Program
 from subgraph_peft.runners import specialise
@@ -77,7 +77,7 @@ def inference(program: Program, outputs: Sequence[str] | None = None) -> Inferen
     chosen = choose(leaves, outputs, program.source)
     graph.output_node().args = (tuple(computed(graph, leaves[name]) for name in chosen),)
     baked = bake(graph, dict(named_tensors(source)))
-    graph.eliminate_dead_code(is_impure_node=is_kept)
+    sweep(graph, source)
     legalise(graph)
     inputs = {name: shape for name, shape in shapes.items() if placeholders[name].users}
     if clash := sorted(set(inputs).intersection(chosen)):
@@ -107,12 +107,6 @@ def axes_of(program: Program) -> Axes:
     graph = program.graphs()[-1]
     placeholders = dict(zip(program.signature.input_names(), graph.find_nodes(op="placeholder"), strict=True))
     return axis_names(shapes_of(placeholders), flat_example(program, program.example))
-
-
-def is_kept(node: fx.Node) -> bool:
-    """Whether a node that nothing reads stays: the graph's ends, and operators that write into their arguments."""
-    schema = getattr(node.target, "_schema", None)
-    return node.op in ("placeholder", "output") or (schema is not None and schema.is_mutable)
 
 
 def choose(leaves: Mapping[str, Any], wanted: Sequence[str] | None, source: str) -> tuple[str, ...]:

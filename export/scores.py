@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from subgraph_peft.data import IGNORED, Padding
 from subgraph_peft.evaluate import Metrics, Tally, shifts_labels
-from subgraph_peft.lower import META
+from subgraph_peft.rewriter import META
 
 from .adapters import Adapters
 from .runtime import run, session

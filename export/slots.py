@@ -26,10 +26,10 @@ from subgraph_peft.fold import folds
 from subgraph_peft.generate import base_of
 from subgraph_peft.graphs import aten
 from subgraph_peft.layout import MATRIX
-from subgraph_peft.lower import META
 from subgraph_peft.normalise import attribute
 from subgraph_peft.program import Program
 from subgraph_peft.rewrite import resolve_ties
+from subgraph_peft.rewriter import META
 from subgraph_peft.selectors import Where, select
 from subgraph_peft.sites import VECTORS, Site, find, turned
 from subgraph_peft.uses import View, step

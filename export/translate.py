@@ -21,9 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from subgraph_peft.checkpoint import entry
 from subgraph_peft.errors import ExportError
-from subgraph_peft.lower import META
 from subgraph_peft.program import Program
 from subgraph_peft.recurrent import Whole
+from subgraph_peft.rewriter import META
 
 from .axes import resize, sizes_of
 from .inference import STAMP, Inference

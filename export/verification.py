@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from subgraph_peft.errors import ExportError
-from subgraph_peft.lower import META
 from subgraph_peft.program import Program
+from subgraph_peft.rewriter import META
 
 from .adapters import Adapters
 from .cached import PRESENT

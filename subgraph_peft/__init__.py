@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ExportError,
         FoldError,
         MethodError,
+        PassError,
         SelectorError,
         SubgraphPeftError,
         TrainError,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from .kernels import kernels, promise
     from .merged import write_to
     from .method import Method, Tensor, Wrapper, frozen, kaiming_uniform, normal, ones, trainable, zeros
-    from .optimise import optimise
     from .options import TrainOptions, TrainResult
     from .penalty import penalty
     from .pipeline import Pipeline
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .schedule import schedule
     from .sites import Site, sites
     from .step_optimizer import parameter_groups
+    from .switches import optimise
     from .train import train
     from .train_step import TrainStep
     from .unflatten import take, unflatten
@@ -49,10 +50,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Analysis", "AnalysisError", "CacheWarning", "CaptureError", "CaptureWarning", "CheckpointError", "ConfigError",
-    "ExportError", "FoldError", "Method", "MethodError", "Pipeline", "Program", "SelectorError", "Site",
-    "SubgraphPeftError", "Tensor", "TrainError", "TrainOptions", "TrainResult", "TrainStep", "TrainWarning", "Wrapper",
-    "analyze", "capture", "evaluate", "fold", "frozen", "kaiming_uniform", "kernels", "load", "normal", "ones",
-    "optimise", "parameter_groups", "penalty", "promise", "read", "rewrite", "save", "schedule", "sites", "take",
+    "ExportError", "FoldError", "Method", "MethodError", "PassError", "Pipeline", "Program", "SelectorError",
+    "Site", "SubgraphPeftError", "Tensor", "TrainError", "TrainOptions", "TrainResult", "TrainStep", "TrainWarning",
+    "Wrapper", "analyze", "capture", "evaluate", "fold", "frozen", "kaiming_uniform", "kernels", "load", "normal",
+    "ones", "optimise", "parameter_groups", "penalty", "promise", "read", "rewrite", "save", "schedule", "sites", "take",
     "train", "trainable", "unflatten", "write", "write_analysis", "write_to", "zeros",
 ]  # fmt: skip
 
@@ -64,13 +65,12 @@ _MODULES = {
     "capture": "capture",
     "checkpoint": "load save",
     "errors": "AnalysisError CacheWarning CaptureError CaptureWarning CheckpointError ConfigError ExportError "
-    "FoldError MethodError SelectorError SubgraphPeftError TrainError TrainWarning",
+    "FoldError MethodError PassError SelectorError SubgraphPeftError TrainError TrainWarning",
     "evaluate": "evaluate",
     "fold": "fold",
     "kernels": "kernels promise",
     "merged": "write_to",
     "method": "Method Tensor Wrapper frozen kaiming_uniform normal ones trainable zeros",
-    "optimise": "optimise",
     "options": "TrainOptions TrainResult",
     "penalty": "penalty",
     "pipeline": "Pipeline",
@@ -80,6 +80,7 @@ _MODULES = {
     "schedule": "schedule",
     "sites": "Site sites",
     "step_optimizer": "parameter_groups",
+    "switches": "optimise",
     "train": "train",
     "train_step": "TrainStep",
     "unflatten": "take unflatten",

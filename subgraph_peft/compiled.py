@@ -9,10 +9,10 @@ from torch import fx
 from . import graphs
 from .calls import checked
 from .errors import CaptureError
+from .graph_passes import optimised, running
 from .internals import internals
 from .module import GraphModel
 from .normalise import attribute
-from .optimise import optimised
 from .partition import Unit, boundary, ordered, outermost, owners, repeated
 from .runners import checkpointed, specialise
 
@@ -72,7 +72,8 @@ class Compiled:
         module, own = self.module, internals(self.module)
         graph = specialise(module, True, missing)
         for stage in ("graph", "compiled"):
-            own.changes.setdefault((True, missing), {}).update(optimised(graph, own, stage, own.without))
+            changed = optimised(graph, own, running(stage, own.without))
+            own.changes.setdefault((True, missing), {}).update(changed)
         names = own.signature.output_names()
         loss = graphs.flat_outputs(graph)[names.index("loss") if "loss" in names else 0]
         graph.output_node().args = ((loss,),)

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from .equation import MATMULS, SUMS, is_elementwise, is_transpose
+from .addends import SUMS
+from .equation import MATMULS, is_elementwise, is_transpose
 from .errors import MethodError
 from .forms import At, Form
 from .graphs import aten, operator_name

@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import fx, nn
 
+from .addends import SUMS
 from .errors import MethodError
+from .graph_passes import EquationPass, optimised
 from .graphs import aten, cone, mode_argument, operator_name, sweep
 from .method import Method
-from .optimise import optimised
+from .rewriter import Rewriter
 from .uses import TRANSPOSES
 
 VIEWS = {
@@ -18,7 +20,6 @@ VIEWS = {
     aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten.slice.Tensor,
     aten.select.int, aten.detach.default, aten.alias.default, aten.mT.default,
 }  # fmt: skip
-SUMS = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
 MULTIPLES = {aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
 ELEMENTWISE = {*SUMS, *MULTIPLES}
 MATMULS = {aten.matmul.default, aten.mm.default}
@@ -142,46 +143,45 @@ class Equation:
 def push_views(graph: fx.Graph, through_sums: bool) -> None:
     """(PQ)ᵀ = QᵀPᵀ, (Pᵀ)ᵀ = P, and (P + Q)ᵀ = Pᵀ + Qᵀ where φ itself is viewed, and so for slices of rows and columns:
     a transpose or a slice stands only at a factor. In place."""
-    changed = True
-    while changed:
-        changed = False
+    rewrite, before = Rewriter(graph, valued=True), -1
+    while rewrite.changes > before:
+        before = rewrite.changes
         for node in list(graph.nodes):
-            if not (is_transpose(node) or is_slice(node)):
-                continue
-            with graph.inserting_before(node):
-                replacement = pushed(graph, node, through_sums)
-            if replacement is not None:
-                node.replace_all_uses_with(replacement)
-                graph.erase_node(node)
-                changed = True
+            if is_transpose(node) or is_slice(node):
+                replacement = pushed(partial(rewrite.add, before=node), node, through_sums)
+                if replacement is not None:
+                    rewrite.replace(node, replacement)
     sweep(graph)
 
 
-def pushed(graph: fx.Graph, node: fx.Node, through_sums: bool) -> fx.Node | None:
-    """A view of a sum, a product or a transpose as one of views, or None where it stands at a factor."""
+def pushed(add: Callable[..., fx.Node], node: fx.Node, through_sums: bool) -> fx.Node | None:
+    """A view of a sum, a product or a transpose as one of views, or None where it stands at a factor.
+
+    add: (target, args, like) -> node
+    """
     inner = node.args[0]
     turning = is_transpose(node)
     if is_transpose(inner):
         if turning:
             return inner.args[0]
-        sliced = view_of(graph, inner.args[0], node, dimension=1 - node.args[1])
-        return view_of(graph, sliced, inner)
+        sliced = view_of(add, inner.args[0], node, dimension=1 - node.args[1])
+        return view_of(add, sliced, inner)
     if inner.target in MATMULS and inner.meta["val"].ndim == 2:
         left, right = inner.args
         if left.meta["val"].ndim != 2 or right.meta["val"].ndim != 2:
             return None
         if turning:
-            left, right = view_of(graph, right, node), view_of(graph, left, node)
+            left, right = view_of(add, right, node), view_of(add, left, node)
         elif node.args[1] == 0:
-            left = view_of(graph, left, node)
+            left = view_of(add, left, node)
         else:
-            right = view_of(graph, right, node)
-        return made(graph, aten.matmul.default, (left, right), inner)
+            right = view_of(add, right, node)
+        return add(aten.matmul.default, (left, right), like=inner)
     if inner.target is aten.cat.default and not turning:
         return part_of(inner, *node.args[1:])
     if through_sums and inner.target in ELEMENTWISE and not inner.kwargs:
-        sides = [seen(graph, side, node) if isinstance(side, fx.Node) else side for side in inner.args]
-        return made(graph, inner.target, tuple(sides), inner)
+        sides = [seen(add, side, node) if isinstance(side, fx.Node) else side for side in inner.args]
+        return add(inner.target, tuple(sides), like=inner)
     return None
 
 
@@ -197,33 +197,26 @@ def part_of(joined: fx.Node, dimension: int, start: int, stop: int) -> fx.Node |
     return None
 
 
-def seen(graph: fx.Graph, side: fx.Node, view: fx.Node) -> fx.Node:
+def seen(add: Callable[..., fx.Node], side: fx.Node, view: fx.Node) -> fx.Node:
     """An operand of an elementwise operator, which may broadcast to the matrix, under a view of the matrix."""
     shape = side.meta["val"].shape
     if len(shape) < 2:
         if not shape or shape[0] == 1 or (not is_transpose(view) and view.args[1] == 0):
             return side
         if is_transpose(view):
-            return made(graph, aten.unsqueeze.default, (side, 1), view)
-        return view_of(graph, side, view, dimension=0)
+            return add(aten.unsqueeze.default, (side, 1), like=view)
+        return view_of(add, side, view, dimension=0)
     if is_transpose(view) or shape[view.args[1]] > 1:
-        return view_of(graph, side, view)
+        return view_of(add, side, view)
     return side
 
 
-def view_of(graph: fx.Graph, node: fx.Node, like: fx.Node, dimension: int | None = None) -> fx.Node:
+def view_of(add: Callable[..., fx.Node], node: fx.Node, like: fx.Node, dimension: int | None = None) -> fx.Node:
     """`node` under the view that `like` is, on another dimension if given."""
     args = like.args[1:]
     if dimension is not None:
         args = (dimension, *args[1:])
-    return made(graph, like.target, (node, *args), like)
-
-
-def made(graph: fx.Graph, target: Callable, args: tuple, like: fx.Node) -> fx.Node:
-    node = graph.call_function(target, args)
-    values = fx.node.map_arg(args, lambda n: n.meta["val"])
-    node.meta = {**like.meta, "val": target(*values)}
-    return node
+    return add(like.target, (node, *args), like=like)
 
 
 def is_slice(node: fx.Node) -> bool:
@@ -249,7 +242,7 @@ def trace(
     operands: tuple[tuple[str, tuple[int, ...]], ...],
     tensors: tuple[tuple[str, tuple[tuple[str, tuple[int, ...], bool], ...]], ...],
     views: tuple[tuple, ...] = (),
-    without: frozenset[str] = frozenset(),
+    passes: tuple[EquationPass, ...] = (),
 ) -> Equation:
     """Trace `part` of a chain of methods.
 
@@ -257,7 +250,7 @@ def trace(
               from the method's own tensors, where the chain is one method
     tensors:  per adapter its (name, shape, trainable)
     views:    of the result: ("slice", dimension, start, stop), ("t",)
-    without:  optimising passes that are switched off
+    passes:   that the equation is optimised by
 
     Raises MethodError where the equation cannot be traced or gives another shape than it was given.
     """
@@ -303,6 +296,6 @@ def trace(
             )
     if keeps_shape and any(mode_argument(node) == "train" for node in graph.nodes):
         raise MethodError(f"The equation {part} of {names} draws random numbers: declare a `dropout` option instead.")
-    equation.changed = optimised(graph, equation, "equation", without)
+    equation.changed = optimised(graph, equation, passes)
     equation.read()
     return equation

@@ -20,6 +20,10 @@ class MethodError(SubgraphPeftError):
     """A method is unknown, has wrong options, or cannot be applied to a site."""
 
 
+class PassError(SubgraphPeftError):
+    """A pass over a graph failed, broke the graph, or cannot be ordered among the others."""
+
+
 class FoldError(SubgraphPeftError):
     """Folding would give non-finite, unfaithful or lossy weights."""
 

@@ -12,10 +12,11 @@ from .adapter import Adapter, Target, targets
 from .constants import refresh
 from .equation import Equation
 from .internals import Home, internals
-from .lower import META, Lowering
+from .lower import Lowering
 from .module import GraphModel, build
 from .program import Program
 from .records import Constant, Lowered
+from .rewriter import Rewriter
 from .runners import renew
 from .surroundings import uncollected
 
@@ -68,16 +69,13 @@ def generate(
 
 def cast_trained(graph: fx.Graph, own: Mapping[str, nn.Parameter], base: Mapping[str, torch.Tensor]) -> None:
     """A parameter of the model that trains in a wider dtype is cast to the model's where it is read."""
+    rewrite = Rewriter(graph)
     for node in graph.find_nodes(op="get_attr"):
         name = str(node.target)
         if name in own and name in base and own[name].dtype != base[name].dtype:
-            users = list(node.users)
-            with graph.inserting_before(node.next):
-                cast = graph.call_function(graphs.aten.to.dtype, (node, base[name].dtype))
-            cast.meta = {
-                "val": node.meta["val"],
-                "custom": {META: {"site": name, "adapter": "trainable", "term": "cast"}},
-            }
+            users, says = list(node.users), {"site": name, "adapter": "trainable", "term": "cast"}
+            cast = rewrite.add(graphs.aten.to.dtype, (node, base[name].dtype), like=node, before=node.next, says=says)
+            cast.meta["val"] = node.meta["val"]
             for user in users:
                 user.replace_input_with(node, cast)
 

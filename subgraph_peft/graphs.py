@@ -13,9 +13,10 @@ from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
-from .legal import illegal
+from .legal import FUNCTIONS, illegal
 
 aten = torch.ops.aten
+PURE = frozenset(FUNCTIONS.values())
 Moves = Mapping[torch.device | torch.dtype, torch.device | torch.dtype]
 
 # arguments by which operators tell training from evaluation, and what they are in evaluation
@@ -192,22 +193,29 @@ def evaluate(node: fx.Node, read: Callable[[fx.Node], Any], known: Mapping[fx.No
     return result
 
 
-def sweep(graph: fx.Graph) -> int:
-    """Remove nodes that nothing reads and that change nothing. Returns how many went."""
+def sweep(graph: fx.Graph, root: nn.Module | None = None) -> int:
+    """Remove nodes that nothing reads and that change nothing. `root` holds the bodies of operators, which are looked
+    into where it is given. Returns how many nodes went."""
     removed = 0
     for node in reversed(list(graph.nodes)):
-        if not node.users and node.op in ("call_function", "call_method", "get_attr") and not is_effect(node):
+        if not node.users and node.op in ("call_function", "get_attr") and not is_effect(node, root):
             graph.erase_node(node)
             removed += 1
     return removed
 
 
-def is_effect(node: fx.Node) -> bool:
-    """Whether a node may do more than give a value: a mutating operator, or one that says nothing about itself."""
-    declared = getattr(node.target, "_schema", None)
-    if declared is not None:
-        return declared.is_mutable
-    return node.op == "call_function" and getattr(node.target, "__module__", "") not in ("_operator", "math")
+def is_effect(node: fx.Node, root: nn.Module | None = None) -> bool:
+    """Whether a node may do more than give a value: an operator that writes, one that says nothing about itself, or
+    one with bodies, unless `root` holds them and they have no effect."""
+    if node.op != "call_function":
+        return node.op in ("call_method", "call_module")
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    if isinstance(node.target, torch._ops.HigherOrderOperator) and root is not None:
+        held = [getattr(root, str(part.target), None) for part in node.all_input_nodes if part.op == "get_attr"]
+        parts = [part for part in held if isinstance(part, fx.GraphModule)]
+        return not parts or any(is_effect(inner, part) for part in parts for inner in part.graph.nodes)
+    return node.target not in PURE
 
 
 def is_random(node: fx.Node) -> bool:
@@ -274,7 +282,10 @@ def fixed_size(size: int | torch.SymInt) -> int | None:
 
 def operator_name(node: fx.Node) -> str:
     """`linear` for aten.linear.default, `getitem` for operator.getitem."""
-    target = node.target
+    return target_name(node.target)
+
+
+def target_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target.overloadpacket.__name__
     return getattr(target, "__name__", str(target))

@@ -14,17 +14,16 @@ from .entry import entry
 from .equation import Equation, Operand, trace
 from .errors import MethodError
 from .forms import Form, form_class, views_of
+from .graph_passes import running
 from .graphs import aten
 from .method import AGAIN
 from .modules import again, ends, regions
-from .optimise import optimisations
 from .records import Lowered
+from .rewriter import Rewriter, copied
 from .sequence import Extension
 from .sites import PLACES
 from .uses import Use, uses
 from .values import Values
-
-META = "subgraph_peft"
 
 
 def equation_of(
@@ -37,8 +36,7 @@ def equation_of(
         (adapter.name, tuple((name, t.shape, t.trainable) for name, t in adapter.entry_tensors(site).items()))
         for adapter, site in target.chain
     )
-    own = without & {name for name, found in optimisations().items() if found.stage == "equation"}
-    return trace(chain, target.part, tuple(operands.items()), tensors, views, own)
+    return trace(chain, target.part, tuple(operands.items()), tensors, views, running("equation", without))
 
 
 class Lowering:
@@ -164,22 +162,16 @@ class Lowering:
         equation = equation_of(self.target, shapes, without=self.without)
         users, dtype = list(y.users), y.meta["val"].dtype
         emit = self.emitter(y.next, like=y)
-        mapped: dict[fx.Node, Any] = {}
+        plain = emitted(equation, emit)
 
-        def copied(node: fx.Node) -> fx.Node:
+        def once_more(node: fx.Node) -> fx.Node:
             return emit(node.target, (), f"again_{node.name}", equation.adapter(equation.result))
 
-        for node in equation.graph.nodes:
-            if node.op == "placeholder":
-                mapped[node] = self.output_operand(equation, node, x, y, dtype, emit)
-            elif node.target is AGAIN:
-                mapped[node] = again(self.graph, x, y, mapped[node.args[0]], copied)
-            elif node.op == "call_function":
-                args, kwargs = (fx.node.map_arg(part, mapped.__getitem__) for part in (node.args, node.kwargs))
-                linear = node.target is aten.linear.default and node.args[1] in equation.operands
-                term = equation.term(node.args[1] if linear else node)
-                mapped[node] = emit(node.target, args, term, equation.adapter(node), kwargs)
-        result = mapped[equation.result]
+        def emit_node(node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+            return again(self.graph, x, y, args[0], once_more) if node.target is AGAIN else plain(node, args, kwargs)
+
+        held = {node: self.output_operand(equation, node, x, y, dtype, emit) for node in equation.operands}
+        result = copied(equation.graph, held, emit_node)[equation.result]
         result.meta["val"] = y.meta["val"]
         for user in users:
             user.replace_input_with(y, result)
@@ -229,14 +221,9 @@ class Lowering:
                     f"{self.target.part} of {adapter.name} gives {' and '.join(map(str, map(list, shapes)))} at "
                     f"{site.name}, not {' and '.join([f'[n, {str(list(width))[1:]}'] * len(names))}."
                 )
-            mapped: dict[fx.Node, fx.Node] = {}
-            for node in equation.graph.nodes:
-                if node.op == "placeholder" and node.users:
-                    mapped[node] = self.reader(adapter.path(site, equation.operands[node][1]))
-                elif node.op == "call_function":
-                    args, kwargs = (fx.node.map_arg(part, mapped.__getitem__) for part in (node.args, node.kwargs))
-                    mapped[node] = emit(node.target, args, equation.term(node), adapter.name, kwargs)
-            parts.append([mapped[node] for node in equation.results])
+            held = {n: self.reader(adapter.path(site, t)) for n, (_, t) in equation.operands.items() if n.users}
+            made = copied(equation.graph, held, emitted(equation, emit))
+            parts.append([made[node] for node in equation.results])
         dtype, last = like.meta["val"].dtype, self.target.chain[-1][0].name
         joined = list(parts[0])
         if len(parts) > 1:
@@ -258,16 +245,12 @@ class Lowering:
 
     def emitter(self, before: fx.Node, like: fx.Node | None = None) -> Callable[..., fx.Node]:
         """Adds nodes before `before`, named after site, adapter and term, with metadata that says so."""
-        origin = {k: v for k, v in (like or before).meta.items() if k in ("nn_module_stack", "stack_trace")}
+        rewrite = Rewriter(self.graph)
 
         def emit(target: Any, args: tuple, term: str, adapter: str, kwargs: Mapping | None = None) -> fx.Node:
             name = "_".join(part for part in (self.prefix, adapter, identifier(term)) if part)
-            with self.graph.inserting_before(before):
-                node = self.graph.create_node("call_function", target, args, dict(kwargs or {}), name=name)
-            node.meta = {
-                **origin,
-                "custom": {META: {"site": self.target.name, "adapter": adapter or "base", "term": term}},
-            }
+            says = {"site": self.target.name, "adapter": adapter or "base", "term": term}
+            node = rewrite.add(target, args, kwargs, like=like or before, before=before, name=name, says=says)
             self.lowered.nodes.append(node.name)
             return node
 
@@ -311,3 +294,13 @@ class Lowering:
             equation, emit, operand, hoisted, wide, full_size, self.lowered, self.nonlinear, stack,
             self.target.shared,
         )  # fmt: skip
+
+
+def emitted(equation: Equation, emit: Callable[..., fx.Node]) -> Callable[[fx.Node, tuple, dict], fx.Node]:
+    """How an operator of an equation is emitted: as its term, which of a product with a tensor is the tensor."""
+
+    def emit_node(node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
+        tensor = node.target is aten.linear.default and node.args[1] in equation.operands
+        return emit(node.target, args, equation.term(node.args[1] if tensor else node), equation.adapter(node), kwargs)
+
+    return emit_node

@@ -8,6 +8,7 @@ from torch import fx
 
 from .errors import CaptureError
 from .graphs import aten, sizes
+from .rewriter import Rewriter
 
 MASK = "attention_mask"
 Padding = Literal["right"]
@@ -23,10 +24,10 @@ def padding_masks(graph: fx.Graph) -> list[fx.Node]:
 def watch(graph: fx.Graph, names: Collection[str]) -> None:
     """Check these inputs before anything is computed. In place."""
     inputs = graph.find_nodes(op="placeholder")
-    with graph.inserting_before(inputs[-1].next if inputs else None):
-        for node in inputs:
-            if node.name in names:
-                graph.call_function(check_right, (node,))
+    rewrite = Rewriter(graph)
+    for node in inputs:
+        if node.name in names:
+            rewrite.add(check_right, (node,), like=node, before=inputs[-1].next, name="check_right")
 
 
 def check_right(mask: torch.Tensor) -> None:

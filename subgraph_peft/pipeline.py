@@ -3,13 +3,13 @@ group `subgraph_peft.pipeline`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any
 
 from . import oneline, registry
 from .deploy import Decoder, Export
 from .errors import ConfigError, suggestion
 from .pipeline_pass import Pass, Result, State
+from .plugins import Plugins
 from .program import Program
 from .steps import Capture, Fold, Optimise, Rewrite, Train
 from .written import WRITTEN, Written
@@ -18,21 +18,23 @@ GROUP = "subgraph_peft.pipeline"
 BUILT_IN = (Capture, Optimise, Train, Fold, Export, Decoder)
 
 
+INSTALLED = Plugins(GROUP, Pass, "passes", ConfigError, dict)
+
+
 def steps() -> dict[str, type[Pass]]:
-    """The passes that are no rewrite, by name: the package's own, and installed ones. An entry point is a pass's class.
+    """The passes that are no rewrite, by name: the package's own, and installed ones.
 
     Raises ConfigError where two passes, or a pass and a method, have one name.
     """
-    found: dict[str, type[Pass]] = {cls.name: cls for cls in BUILT_IN}
-    for point in entry_points(group=GROUP):
-        cls = point.load()
-        if not (isinstance(cls, type) and issubclass(cls, Pass) and cls.name):
-            raise ConfigError(f"{point.value}, of the entry-point group {GROUP}, is no subclass of Pass with a `name`.")
-        other = found.get(cls.name, registry.methods().get(cls.name, cls))
-        if other is not cls or cls.name == WRITTEN:
-            raise ConfigError(f"Two passes are called {cls.name!r}: {other} and {cls} ({point.value}). Uninstall one.")
-        found[cls.name] = cls
-    return found
+    own: dict[str, type[Pass]] = {cls.name: cls for cls in BUILT_IN}
+    added = INSTALLED.all()
+    for name, cls in added.items():
+        other = own.get(name, registry.methods().get(name))
+        if other is not None or name == WRITTEN:
+            raise ConfigError(
+                f"Two passes are called {name!r}: {other or 'the defined method'} and {cls}. Uninstall one."
+            )
+    return own | added
 
 
 def names() -> list[str]:

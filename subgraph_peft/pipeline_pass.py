@@ -11,11 +11,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from .errors import ConfigError, SubgraphPeftError, suggestion
+from .errors import ConfigError, suggestion
 from .graphs import show
-from .lower import META
 from .oneline import spell
 from .program import Program
+from .rewriter import check_added, failing_as
 from .text import Table
 
 
@@ -99,11 +99,8 @@ class Pass(BaseModel):
             return
         known = {node.name for graph in after.program.captured.graphs() for node in graph.nodes}
         for graph in after.program.graphs():
-            graph.lint()
-            for node in graph.nodes:
-                unknown = node.op == "call_function" and node.name not in known
-                if unknown and META not in node.meta.get("custom", {}):
-                    raise SubgraphPeftError(f"{self.spelled()}: the node {node.name} does not say which pass made it.")
+            with failing_as(f"The pass {self.spelled()}"):
+                check_added(graph, known)
 
     def __call__(self, state: State) -> Result:
         self.requires(state)

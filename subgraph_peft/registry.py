@@ -1,33 +1,25 @@
-"""Methods by name. They register through the entry-point group `subgraph_peft.passes`; the core names none of them."""
+"""Methods by name. They register in the entry-point group `subgraph_peft.passes`, or by `register`; the core names none
+of them."""
 
 from collections.abc import Mapping
-from functools import cache
-from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Any
 
 from .errors import MethodError, suggestion
 from .method import Method
+from .plugins import Plugins
 from .written import WRITTEN, define
 
 GROUP = "subgraph_peft.passes"
 
 
-@cache
+INSTALLED = Plugins(GROUP, Method, "methods", MethodError, lambda found: dict(sorted(found.items())))
+register = INSTALLED.register
+
+
 def methods() -> Mapping[str, type[Method]]:
-    """Every installed method by its `name`. An entry point is a method class, or a module whose `__all__` has some."""
-    found: dict[str, type[Method]] = {}
-    for point in entry_points(group=GROUP):
-        loaded = point.load()
-        candidates = [loaded] if isinstance(loaded, type) else [getattr(loaded, n) for n in loaded.__all__]
-        for cls in candidates:
-            if isinstance(cls, type) and issubclass(cls, Method) and cls.name:
-                if found.get(cls.name, cls) is not cls:
-                    raise MethodError(
-                        f"Two methods are called {cls.name!r}: {found[cls.name]} and {cls} ({point.value})."
-                    )
-                found[cls.name] = cls
-    return dict(sorted(found.items()))
+    """Every method by its `name`: those behind installed entry points, and registered ones."""
+    return INSTALLED.all()
 
 
 def method_class(name: str, beside: Mapping[str, type[Method]] = MappingProxyType({})) -> type[Method]:

@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from . import graphs
 from .errors import CaptureError
+from .graph_passes import optimised, running
 from .internals import Key, internals
-from .optimise import optimised
 from .partition import Block, cut
 from .tree import container
 
@@ -21,7 +21,7 @@ def make_runner(module: nn.Module, key: Key) -> None:
     label = " without ".join(("train" if training else "eval", *sorted(missing)))
     paths = (*own.block_paths, *(again.paths if again else ()))
     graph = specialise(module, *key)
-    own.changes.setdefault(key, {}).update(optimised(graph, own, "graph", own.without))
+    own.changes.setdefault(key, {}).update(optimised(graph, own, running("graph", own.without)))
     graphs.sweep(graph)
     for piece in cut(graph, paths, label):
         run = graphs.compile_graph(piece.graph, f"{type(module).__name__} {piece.path}".strip())

@@ -8,6 +8,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .equation import Equation, Operand
+from .graphs import sweep
 
 NO_OPS = {torch.ops.aten.expand.default, torch.ops.aten.view.default, torch.ops.aten.clone.default,
           torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default}  # fmt: skip
@@ -43,7 +44,7 @@ def lift(node: fx.Node, batched: tuple[bool, ...], stack: int) -> fx.Graph:
     for inner in list(graph.nodes):
         if inner.target in NO_OPS and inner.meta["val"].shape == inner.args[0].meta["val"].shape:
             inner.replace_all_uses_with(inner.args[0])
-    graph.eliminate_dead_code()
+    sweep(graph)
     return graph
 
 

@@ -16,14 +16,15 @@ from .errors import ConfigError, suggestion
 from .evaluate import evaluate
 from .export import to_delta
 from .fold import difference_text, fold, fold_table
+from .graph_passes import optimisations
 from .internals import internals
 from .method import Method
-from .optimise import check_switches, optimisations, optimise
 from .options import TrainOptions
 from .pipeline_pass import Pass, State
 from .processes import on_first
 from .rewrite import rewrite
 from .runners import changes
+from .switches import check_switches, optimise
 from .text import Table
 from .train import train
 from .written import WRITTEN
@@ -221,7 +222,6 @@ class Fold(Pass):
             scores = evaluate(program, state.data.eval, collate=state.data.collate)
             after = after.with_scores(folded=scores)
         return after, summary
-
 
     def tables(self, state: State) -> list[Table]:
         return [fold_table(state.program)] if state.program.folded is not None else []

@@ -9,6 +9,7 @@ from .equation import MATMULS, VIEWS, Equation, Operand
 from .errors import MethodError
 from .graphs import aten, flat_outputs, operator_name
 from .records import Lowered
+from .rewriter import copied
 from .stacks import lift, stacked
 
 
@@ -90,12 +91,10 @@ class Values:
         sources = list(dict.fromkeys(node.all_input_nodes))
         values = {source: self.held_in(source, dtype) for source in sources}
         inner = lift(node, tuple(source in self.stacked for source in sources), self.stack)
-        mapped = dict(zip(inner.find_nodes(op="placeholder"), values.values(), strict=True))
+        known = dict(zip(inner.find_nodes(op="placeholder"), values.values(), strict=True))
         term, adapter = self.equation.term(node), self.equation.adapter(node)
-        for each in (n for n in inner.nodes if n.op == "call_function"):
-            args, kwargs = (fx.node.map_arg(part, mapped.__getitem__) for part in (each.args, each.kwargs))
-            mapped[each] = self.emit(each.target, args, term, adapter, kwargs)
-        return mapped[flat_outputs(inner)[0]]
+        made = copied(inner, known, lambda each, args, kwargs: self.emit(each.target, args, term, adapter, kwargs))
+        return made[flat_outputs(inner)[0]]
 
     def check_linear(self, node: fx.Node) -> None:
         """A tensor that a nonlinearity follows has to meet the activation alone."""

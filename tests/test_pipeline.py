@@ -13,6 +13,7 @@ from subgraph_peft.pipeline import Pipeline, State, names
 from subgraph_peft.pipeline_pass import Pass
 from subgraph_peft.report import write_report
 from subgraph_peft.text import Table
+from tests.installed import install
 
 ONE_LINE = 'capture,lora{r=4,where=[*.query,"*.{key,value}"],trainable=classifier},dora{of={lora{r=4}},as=second},fold'
 
@@ -82,7 +83,7 @@ def test_a_rewrite_whose_nodes_do_not_say_where_they_come_from_is_refused():
             return replace(state, program=made), "silent"
 
     program = sp.capture(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 4))
-    with pytest.raises(sp.SubgraphPeftError, match="does not say which pass made it"):
+    with pytest.raises(sp.SubgraphPeftError, match=r"^The pass fold: the node \w+ = .* does not say where"):
         Silent()(State(program=program))
 
 
@@ -173,21 +174,9 @@ class Halves(sp.Method):
 
 
 @pytest.fixture
-def third_party(monkeypatch):
+def third_party(monkeypatch, tmp_path):
     """An installed package that registers a method through the entry-point group."""
-    from importlib.metadata import EntryPoint, entry_points
-
-    point = EntryPoint("theirs", "tests.test_pipeline:Halves", registry.GROUP)
-    real = entry_points
-
-    def found(*, group):
-        return [*real(group=group), point] if group == registry.GROUP else real(group=group)
-
-    monkeypatch.setattr(registry, "entry_points", found)
-    registry.methods.cache_clear()
-    yield
-    monkeypatch.undo()
-    registry.methods.cache_clear()
+    install(monkeypatch, tmp_path / "site", registry.GROUP, "tests.test_pipeline:Halves")
 
 
 def test_third_parties_register_methods_through_an_entry_point(third_party, tmp_path):
@@ -206,7 +195,6 @@ def test_two_methods_of_one_name_are_refused(third_party, monkeypatch):
     from subgraph_peft.passes import LoRA
 
     monkeypatch.setattr(Halves, "name", LoRA.name)
-    registry.methods.cache_clear()
     with pytest.raises(sp.MethodError, match="Two methods are called 'lora'"):
         registry.methods()
 
@@ -224,16 +212,8 @@ class Count(Pass):
         return [Table("Counted", ("what", ">number"), [(self.of, str(state.records["count"]))])]
 
 
-def installed(monkeypatch, value):
-    """An entry point of another package in the group of pipeline passes."""
-    from importlib.metadata import EntryPoint
-
-    point = EntryPoint("theirs", value, pipeline.GROUP)
-    monkeypatch.setattr(pipeline, "entry_points", lambda *, group: [point])
-
-
 def test_third_parties_register_steps_through_an_entry_point(monkeypatch, tmp_path):
-    installed(monkeypatch, "tests.test_pipeline:Count")
+    install(monkeypatch, tmp_path / "site", pipeline.GROUP, "tests.test_pipeline:Count")
     program = sp.capture(nn.Linear(4, 6), torch.randn(3, 4))
     results = list(Pipeline.read("lora{where=weight},count{of=places}").run(State(program=program)))
     assert results[-1].summary == "counted places" and "count" in names()
@@ -247,15 +227,15 @@ def test_third_parties_register_steps_through_an_entry_point(monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["train", "lora", "method"])
-def test_a_step_with_the_name_of_another_pass_is_refused(monkeypatch, name):
-    installed(monkeypatch, "tests.test_pipeline:Count")
+def test_a_step_with_the_name_of_another_pass_is_refused(monkeypatch, tmp_path, name):
+    install(monkeypatch, tmp_path / "site", pipeline.GROUP, "tests.test_pipeline:Count")
     monkeypatch.setattr(Count, "name", name)
     with pytest.raises(sp.ConfigError, match=f"Two passes are called '{name}'"):
         Pipeline.read("capture")
 
 
-def test_a_registered_step_is_a_pass(monkeypatch):
-    installed(monkeypatch, "tests.test_pipeline:Halves")
+def test_a_registered_step_is_a_pass(monkeypatch, tmp_path):
+    install(monkeypatch, tmp_path / "site", pipeline.GROUP, "tests.test_pipeline:Halves")
     with pytest.raises(sp.ConfigError, match="tests.test_pipeline:Halves.* is no subclass of Pass"):
         Pipeline.read("capture")
 

@@ -1,4 +1,4 @@
-"""Graph passes that make training faster and change no result, one a file, in the order in which they run."""
+"""Graph passes that make training faster and change no result, one a file, which says after which others it runs."""
 
 from .attention import Attention
 from .changes import Changes

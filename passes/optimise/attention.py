@@ -1,13 +1,11 @@
 from typing import ClassVar
 
-from torch import fx
-
+from subgraph_peft.graph_passes import ProgramOwner, ProgramPass
 from subgraph_peft.kernels import accelerate
-from subgraph_peft.module import GraphModel
-from subgraph_peft.optimise import Optimisation
+from subgraph_peft.rewriter import Rewriter
 
 
-class Attention(Optimisation):
+class Attention(ProgramPass):
     """attention(q, repeat(k), repeat(v), mask) = attention(q, k, v, is_causal), or without a mask
 
     where the mask is proven to be the causal one or to show every key, or where right padding is promised and checked.
@@ -15,5 +13,5 @@ class Attention(Optimisation):
 
     name: ClassVar[str] = "attention"
 
-    def apply(self, graph: fx.Graph, owner: GraphModel) -> int:
-        return accelerate(graph, owner.home, owner.padding)
+    def apply(self, rewrite: Rewriter, owner: ProgramOwner) -> None:
+        rewrite.changes += accelerate(rewrite.graph, owner.home, owner.padding)

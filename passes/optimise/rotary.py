@@ -4,14 +4,12 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from subgraph_peft.graph_passes import ProgramOwner, ProgramPass
 from subgraph_peft.graphs import aten
-from subgraph_peft.module import GraphModel
-from subgraph_peft.optimise import Optimisation
-
-from .factors import derived
+from subgraph_peft.rewriter import Rewriter
 
 
-class Rotary(Optimisation):
+class Rotary(ProgramPass):
     """[−x₂, x₁] = (n − 1) x₂ + n x₁  with n = [0, 1]
 
     The half turn of rotary embeddings, for compiled code. A compiler keeps what a concatenation gave, and computes
@@ -22,15 +20,10 @@ class Rotary(Optimisation):
     name: ClassVar[str] = "rotary"
     stage: ClassVar[str] = "compiled"
 
-    def apply(self, graph: fx.Graph, owner: GraphModel) -> int:
-        changed = 0
-        for node in graph.find_nodes(op="call_function", target=aten.cat.default):
+    def apply(self, rewrite: Rewriter, owner: ProgramOwner) -> None:
+        for node in rewrite.graph.find_nodes(op="call_function", target=aten.cat.default):
             if (x := turned(node)) is not None:
-                with graph.inserting_before(node):
-                    node.replace_all_uses_with(products(graph, node, x))
-                graph.erase_node(node)
-                changed += 1
-        return changed
+                rewrite.replace(node, products(rewrite, node, x))
 
 
 def turned(node: fx.Node) -> fx.Node | None:
@@ -52,20 +45,17 @@ def turned(node: fx.Node) -> fx.Node | None:
     return x if along_last and split and width % 2 == 0 else None
 
 
-def products(graph: fx.Graph, node: fx.Node, x: fx.Node) -> fx.Node:
+def products(rewrite: Rewriter, node: fx.Node, x: fx.Node) -> fx.Node:
+    """[−x₂, x₁], which `node` is"""
     value = x.meta["val"]
     half, rank = value.shape[-1] // 2, value.ndim
 
     def add(target: object, *args: object, **kwargs: object) -> fx.Node:
-        made = derived(graph, node, target, args)
-        made.kwargs = kwargs
-        return made
+        return rewrite.add(target, args, kwargs, like=node)
 
     n = add(aten.arange.default, 2, dtype=value.dtype, device=value.device)
     n = add(aten.unsqueeze.default, n, -1)
     pair = add(aten.unflatten.int, x, rank - 1, [2, half])
     first, second = (add(aten.slice.Tensor, pair, rank - 1, i, i + 1) for i in (0, 1))
     taken = add(aten.mul.Tensor, second, add(aten.sub.Tensor, n, 1)), add(aten.mul.Tensor, first, n)
-    result = add(aten.flatten.using_ints, add(aten.add.Tensor, *taken), rank - 1, rank)
-    result.meta["val"] = node.meta.get("val")
-    return result
+    return add(aten.flatten.using_ints, add(aten.add.Tensor, *taken), rank - 1, rank)

@@ -2,14 +2,14 @@ from typing import ClassVar
 
 from torch import fx
 
+from subgraph_peft.graph_passes import ProgramOwner, ProgramPass
 from subgraph_peft.graphs import aten
-from subgraph_peft.module import GraphModel
-from subgraph_peft.optimise import Optimisation
+from subgraph_peft.rewriter import Rewriter
 
-from .factors import derived, factor
+from .factors import factor, held_like
 
 
-class Scalars(Optimisation):
+class Scalars(ProgramPass):
     """s (x Aᵀ) = x (s A)ᵀ
 
     A number that multiplies the result of a small factor multiplies the factor, before it is cast: the factor is read
@@ -17,23 +17,24 @@ class Scalars(Optimisation):
     """
 
     name: ClassVar[str] = "scalars"
+    after: ClassVar[tuple[str, ...]] = ("tidy",)
 
-    def apply(self, graph: fx.Graph, owner: GraphModel) -> int:
-        changed = 0
-        for node in graph.find_nodes(op="call_function", target=aten.mul.Tensor):
+    def apply(self, rewrite: Rewriter, owner: ProgramOwner) -> None:
+        for node in rewrite.graph.find_nodes(op="call_function", target=aten.mul.Tensor):
             product, number = node.args
             if not isinstance(number, float) or not isinstance(product, fx.Node) or len(product.users) > 1:
                 continue
-            small = factor(product)
-            if small is None:
-                continue
-            cast = small.target is aten.to.dtype and len(small.args) == 2
-            held = small.args[0] if cast else small
-            with graph.inserting_before(product):
-                scaled = derived(graph, node, aten.mul.Tensor, (held, number), like=held)
-                scaled = derived(graph, node, aten.to.dtype, (scaled, small.args[1]), like=small) if cast else scaled
-                product.args = (product.args[0], scaled)
-            node.replace_all_uses_with(product)
-            graph.erase_node(node)
-            changed += 1
-        return changed
+            if (small := factor(product)) is not None:
+                product.args = (product.args[0], multiplied(rewrite, node, small, product))
+                rewrite.replace(node, product)
+
+
+def multiplied(rewrite: Rewriter, node: fx.Node, small: fx.Node, before: fx.Node) -> fx.Node:
+    """The factor times the number of `node`, cast as the factor is."""
+    cast = small.target is aten.to.dtype and len(small.args) == 2
+    held = small.args[0] if cast else small
+    scaled = rewrite.add(aten.mul.Tensor, (held, node.args[1]), like=node, before=before)
+    held_like(scaled, held)
+    if not cast:
+        return scaled
+    return held_like(rewrite.add(aten.to.dtype, (scaled, small.args[1]), like=node, before=before), small)

@@ -1,17 +1,18 @@
 import operator
 from collections.abc import Collection
+from functools import partial
 from typing import ClassVar
 
 from torch import fx
 
+from subgraph_peft.graph_passes import ProgramOwner, ProgramPass
 from subgraph_peft.graphs import aten, is_effect, is_random
-from subgraph_peft.module import GraphModel
-from subgraph_peft.optimise import Optimisation
+from subgraph_peft.rewriter import Rewriter
 
-from .factors import derived, factor
+from .factors import factor
 
 
-class Siblings(Optimisation):
+class Siblings(ProgramPass):
     """[x A₁ᵀ, x A₂ᵀ, …] = x [A₁; A₂; …]ᵀ
 
     Small factors that meet the same activation (those of query, key and value; of gate and up) share one product: x is
@@ -19,38 +20,34 @@ class Siblings(Optimisation):
     """
 
     name: ClassVar[str] = "siblings"
+    after: ClassVar[tuple[str, ...]] = ("sums",)
 
-    def apply(self, graph: fx.Graph, owner: GraphModel) -> int:
+    def apply(self, rewrite: Rewriter, owner: ProgramOwner) -> None:
         families: dict[tuple, list[fx.Node]] = {}
         blocks = {*owner.block_paths, *(owner.checkpointing.paths if owner.checkpointing else ())}
-        for node in graph.nodes:
+        for node in rewrite.graph.nodes:
             small = factor(node)
             if small is not None and movable(small):
                 families.setdefault((node.args[0], small.meta["dtype"], call(node, blocks)), []).append(node)
-        families = {key: nodes for key, nodes in families.items() if len(nodes) > 1}
         for nodes in families.values():
-            join(graph, nodes)
-        return len(families)
+            if len(nodes) > 1:
+                join(rewrite, nodes)
 
 
-def join(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+def join(rewrite: Rewriter, nodes: list[fx.Node]) -> None:
+    """One product in the place of all, each of which is a part of it."""
     first, *_ = nodes
     x, matrices = first.args[0], [node.args[1] for node in nodes]
     for matrix in matrices:
         for source in held(matrix):
             if first < source:  # what stands before may have readers before too, such as an earlier call
                 first.prepend(source)
-    with graph.inserting_before(first):
-        stacked = derived(graph, first, aten.cat.default, (matrices,))
-        product = derived(graph, first, aten.linear.default, (x, stacked))
-        sizes = [matrix.meta["shape"][0] for matrix in matrices]
-        parts = derived(graph, first, aten.split_with_sizes.default, (product, sizes, -1))
-        for index, node in enumerate(nodes):
-            part = graph.create_node("call_function", operator.getitem, (parts, index), name=f"{node.name}_part")
-            part.meta = dict(node.meta)
-            node.replace_all_uses_with(part)
-    for node in nodes:
-        graph.erase_node(node)
+    stacked = rewrite.add(aten.cat.default, (matrices,), like=first)
+    product = rewrite.add(aten.linear.default, (x, stacked), like=first)
+    sizes = [matrix.meta["shape"][0] for matrix in matrices]
+    parts = rewrite.add(aten.split_with_sizes.default, (product, sizes, -1), like=first)
+    part = partial(rewrite.add, operator.getitem, before=first)
+    rewrite.replace_all({n: part((parts, i), like=n, name=f"{n.name}_part") for i, n in enumerate(nodes)})
 
 
 def held(matrix: fx.Node) -> list[fx.Node]:

@@ -1,18 +1,16 @@
-from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
 from torch import fx
 
-from subgraph_peft.equation import SUMS
-from subgraph_peft.graphs import aten, sweep
-from subgraph_peft.lower import META
-from subgraph_peft.module import GraphModel
-from subgraph_peft.optimise import Optimisation
+from subgraph_peft.addends import SUMS, Addend, addends
+from subgraph_peft.graph_passes import ProgramOwner, ProgramPass
+from subgraph_peft.graphs import aten
+from subgraph_peft.rewriter import Rewriter
 
-from .factors import NARROW, derived, factor
+from .factors import NARROW, factor, held_like, is_added
 
 
-class Sums(Optimisation):
+class Sums(ProgramPass):
     """y ± x(B₁A₁)ᵀ ± x(B₂A₂)ᵀ = y + x([±B₁, ±B₂] [A₁; A₂])ᵀ
 
     Products of small factors of one activation that are added up (PiSSA's with the one it starts from; those of several
@@ -21,75 +19,68 @@ class Sums(Optimisation):
     """
 
     name: ClassVar[str] = "sums"
+    after: ClassVar[tuple[str, ...]] = ("scalars",)
 
-    def apply(self, graph: fx.Graph, owner: GraphModel) -> int:
-        changed = 0
-        inside: set[fx.Node] = set()
-        for node in reversed(list(graph.nodes)):
-            if is_sum(node) and node not in inside:
-                terms = list(addends(node, 1, inside))
-                kind = next((term.kind for term in terms if term.factors), None)
-                small = [term for term in terms if term.factors and term.kind == kind]
-                others = [term for term in terms if term not in small]
-                if len(small) > 1 and others and others[0].sign > 0:
-                    join(graph, node, others, small)
-                    changed += 1
-        sweep(graph)
-        return changed
+    def apply(self, rewrite: Rewriter, owner: ProgramOwner) -> None:
+        for node in reversed([node for node in rewrite.graph.nodes if is_sum(node) and not is_within(node)]):
+            terms = list(addends(node, lambda part, root=node: is_sum(part) and (part is root or is_within(part))))
+            products = {each: found for each in terms if (found := factors(each.term))}
+            kind = next((found.kind for found in products.values()), None)
+            small = {each: found for each, found in products.items() if found.kind == kind}
+            others = [each for each in terms if each not in small]
+            if len(small) > 1 and others and others[0].scale > 0:
+                join(rewrite, node, others, small)
 
 
-class Addend(NamedTuple):
-    """± node, which is x(BA)ᵀ where it has factors (x, A, B)."""
+def is_sum(node: fx.Node) -> bool:
+    own = is_added(node) and node.target in SUMS and not node.kwargs
+    return own and all(isinstance(term, fx.Node) for term in node.args)
 
-    sign: int
-    node: fx.Node
-    factors: tuple[fx.Node, fx.Node, fx.Node] | None
+
+def is_within(node: fx.Node) -> bool:
+    """Whether a sum alone reads this one."""
+    return len(node.users) == 1 and is_sum(next(iter(node.users)))
+
+
+class Factors(NamedTuple):
+    """x(BA)ᵀ, computed as (xAᵀ)Bᵀ, with x […, in], A [r, in], B [out, r]"""
+
+    x: fx.Node
+    A: fx.Node
+    B: fx.Node
 
     @property
     def kind(self) -> tuple:
         """What products that are joined have in common."""
-        x, A, B = self.factors
-        return x, A.meta["dtype"], B.meta["dtype"]
+        return self.x, self.A.meta["dtype"], self.B.meta["dtype"]
 
 
-def is_sum(node: fx.Node) -> bool:
-    own = META in node.meta.get("custom", {}) and node.target in SUMS and not node.kwargs
-    return own and all(isinstance(term, fx.Node) for term in node.args)
-
-
-def addends(node: fx.Node, sign: int, inside: set[fx.Node]) -> Iterator[Addend]:
-    """The terms of a sum and of the sums that it alone reads, which are then `inside`."""
-    for side, term in zip((1, SUMS[node.target]), node.args, strict=True):
-        if is_sum(term) and len(term.users) == 1:
-            inside.add(term)
-            yield from addends(term, sign * side, inside)
-        else:
-            yield Addend(sign * side, term, factors(term))
-
-
-def factors(product: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """(x, A, B) of x(BA)ᵀ with small A and B, which nothing else reads."""
+def factors(product: fx.Node) -> Factors | None:
+    """Those of a product with small A and B, which nothing else reads."""
     if product.target is not aten.linear.default or len(product.args) != 2 or len(product.users) > 1:
         return None
     inner, B = product.args
     A, shape = factor(inner), B.meta.get("shape", ())
     if A is None or len(inner.users) > 1 or B.meta.get("stacked") or len(shape) != 2 or NARROW * shape[1] > shape[0]:
         return None
-    return inner.args[0], A, B
+    return Factors(inner.args[0], A, B)
 
 
-def join(graph: fx.Graph, last: fx.Node, others: list[Addend], small: list[Addend]) -> None:
+def join(rewrite: Rewriter, last: fx.Node, others: list[Addend], small: dict[Addend, Factors]) -> None:
     """`last` becomes the sum of the others and of one product."""
-    outer, (x, like, _) = small[0].node, small[0].factors
-    inner, right = outer.args[0], [A for _, _, (_, A, _) in small]
-    with graph.inserting_before(last):
-        left = [B if sign > 0 else derived(graph, node, aten.neg.default, (B,)) for sign, node, (_, _, B) in small]
-        A = derived(graph, inner, aten.cat.default, (right,), like=like)
-        A.meta["shape"] = (sum(each.meta["shape"][0] for each in right), like.meta["shape"][1])
-        B = derived(graph, outer, aten.cat.default, (left, 1))
-        z = derived(graph, inner, aten.linear.default, (x, A))
-        product = derived(graph, outer, aten.linear.default, (z, B))
-        y = others[0].node
-        for sign, node, _ in others[1:]:
-            y = derived(graph, last, aten.add.Tensor if sign > 0 else aten.sub.Tensor, (y, node))
-    last.target, last.args = aten.add.Tensor, (y, product)
+
+    def add(target: object, *args: object, like: fx.Node) -> fx.Node:
+        return rewrite.add(target, args, like=like, before=last)
+
+    outer, (x, like, _) = next((each.term, found) for each, found in small.items())
+    inner, right = outer.args[0], [found.A for found in small.values()]
+    left = [f.B if each.scale > 0 else add(aten.neg.default, f.B, like=each.term) for each, f in small.items()]
+    A = held_like(add(aten.cat.default, right, like=inner), like)
+    A.meta["shape"] = (sum(each.meta["shape"][0] for each in right), like.meta["shape"][1])
+    B = add(aten.cat.default, left, 1, like=outer)
+    z = add(aten.linear.default, x, A, like=inner)
+    product = add(aten.linear.default, z, B, like=outer)
+    y = others[0].term
+    for scale, term, _ in others[1:]:
+        y = add(aten.add.Tensor if scale > 0 else aten.sub.Tensor, y, term, like=last)
+    rewrite.change(last, aten.add.Tensor, (y, product))

@@ -4,12 +4,12 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from subgraph_peft.graph_passes import ProgramOwner, ProgramPass
 from subgraph_peft.graphs import aten, is_effect, is_random, mode_argument, written
-from subgraph_peft.module import GraphModel
-from subgraph_peft.optimise import Optimisation
+from subgraph_peft.rewriter import Rewriter
 
 
-class Tidy(Optimisation):
+class Tidy(ProgramPass):
     """x[:] = x, to(to(x, d), d) = to(x, d), n + 0 = n for whole numbers n; and what a module computes twice, once
 
     The latter in graphs that write to no tensor. Casts of floating-point values stay, even where the captured dtype is
@@ -17,22 +17,19 @@ class Tidy(Optimisation):
     """
 
     name: ClassVar[str] = "tidy"
+    after: ClassVar[tuple[str, ...]] = ("attention",)
 
-    def apply(self, graph: fx.Graph, owner: GraphModel) -> int:
-        changed = 0
-        pure = not any(list(written(node)) for node in graph.nodes)
+    def apply(self, rewrite: Rewriter, owner: ProgramOwner) -> None:
+        pure = not any(list(written(node)) for node in rewrite.graph.nodes)
         known: dict[Any, fx.Node] = {}
-        for node in list(graph.nodes):
+        for node in list(rewrite.graph.nodes):
             if node.op != "call_function":
                 continue
             same = source(node)
             if pure and same is None and (key := recipe(node)) is not None:
                 same = known.setdefault(key, node)
             if same is not None and same is not node:
-                node.replace_all_uses_with(same)
-                graph.erase_node(node)
-                changed += 1
-        return changed
+                rewrite.replace(node, same)
 
 
 def source(node: fx.Node) -> fx.Node | None:

@@ -34,7 +34,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import subgraph_peft as sp
 from subgraph_peft.files import write_json
-from subgraph_peft.optimise import optimisations
+from subgraph_peft.graph_passes import optimisations
 
 from .attach import machine
 from .sides import ATTENTION_AND_MLP, LABELS
