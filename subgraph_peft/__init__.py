@@ -53,8 +53,8 @@ __all__ = [
     "ExportError", "FoldError", "Method", "MethodError", "PassError", "Pipeline", "Program", "SelectorError",
     "Site", "SubgraphPeftError", "Tensor", "TrainError", "TrainOptions", "TrainResult", "TrainStep", "TrainWarning",
     "Wrapper", "analyze", "capture", "evaluate", "fold", "frozen", "kaiming_uniform", "kernels", "load", "normal",
-    "ones", "optimise", "parameter_groups", "penalty", "promise", "read", "rewrite", "save", "schedule", "sites", "take",
-    "train", "trainable", "unflatten", "write", "write_analysis", "write_to", "zeros",
+    "ones", "optimise", "parameter_groups", "penalty", "promise", "read", "rewrite", "save", "schedule", "sites",
+    "take", "train", "trainable", "unflatten", "write", "write_analysis", "write_to", "zeros",
 ]  # fmt: skip
 
 # module -> its public names, imported when one is first asked for: torch takes a second, and the help none of it
