@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from subgraph_peft.data import IGNORED, Padding
-from subgraph_peft.evaluate import Metrics, Tally, shifts_labels
+from subgraph_peft.data import Padding
+from subgraph_peft.evaluate import Metrics, Tally
+from subgraph_peft.label_shift import IGNORED, shifted
 from subgraph_peft.rewriter import META
 
 from .adapters import Adapters
@@ -29,19 +30,20 @@ def evaluate(
     opened = session(path)
     slots = Adapters(opened).load(adapter).values if adapter else {}
     taken = {value.name for value in opened.get_inputs()}
-    source = opened.get_modelmeta().custom_metadata_map.get(f"{META}.source", "")
-    tally = Tally(metrics, shifts_labels(source))
+    shift = opened.get_modelmeta().custom_metadata_map.get(f"{META}.label_shift")
+    tally = Tally(metrics, None if shift is None else int(shift))
     for batch in DataLoader(data, batch_size=batch_size, collate_fn=collate or Padding()):
         outputs = run(opened, {name: tensor for name, tensor in batch.items() if name in taken}, slots)
         logits = outputs.get("logits", next(iter(outputs.values()))).float()
-        tally.add(loss(logits, batch["labels"], tally.shifted), logits, batch["labels"])
+        tally.add(loss(logits, batch["labels"], tally.shift), logits, batch["labels"])
     return tally.result()
 
 
-def loss(logits: torch.Tensor, labels: torch.Tensor, shifted: bool) -> torch.Tensor | None:
+def loss(logits: torch.Tensor, labels: torch.Tensor, shift: int | None) -> torch.Tensor | None:
     """Mean cross entropy of class numbers; None for other labels."""
     if labels.is_floating_point() or logits.shape[:-1] != labels.shape:
         return None
-    if shifted:
-        logits, labels = logits[:, :-1], labels[:, 1:]
+    labels = shifted(labels, shift)
+    if labels.ndim > 1:
+        logits = logits[:, : labels.shape[1]]
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)

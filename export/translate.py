@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from subgraph_peft.checkpoint import entry
 from subgraph_peft.errors import ExportError
+from subgraph_peft.label_shift import label_shift
 from subgraph_peft.program import Program
 from subgraph_peft.recurrent import Whole
 from subgraph_peft.rewriter import META
@@ -214,6 +215,8 @@ def describe(model: ir.Model, program: Program, identity: str, **options: Any) -
         "versions": {name: module.__version__ for name in versions if (module := sys.modules.get(name)) is not None},
         **{name: option for name, option in options.items() if option},
     }
+    if (shift := label_shift(program)) is not None:
+        facts["label_shift"] = shift
     if folded := program.folded:
         facts["fold"] = {
             "dtype": str(folded.dtype),

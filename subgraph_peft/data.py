@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch.utils.data import Dataset, default_collate
 
 from .errors import ConfigError
+from .label_shift import IGNORED
 from .rows import Row, read_rows
-from .sources import Task
+from .tasks import TASKS
 
-IGNORED = -100
 LONGEST = 512
 Item = dict[str, Any]
 Collate = Callable[[Sequence[Item]], dict[str, torch.Tensor]]
@@ -93,7 +93,7 @@ class Data:
     metrics: tuple[str, ...] | None = None
 
 
-def load_data(spec: DataSpec, tokenizer: Any | None, task: Task = "sequence-classification") -> Data:
+def load_data(spec: DataSpec, tokenizer: Any | None, task: str = "sequence-classification") -> Data:
     """Read, number the labels, set an evaluation share aside, encode.
 
     Raises ConfigError with the file and line where a row is at fault, and the columns there are where one is missing.
@@ -106,14 +106,11 @@ def load_data(spec: DataSpec, tokenizer: Any | None, task: Task = "sequence-clas
     finished = not any(isinstance(value, str) for value in sets["train"][0].values.values())
     if not finished:
         sets["train"][0].text(spec.text)
-    names, numbering, metrics = (), {}, None
-    if task == "causal-lm":
-        metrics = ("perplexity",)
-    elif task == "sequence-classification" and spec.regression:
-        names, metrics = (spec.label,), ("mse", "pearson", "spearman")
-    elif task == "sequence-classification" and not finished:
+    names, numbering = (), {}
+    if TASKS[task].text == "class" and spec.regression:
+        names = (spec.label,)
+    elif TASKS[task].text == "class" and not finished:
         names, numbering = number_labels(spec, [row for rows in sets.values() for row in rows])
-        metrics = ("accuracy",)
     if "eval" not in sets and spec.eval_share:
         sets["train"], sets["eval"] = set_aside(sets["train"], spec)
     if spec.limit:
@@ -124,7 +121,8 @@ def load_data(spec: DataSpec, tokenizer: Any | None, task: Task = "sequence-clas
         name: Examples([dict(r.values) for r in rows] if finished else encode(spec, rows, tokenizer, task, numbering))
         for name, rows in sets.items()
     }
-    return Data(encoded["train"], encoded.get("eval"), encoded.get("test"), names, Padding(tokenizer), metrics)
+    collate, metrics = Padding(tokenizer), TASKS[task].metrics
+    return Data(encoded["train"], encoded.get("eval"), encoded.get("test"), names, collate, metrics)
 
 
 def number_labels(spec: DataSpec, rows: Sequence[Row]) -> tuple[tuple[str, ...], dict[str, int]]:
@@ -192,20 +190,25 @@ def share(count: int, spec: DataSpec) -> int:
 
 
 def encode(
-    spec: DataSpec, rows: Sequence[Row], tokenizer: Any | None, task: Task, numbering: Mapping[str, int]
+    spec: DataSpec, rows: Sequence[Row], tokenizer: Any | None, task: str, numbering: Mapping[str, int]
 ) -> list[Item]:
+    """Examples of rows of text, as the task has them."""
     if tokenizer is None:
         raise ConfigError("The rows hold text, but the model has no tokenizer: name one with its `tokenizer` option.")
-    limit = length_limit(spec, tokenizer)
+    if (kind := TASKS[task].text) is None:
+        encoded = " and ".join(name for name, other in TASKS.items() if other.text)
+        raise ConfigError(f"Text is encoded for {encoded}; {task} needs finished inputs.")
+    return list(ENCODERS[kind](spec, rows, tokenizer, numbering))
+
+
+def classes(spec: DataSpec, rows: Sequence[Row], tokenizer: Any, numbering: Mapping[str, int]) -> Iterator[Item]:
+    """Token ids of a text or of a pair of them, with a class number or a real number."""
     texts = [row.text(spec.text) for row in rows]
-    if task == "causal-lm":
-        return list(completions(spec, rows, texts, tokenizer, limit))
-    if task != "sequence-classification":
-        raise ConfigError(f"Text is encoded for sequence-classification and causal-lm; {task} needs finished inputs.")
     pairs = [row.text(spec.text_pair) for row in rows] if spec.text_pair else None
-    encoded = tokenizer(texts, pairs, truncation=True, max_length=limit)
-    labels = [real(row, spec.label) if spec.regression else numbering[spelled(row[spec.label])] for row in rows]
-    return [{**{key: encoded[key][i] for key in encoded}, "labels": label} for i, label in enumerate(labels)]
+    encoded = tokenizer(texts, pairs, truncation=True, max_length=length_limit(spec, tokenizer))
+    for i, row in enumerate(rows):
+        label = real(row, spec.label) if spec.regression else numbering[spelled(row[spec.label])]
+        yield {**{key: encoded[key][i] for key in encoded}, "labels": label}
 
 
 def length_limit(spec: DataSpec, tokenizer: Any) -> int:
@@ -223,10 +226,9 @@ def real(row: Row, column: str) -> float:
     return number
 
 
-def completions(
-    spec: DataSpec, rows: Sequence[Row], texts: Sequence[str], tokenizer: Any, limit: int
-) -> Iterator[Item]:
+def completions(spec: DataSpec, rows: Sequence[Row], tokenizer: Any, numbering: Mapping[str, int]) -> Iterator[Item]:
     """Token ids of text + separator + completion + end, with labels on the completion and its end alone."""
+    texts, limit = [row.text(spec.text) for row in rows], length_limit(spec, tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if spec.completion:
         prompts = tokenizer([text + spec.separator for text in texts])["input_ids"]
@@ -240,6 +242,9 @@ def completions(
         if all(label == IGNORED for label in labels[1:]):
             raise ConfigError(f"{row.where}: no token is left to predict.")
         yield {"input_ids": prompt + answer, "attention_mask": [1] * len(labels), "labels": labels}
+
+
+ENCODERS = {"class": classes, "completion": completions}
 
 
 @dataclass(frozen=True)

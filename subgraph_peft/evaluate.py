@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
-from .data import IGNORED, Padding
+from .data import Padding
 from .errors import TrainError, suggestion
 from .internals import internals
+from .label_shift import IGNORED, label_shift, scored, shifted
 from .processes import rank, world
 from .program import Program
 
@@ -46,7 +47,7 @@ def evaluate(
         batches += [[0]] * (rounds - counted)
     loader = DataLoader(data, batch_sampler=batches, collate_fn=collate or Padding())
     module, training = program.module, program.module.training
-    tally = Tally(metrics, shifts_labels(program.source))
+    tally = Tally(metrics, label_shift(program))
     try:
         module.eval()
         with torch.no_grad():
@@ -62,17 +63,6 @@ def evaluate(
     return tally.gathered().result()
 
 
-def shifts_labels(source: str) -> bool:
-    """Whether the model of that class compares the logits at one position with the label at the next."""
-    return source.endswith(("ForCausalLM", "LMHeadModel"))
-
-
-def scored(labels: torch.Tensor, shifted: bool) -> torch.Tensor:
-    """The labels that the loss is a mean over: without those it ignores, and without the first if it shifts them."""
-    labels = labels[:, 1:] if shifted else labels
-    return labels.flatten() if labels.is_floating_point() else labels[labels != IGNORED]
-
-
 def loss_and_logits(outputs: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """By name in a ModelOutput or dict; otherwise the loss is a first scalar, the logits what follows."""
     if isinstance(outputs, Mapping):
@@ -85,10 +75,10 @@ def loss_and_logits(outputs: Any) -> tuple[torch.Tensor | None, torch.Tensor | N
 
 
 class Tally:
-    """Sums over batches; logits are kept only where a metric needs them all."""
+    """Sums over batches; logits are kept only where a metric needs them all. shift: as `label_shift` gives it."""
 
-    def __init__(self, metrics: Metrics | None, shifted: bool):
-        self.metrics, self.shifted = metrics, shifted
+    def __init__(self, metrics: Metrics | None, shift: int | None):
+        self.metrics, self.shift = metrics, shift
         self.losses: list[tuple[float, int]] = []
         self.labels, self.correct = 0, 0
         self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
@@ -101,13 +91,13 @@ class Tally:
         for name in self.names():
             if name not in NAMED:
                 raise TrainError(f"Unknown metric {name!r}.{suggestion(name, NAMED)} Metrics: {', '.join(NAMED)}.")
-        count = len(scored(labels, self.shifted))
+        count = len(scored(labels, self.shift))
         self.labels += count
         if loss is not None and count:
             self.losses.append((loss.item(), count))
         if "accuracy" in self.names():
-            shown = logits[:, :-1] if self.shifted else logits
-            compared = labels[:, 1:] if self.shifted else labels
+            compared = shifted(labels, self.shift)
+            shown = logits[:, : compared.shape[1]] if self.shift and labels.ndim > 1 else logits
             if shown.shape[:-1] != compared.shape:
                 shapes = f"logits {list(logits.shape)} and labels {list(labels.shape)}"
                 raise TrainError(f"accuracy compares class scores with class numbers, not {shapes}.")

@@ -16,24 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import nn
 
 from .errors import ConfigError, first_line, nearest
+from .tasks import CLASSIFYING, TASKS
 
-Task = Literal[
-    "sequence-classification", "token-classification", "question-answering", "multiple-choice", "image-classification",
-    "causal-lm", "masked-lm", "seq2seq-lm", "feature-extraction",
-]  # fmt: skip
-CLASSES: Mapping[str, str] = {
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "question-answering": "AutoModelForQuestionAnswering",
-    "multiple-choice": "AutoModelForMultipleChoice",
-    "image-classification": "AutoModelForImageClassification",
-    "causal-lm": "AutoModelForCausalLM",
-    "masked-lm": "AutoModelForMaskedLM",
-    "seq2seq-lm": "AutoModelForSeq2SeqLM",
-    "feature-extraction": "AutoModel",
-}
 TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model"
-LABELLED = ("sequence-classification", "token-classification", "image-classification")
 
 
 class ModelSpec(BaseModel):
@@ -43,7 +28,7 @@ class ModelSpec(BaseModel):
     package:      an installed Python package that holds the model in `folder`
     factory:      "module:function", called with `arguments`; gives a model or (model, tokenizer). The module may lie in
                   the current directory
-    task:         which head: see CLASSES
+    task:         which head: see `tasks`
     num_labels:   classes of a classification head (1: regression); by default as many as the data's labels
     tokenizer:    name or folder of the tokenizer, where it is not the model's own
     dtype:        of the weights; "auto" keeps what is stored
@@ -58,7 +43,7 @@ class ModelSpec(BaseModel):
     folder: str = "."
     factory: str | None = None
     arguments: dict[str, Any] = Field(default_factory=dict)
-    task: Task = "feature-extraction"
+    task: Literal[*TASKS] = "feature-extraction"
     num_labels: PositiveInt | None = None
     tokenizer: str | None = None
     dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "float32"
@@ -96,7 +81,7 @@ def load_model(spec: ModelSpec, labels: Sequence[str] = ()) -> LoadedModel:
     tokenizer = load_tokenizer(spec)
     import transformers
 
-    loader = getattr(transformers, CLASSES[spec.task])
+    loader = getattr(transformers, TASKS[spec.task].head)
     with quiet(), torch.random.fork_rng(), naming_failure(source, local):
         torch.manual_seed(spec.seed)
         options = {"dtype": spec.dtype, **head(spec, labels), **spec.kwargs}
@@ -109,9 +94,9 @@ def load_model(spec: ModelSpec, labels: Sequence[str] = ()) -> LoadedModel:
 
 def head(spec: ModelSpec, labels: Sequence[str]) -> dict[str, Any]:
     """Configuration of a classification head."""
-    if spec.task not in LABELLED:
+    if spec.task not in CLASSIFYING:
         if spec.num_labels:
-            raise ConfigError(f"num_labels belongs to {', '.join(LABELLED)}, not to {spec.task}.")
+            raise ConfigError(f"num_labels belongs to {', '.join(CLASSIFYING)}, not to {spec.task}.")
         return {}
     if spec.num_labels and labels and spec.num_labels != len(labels):
         raise ConfigError(f"num_labels is {spec.num_labels}; the data has {len(labels)} labels: {', '.join(labels)}.")

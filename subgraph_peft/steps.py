@@ -176,6 +176,7 @@ class Train(Pass, TrainOptions):
             output=state.folder / "checkpoints",
             options=options,
             collate=data.collate,
+            metrics=data.metrics,
         )
         on_first(lambda: save(state.program, state.folder / "adapter"))
         state = state.without_record("merged")  # its weights have changed
@@ -219,7 +220,7 @@ class Fold(Pass):
             summary += f"; {state.folder / 'delta.safetensors'}"
         after = replace(state.without_record("merged"), program=program)
         if state.data is not None and state.data.eval is not None and "train" in state.records:
-            scores = evaluate(program, state.data.eval, collate=state.data.collate)
+            scores = evaluate(program, state.data.eval, metrics=state.data.metrics, collate=state.data.collate)
             after = after.with_scores(folded=scores)
         return after, summary
 

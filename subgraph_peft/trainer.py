@@ -17,7 +17,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from . import distributed, processes, resume
 from .data import token_counts
 from .errors import TrainError
-from .evaluate import Metrics, evaluate, loss_and_logits, scored, shifts_labels
+from .evaluate import Metrics, evaluate, loss_and_logits
+from .label_shift import label_shift, scored
 from .module import GraphModel
 from .options import TrainOptions
 from .order import Order
@@ -53,7 +54,7 @@ class ProgramTrainer(Trainer):
         callbacks: Sequence[TrainerCallback],
     ):
         self.program, self.options, self.metrics, self.run = program, options, metrics, run
-        self.shifted, self.penalised = shifts_labels(program.source), has_penalty(program)
+        self.shift, self.penalised = label_shift(program), has_penalty(program)
         self.trained = [parameter for _, parameter in program.parameters(trainable=True)]
         self.fast: TrainStep | None = None
         self.statistics = distributed.statistics(module)
@@ -131,7 +132,7 @@ class ProgramTrainer(Trainer):
     def weight(self, batch: Mapping[str, Any]) -> int:
         """What the loss of a batch is a mean over: labels, or examples where it has none."""
         labels = batch.get("labels")
-        return scored(labels, self.shifted).numel() if isinstance(labels, torch.Tensor) else examples(batch)
+        return scored(labels, self.shift).numel() if isinstance(labels, torch.Tensor) else examples(batch)
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None

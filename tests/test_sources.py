@@ -3,11 +3,14 @@ import textwrap
 
 import pytest
 import torch
+import transformers
 from pydantic import ValidationError
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
 
+from subgraph_peft.data import ENCODERS
 from subgraph_peft.errors import ConfigError
 from subgraph_peft.sources import ModelSpec, load_model, load_tokenizer
+from subgraph_peft.tasks import TASKS, task_of
 
 from .models import ENCODER
 
@@ -190,3 +193,23 @@ def test_labels_that_disagree(folder):
 def test_exactly_one_source(options):
     with pytest.raises(ValidationError, match="give one of transformers, package, factory"):
         ModelSpec(**options)
+
+
+@pytest.mark.parametrize(
+    ("model", "encoder_decoder", "task"),
+    [
+        ("BertForSequenceClassification", False, "sequence-classification"),
+        ("GPT2LMHeadModel", False, "causal-lm"),
+        ("T5ForConditionalGeneration", True, "seq2seq-lm"),
+        ("LlavaForConditionalGeneration", False, "causal-lm"),
+        ("BertModel", False, "feature-extraction"),
+        ("DetrForObjectDetection", False, None),
+    ],
+)
+def test_the_task_of_a_stored_class(model, encoder_decoder, task):
+    assert task_of(model, encoder_decoder) == task
+
+
+def test_every_task_names_a_class_of_transformers():
+    assert all(hasattr(transformers, task.head) and task.endings for task in TASKS.values())
+    assert set(ENCODERS) == {task.text for task in TASKS.values()} - {None}

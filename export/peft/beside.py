@@ -10,6 +10,7 @@ from subgraph_peft.adapter import Adapter, targets
 from subgraph_peft.checkpoint import trained, written
 from subgraph_peft.errors import CheckpointError, MethodError
 from subgraph_peft.program import Program
+from subgraph_peft.tasks import TASKS, task_of
 
 from .folder import MODULES, Slot
 from .form import Form
@@ -17,13 +18,6 @@ from .options import Options
 from .targets import modules
 
 BASE = "base_layer."
-# ending of a model's class -> peft's task type, and the modules that the type saves
-TASKS = {
-    "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS", "Model": "FEATURE_EXTRACTION",
-}  # fmt: skip
-HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 @dataclass(frozen=True)
@@ -138,7 +132,7 @@ def write(program: Program, form: Form, values: Mapping[str, torch.Tensor], adap
     saved = {owner(name) for name in values if name not in biases}
     which, kept = bias_option(form, set(values), {name for name in biases if owner(name) not in saved}, adapted)
     saved |= {owner(name) for name in values if name in biases - kept}
-    task, heads = task_of(program, form, saved, adapted)
+    task, heads = type_of(program, form, saved, adapted)
     saved |= set(heads)
     saved = {module for module in modules(program.captured) if saved and module.endswith(tuple(saved))}
     if clash := next((module for module in sorted(adapted) if inside(f"{module}.", saved)), None):
@@ -169,18 +163,16 @@ def inside(name: str, found: Collection[str]) -> bool:
     return any(name.startswith(f"{module}.") for module in found)
 
 
-def task_of(
+def type_of(
     program: Program, form: Form, saved: Collection[str], adapted: Collection[str]
 ) -> tuple[str | None, list[str]]:
     """(peft's task type, the heads that it always saves, whole). A type that brings heads is given where they are saved
     anyway, or where the adapter acts by its type. Raises MethodError."""
-    task = next((task for ending, task in TASKS.items() if program.source.endswith(ending)), None)
     config = vars(program.module).get("config")
-    if task == "SEQ_2_SEQ_LM" and not getattr(config, "is_encoder_decoder", False):
-        task = "CAUSAL_LM"
+    known = TASKS.get(task_of(program.source, getattr(config, "is_encoder_decoder", False)))
+    task, named = (known.peft, known.saved) if known else (None, ())
     if form.needs_task and task in (None, "SEQ_2_SEQ_LM"):
         raise MethodError(f"peft puts no virtual tokens before a {program.source}. Use sp.save(program, folder).")
-    named = HEADS.get(task, ())
     heads = outermost([module for module in modules(program.captured) if named and module.endswith(named)])
     whole = all(any(inside(f"{module}.", [head]) for module in saved) for head in heads)
     if form.needs_task or (whole and not any(inside(f"{module}.", heads) for module in adapted)):

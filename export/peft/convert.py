@@ -7,7 +7,8 @@ from subgraph_peft.capture import capture
 from subgraph_peft.checkpoint import load, save
 from subgraph_peft.errors import ConfigError, first_line, suggestion
 from subgraph_peft.program import Program
-from subgraph_peft.sources import CLASSES, ModelSpec, load_model
+from subgraph_peft.sources import ModelSpec, load_model
+from subgraph_peft.tasks import TASKS, task_of
 
 from .folder import CONFIG, read_config
 from .reading import from_peft
@@ -51,8 +52,8 @@ def captured_model(name: str, task: str | None = None) -> Program:
     task: which head it has; by default that of the class it was stored as. Raises ConfigError, CaptureError.
     """
     task = task or stored_task(name)
-    if task not in CLASSES:
-        raise ConfigError(f"There is no task {task!r}.{suggestion(task, CLASSES)} Tasks: {', '.join(CLASSES)}.")
+    if task not in TASKS:
+        raise ConfigError(f"There is no task {task!r}.{suggestion(task, TASKS)} Tasks: {', '.join(TASKS)}.")
     model = load_model(ModelSpec(transformers=name, task=task)).model
     return capture(model, dict(model.dummy_inputs))
 
@@ -62,10 +63,9 @@ def stored_task(name: str) -> str:
     from transformers import AutoConfig
 
     try:
-        stored = AutoConfig.from_pretrained(name).architectures or [""]
+        config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         what = f"{name} is no pipeline, no run and no model that can be loaded"
         raise ConfigError(f"{what}: {first_line(error)}") from error
-    heads = {task: auto.removeprefix("AutoModel") for task, auto in CLASSES.items()}
-    found = next((task for task, head in heads.items() if head and stored[0].endswith(head)), None)
-    return found or ("causal-lm" if stored[0].endswith("LMHeadModel") else "feature-extraction")
+    stored = (config.architectures or [""])[0]
+    return task_of(stored, getattr(config, "is_encoder_decoder", False)) or "feature-extraction"
