@@ -73,6 +73,7 @@ def inspect(
 
     from . import catalogue
     from .costs import rewrite_table
+    from .graph_diff import summarised
     from .run import prepare
     from .sites import site_table, sites
     from .stages import configured
@@ -89,7 +90,7 @@ def inspect(
                 if isinstance(item, Rewrite):
                     announce(f"    {catalogue.entry(item.method).equation}")
                 if graph and result.difference:
-                    announce("\n".join(result.difference))
+                    announce("\n".join(summarised(result.difference)))
         if all_sites or not state.program.adapters:
             print_table(site_table(sites(state.program)))
         if state.program.adapters:

@@ -17,6 +17,7 @@ from .costs import rewrite_rows, rewrite_table
 from .errors import ConfigError
 from .files import write_json, write_text
 from .fold import fold_rows
+from .graph_diff import summarised
 from .method import Method, spell
 from .pipeline_pass import Result
 from .program import Program
@@ -156,7 +157,8 @@ def page(document: Mapping[str, Any], results: Sequence[Result], curve: bool) ->
             lines += section(table)
     for item in document["passes"]:
         if item["difference"]:
-            lines += [f"## Graph: `{item['pass']}`", "", "```diff", *shortened(item["difference"]), "```", ""]
+            shown = shortened(summarised(item["difference"]))
+            lines += [f"## Graph: `{item['pass']}`", "", "```diff", *shown, "```", ""]
     lines += section(Table("Versions", ("package", "version"), list(document["versions"].items())))
     return lines
 

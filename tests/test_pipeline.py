@@ -9,6 +9,7 @@ from torch import nn
 import subgraph_peft as sp
 from subgraph_peft import catalogue, pipeline, registry
 from subgraph_peft.config import apply_override, load_config, schema, shipped_configs
+from subgraph_peft.graph_diff import summarised
 from subgraph_peft.pipeline import Pipeline, State, names
 from subgraph_peft.pipeline_pass import Pass
 from subgraph_peft.report import write_report
@@ -197,6 +198,34 @@ def test_two_methods_of_one_name_are_refused(third_party, monkeypatch):
     monkeypatch.setattr(Halves, "name", LoRA.name)
     with pytest.raises(sp.MethodError, match="Two methods are called 'lora'"):
         registry.methods()
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def test_layers_that_change_alike_are_one_difference_with_their_paths(tmp_path):
+    program = sp.capture(nn.Sequential(*(Block() for _ in range(9)), nn.Linear(4, 2)), torch.randn(3, 4))
+    results = list(Pipeline.read("lora{r=2,where=*.{up,down}}").run(State(program=program)))
+    lines = summarised(results[0].difference)
+    layers = "{0,1,2,3,4,5,6,7,8}"
+    assert [x for x in lines if x.startswith("@@")] == [f"@@ {layers}.up, 9 times", f"@@ {layers}.down, 9 times"]
+    assert len(lines) < 20 < len(results[0].difference) / 5
+    page = write_report(results, tmp_path).read_text()
+    assert "\n".join(lines) in page and (tmp_path / "graph.diff").read_text().count("lora_A = ") == 18
+
+
+def test_what_changes_otherwise_stays_a_difference_of_its_own():
+    program = sp.capture(nn.Sequential(*(Block() for _ in range(3))), torch.randn(3, 4))
+    ranks = '{"0.up"={alpha=1}}'
+    (result,) = Pipeline.read(f"lora{{r=2,where=*.up,patterns={ranks}}}").run(State(program=program))
+    found = [line for line in summarised(result.difference) if line.startswith("@@")]
+    assert found == ["@@ 0.up", "@@ {1,2}.up, 2 times"]
 
 
 class Count(Pass):
