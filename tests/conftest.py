@@ -11,6 +11,18 @@ import torch
 
 torch.set_num_threads(1)
 
+# files that take longest, the longest first: a worker that got one of them last would keep the others waiting
+LONG = (
+    "test_serving", "test_slots", "test_generator", "test_decoder_slots", "test_module", "test_distributed", "test_zoo",
+    "test_cli", "test_optimise", "test_laws", "test_schedule", "test_peft", "test_interchange", "test_sequence",
+    "test_decoder", "test_places", "test_merged", "test_rewrite", "test_capture", "test_to_onnx", "test_blocks",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"{name}.py": at for at, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+
 
 @pytest.fixture(autouse=True, scope="module")
 def few_objects_to_collect() -> None:
