@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import fx
 
 from .errors import TrainError
-from .graphs import argument, schema, viewed, written
+from .graphs import viewed, written
 from .internals import internals
 from .module import GraphModel
+from .operators import argument, schema
 from .processes import host, world
 from .program import Program
 

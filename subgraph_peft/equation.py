@@ -12,8 +12,8 @@ from .errors import MethodError
 from .graph_passes import EquationPass, optimised
 from .graphs import aten, cone, mode_argument, operator_name, sweep
 from .method import Method
+from .operators import Kind, is_a, permutation
 from .rewriter import Rewriter
-from .uses import TRANSPOSES
 
 VIEWS = {
     aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default, aten.view.default,
@@ -230,9 +230,7 @@ def is_elementwise(node: fx.Node) -> bool:
 
 
 def is_transpose(node: fx.Node) -> bool:
-    if node.target in TRANSPOSES:
-        return node.args[0].meta["val"].ndim == 2
-    return node.target is aten.transpose.int and node.meta["val"].ndim == 2 and {a % 2 for a in node.args[1:]} == {0, 1}
+    return is_a(node, Kind.TRANSPOSE) and node.meta["val"].ndim == 2 and permutation(node) == (1, 0)
 
 
 @lru_cache(maxsize=512)

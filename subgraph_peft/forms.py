@@ -8,6 +8,7 @@ from torch import fx
 from .errors import MethodError
 from .graphs import aten
 from .layout import Layout
+from .operators import Kind, is_a
 from .sites import Site, turned
 from .uses import Use, free_label
 
@@ -64,7 +65,7 @@ class Form:
 
     def without_bias(self, x: fx.Node, term: str) -> fx.Node:
         target = self.use.node.target
-        return self.emit(aten.mm.default if target is aten.addmm.default else target, (x, self.use.source), term)
+        return self.emit(aten.mm.default if is_a(self.use.node, Kind.ADDMM) else target, (x, self.use.source), term)
 
     def apply(self, x: fx.Node, matrix: fx.Node, bias: fx.Node | None, term: str, at: At) -> fx.Node:
         matrix = self.picked(matrix)
@@ -232,7 +233,7 @@ class Embedding(Form):
             return super().apply(x, matrix, bias, term, at)
         table = self.emit(aten.t.default, (matrix,), f"{term}_table")
         node = self.use.node
-        picked = [x] if node.target is aten.index.Tensor else x
+        picked = [x] if is_a(node, Kind.INDEX) else x
         return self.emit(node.target, (table, picked, *node.args[2:]), term)
 
 

@@ -1,7 +1,6 @@
 """Edits of flat aten graphs: train and eval mode, missing inputs, device and dtype moves, printing."""
 
 import copy
-import functools
 import linecache
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
 from .legal import FUNCTIONS, illegal
+from .operators import argument, schema, set_argument
 
 aten = torch.ops.aten
 PURE = frozenset(FUNCTIONS.values())
@@ -119,26 +119,6 @@ def is_batch_count(node: fx.Node) -> bool:
         and (held := viewed(count)).op == "get_attr"
         and str(held.target).endswith("num_batches_tracked")
     )
-
-
-@functools.cache
-def schema(operator: torch._ops.OpOverload) -> dict[str, tuple[int, Any]]:
-    """Argument name -> its position, its default."""
-    return {a.name: (i, a.default_value) for i, a in enumerate(operator._schema.arguments)}
-
-
-def argument(node: fx.Node, name: str) -> Any:
-    """An operator's argument by the name in its schema, its default where it is not given."""
-    at, default = schema(node.target)[name]
-    return node.args[at] if at < len(node.args) else node.kwargs.get(name, default)
-
-
-def set_argument(node: fx.Node, name: str, value: object) -> None:
-    at, _ = schema(node.target)[name]
-    if at < len(node.args):
-        node.update_arg(at, value)
-    else:
-        node.update_kwarg(name, value)
 
 
 def without_inputs(graph: fx.Graph, missing: set[str]) -> list[bool]:

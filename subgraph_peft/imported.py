@@ -15,7 +15,8 @@ from .assemble import assemble
 from .compare import equal
 from .errors import CaptureError, CaptureWarning
 from .examples import example_of
-from .graphs import argument, aten, bodies, every_node, is_random, mode_argument, operator_name, set_argument
+from .graphs import aten, bodies, every_node, is_random, mode_argument, operator_name
+from .operators import argument, set_argument
 from .program import Program
 from .refusals import check
 from .runners import renew

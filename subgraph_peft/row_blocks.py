@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from .graphs import aten, fixed_size
-from .uses import SAME, SLICES, SPLITS, Use, dimension, running, slice_of
+from .graphs import fixed_size
+from .operators import VIEWS, Kind, dimensions, is_a, operand, permutation
+from .uses import Use, running, slice_of
 
 if TYPE_CHECKING:
     from .sites import Site
@@ -61,23 +62,34 @@ def rows_of(site: "Site", use: Use) -> Rows | None:
 def taken_apart(node: fx.Node, at: int, size: int) -> Rows | None:
     """The blocks into which dimension `at` of a value is split, through views that leave it whole or split it."""
     users = list(node.users)
-    splits = [user for user in users if user.target in SPLITS]
-    if len(users) == 1 and splits and dimension(splits[0], 2) % node.meta["val"].ndim == at:
-        return running(value.shape[at] for value in splits[0].meta["val"])
-    if len(users) > 1 and all(user.target in SLICES for user in users):
+    if len(users) > 1 and all(is_a(user, Kind.SLICE) for user in users):
         return slices(node, users, at, size)
     if len(users) != 1:
         return None
     (user,) = users
-    value = user.meta.get("val")
-    if user.target in SAME:
-        return taken_apart(user, at, size)
-    if user.target in (aten.view.default, aten.reshape.default, aten.unflatten.int):
-        return reshaped(node, user, at, size)
-    if user.target is aten.transpose.int:
-        a, b = (d % value.ndim for d in user.args[1:3])
-        return taken_apart(user, {a: b, b: a}.get(at, at), size)
-    return None
+    if is_a(user, Kind.SPLIT):
+        return running(value.shape[at] for value in user.meta["val"]) if dimensions(user) == (at,) else None
+    if not shows(user, node):
+        return None
+    kept = place_after(user, at)
+    return reshaped(node, user, at, size) if kept is None else taken_apart(user, kept, size)
+
+
+def shows(view: fx.Node, node: fx.Node) -> bool:
+    """Whether a node is all entries of another, each once."""
+    return is_a(view, VIEWS & ~Kind.BROADCAST) and operand(view) is node
+
+
+def place_after(view: fx.Node, at: int) -> int | None:
+    """Where dimension `at` of its operand is in a view, None where it is taken apart or joined with others."""
+    if is_a(view, Kind.TRANSPOSE):
+        return permutation(view).index(at)
+    before, after = ([str(size) for size in each.meta["val"].shape] for each in (operand(view), view))
+    if before == after:
+        return at
+    places = [place for place, size in enumerate(after) if size != "1"]
+    same = [size for size in before if size != "1"] == [after[place] for place in places]
+    return places[sum(size != "1" for size in before[:at])] if same and before[at] != "1" else None
 
 
 def reshaped(node: fx.Node, user: fx.Node, at: int, size: int) -> Rows | None:
@@ -96,31 +108,15 @@ def reshaped(node: fx.Node, user: fx.Node, at: int, size: int) -> Rows | None:
 
 
 def takes(node: fx.Node, at: int) -> bool:
-    """Whether all readers take single entries of dimension `at`, through permutations."""
-    for user in node.users:
-        rank = node.meta["val"].ndim
-        if user.target is aten.select.int or user.target is aten.unbind.int:
-            if dimension(user, 1) % rank != at:
-                return False
-        elif user.target is aten.permute.default:
-            if not takes(user, [d % rank for d in user.args[1]].index(at)):
-                return False
-        elif user.target is aten.transpose.int:
-            a, b = (d % rank for d in user.args[1:3])
-            if not takes(user, {a: b, b: a}.get(at, at)):
-                return False
-        elif user.target is aten.unsqueeze.default and user.args[1] == 0:
-            if not takes(user, at + 1):
-                return False
-        elif user.target in SAME:
-            if not takes(user, at):
-                return False
-        elif user.target is aten.squeeze.dim and user.args[1] % rank != at:
-            if not takes(user, at - (user.args[1] % rank < at)):
-                return False
-        else:
-            return False
-    return bool(node.users)
+    """Whether all readers take single entries of dimension `at`, through views that keep it."""
+
+    def taken(user: fx.Node) -> bool:
+        if is_a(user, Kind.SELECT | Kind.UNBIND):
+            return dimensions(user) == (at,)
+        kept = place_after(user, at) if shows(user, node) else None
+        return kept is not None and takes(user, kept)
+
+    return bool(node.users) and all(map(taken, node.users))
 
 
 def slices(node: fx.Node, users: Sequence[fx.Node], at: int, size: int) -> Rows | None:

@@ -1,6 +1,7 @@
 """Sites: the weight parameters of a program, with every place that uses them."""
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -8,24 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from .graphs import aten, flat_outputs, operator_name
+from .graphs import flat_outputs, operator_name
 from .layout import MATRIX, Layout, whole
+from .operators import LAYERS, SHAPED, Kind, is_a, operand
 from .row_blocks import blocks_of
 from .text import Table, grouped
-from .uses import WHOLE, Use, uses
+from .uses import Use, uses
 
 if TYPE_CHECKING:
     from .program import Program
 
-# operators through which a projection's result is still that projection's result
-RESHAPES = {
-    aten.view.default, aten.reshape.default, aten.to.dtype, aten.slice.Tensor, aten.contiguous.default,
-    aten.squeeze.dim, aten.unsqueeze.default, aten.clone.default, aten.transpose.int, aten.select.int,
-    aten._to_copy.default,
-}  # fmt: skip
-
-
-OWNED = ("linear", "addmm", "embedding", "conv1d", "conv2d", "conv3d")  # forms that a constant has in a weight's place
 VECTORS = ("bias", "scale")
 PLACES = ("module", "attention")
 
@@ -189,7 +182,8 @@ def unowned(captured: "Program") -> Iterator[str]:
         value = node.meta.get("val")
         if str(node.target) in own or not isinstance(value, torch.Tensor):
             continue
-        if value.ndim > 1 and value.is_floating_point() and any(use.form in OWNED for use in uses(node)):
+        is_weight = any(is_a(use.node, LAYERS) and use.layout for use in uses(node))
+        if value.ndim > 1 and value.is_floating_point() and is_weight:
             yield str(node.target)
 
 
@@ -219,7 +213,7 @@ def weight_site(graph: fx.Graph, found: Sequence[Use], common: dict) -> Site:
     name, shape = common["name"], common["shape"]
     layout = layout_of(found)
     forms = list(dict.fromkeys(use.form for use in found))
-    if len(forms) == 1 and (layout or forms[0] in WHOLE):
+    if len(forms) == 1 and (layout or forms[0] != "other"):
         kind = forms[0]
     else:
         kind = "other" if layout is None else "embedding" if "embedding" in forms else "matmul"
@@ -259,12 +253,22 @@ def is_bias(node: fx.Node) -> bool:
 
 
 def is_head(graph: fx.Graph, calls: Sequence[fx.Node]) -> bool:
-    """Whether a call's result is an output of the graph, up to reshapes and casts."""
+    """Whether a call's result is an output of the graph, or in one, however it is laid out there."""
     outputs = set(flat_outputs(graph))
-    frontier = [node for node in calls if node.target is not aten.embedding.default]
+    found: set[fx.Node] = set()
+    frontier = [node for node in calls if not is_a(node, Kind.LOOKUP)]
     while frontier:
         node = frontier.pop()
-        if node in outputs:
-            return True
-        frontier.extend(user for user in node.users if user.target in RESHAPES)
-    return False
+        found.add(node)
+        frontier.extend(user for user in node.users if user not in found and lays_out(user, node))
+    return not found.isdisjoint(outputs)
+
+
+def lays_out(user: fx.Node, node: fx.Node) -> bool:
+    """Whether the value of `user` is made of the entries of `node`."""
+    if user.target is operator.getitem:
+        return is_a(node, Kind.SPLIT | Kind.UNBIND)
+    if not is_a(user, SHAPED):
+        return False
+    shown = operand(user)
+    return node in shown if isinstance(shown, (list, tuple)) else shown is node
