@@ -1,7 +1,7 @@
 """What every operator is to an analysis: one table, by names, and one reader of a node's arguments.
 
 A name is the operator's in its schema: `linear`, `squeeze.dim` for an overload, `library::name` outside of aten. The
-copy of a view (`squeeze_copy.dim`) is what the view is. Operators that this torch does not have stand here all the same.
+copy of a view (`squeeze_copy.dim`) is what the view is. An operator that this torch does not have may stand here too.
 """
 
 import functools
@@ -65,7 +65,8 @@ class Kind(Flag):
 K = Kind
 VIEWS = K.SAME | K.CAST | K.RESHAPE | K.TRANSPOSE | K.BROADCAST  # every entry of the first argument, and no other
 PARTS = K.SLICE | K.SELECT | K.SPLIT | K.UNBIND
-SHAPED = VIEWS | PARTS | K.INDEX | K.PICK | K.REORDER | K.REPEAT | K.PAD | K.JOIN | K.BITS | K.PIECE  # entries of it, however laid
+PICKED = K.INDEX | K.PICK | K.REORDER | K.REPEAT | K.PAD
+SHAPED = VIEWS | PARTS | PICKED | K.JOIN | K.BITS | K.PIECE  # entries of the first argument, however they are laid out
 SUMS = K.ADD | K.SUBTRACT
 MULTIPLES = K.MULTIPLY | K.DIVIDE | K.NEGATE
 ELEMENTWISE = SUMS | MULTIPLES
