@@ -32,7 +32,7 @@ from subgraph_peft.rewrite import resolve_ties
 from subgraph_peft.rewriter import META
 from subgraph_peft.selectors import Where, select
 from subgraph_peft.sites import VECTORS, Site, find, turned
-from subgraph_peft.uses import View, step
+from subgraph_peft.uses import step, whole
 
 from .inference import STAMP, Inference
 from .weights import converted
@@ -239,7 +239,8 @@ def read_laid(reader: fx.Node, weight: fx.Node, laid: fx.Node) -> bool:
             product.meta = dict(reader.meta)
             reader.target, reader.args = aten.add.Tensor, (product, bias)
         return True
-    if reader.op == "call_function" and step(reader, View((0, 1))) == View((1, 0)):
+    seen = step(reader, weight, whole(weight.meta["val"].shape))
+    if seen is not None and seen.dims == ((1,), (0,)) and not seen.cuts:
         reader.replace_all_uses_with(laid)
         reader.graph.erase_node(reader)
         return True

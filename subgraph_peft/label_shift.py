@@ -6,15 +6,12 @@ import torch
 from torch import fx
 
 from .errors import TrainError, TrainWarning
-from .graphs import argument, aten, cone, evaluate
+from .graphs import cone, evaluate
+from .operators import Kind, argument, is_a
 from .program import Program
 
 IGNORED = -100
 FIRST = 1_000_003  # the labels that stand for positions: no token of padding, whose label some models ignore
-CROSS_ENTROPIES = {
-    aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default, aten.nll_loss2d.default,
-    aten.nll_loss_forward.default, aten.nll_loss2d_forward.default,
-}  # fmt: skip
 
 
 def label_shift(program: Program) -> int | None:
@@ -32,7 +29,7 @@ def label_shift(program: Program) -> int | None:
         return 0
     graph = captured.graph
     source = next((node for node in graph.find_nodes(op="placeholder") if node.name == "labels"), None)
-    targets = [argument(node, "target") for node in graph.nodes if node.target in CROSS_ENTROPIES]
+    targets = [argument(node, "target") for node in graph.nodes if is_a(node, Kind.LOSS)]
     shifts = [shift_of(captured, source, target) for target in targets if source in cone(target)]
     if not shifts or None in shifts:
         warnings.warn(

@@ -122,7 +122,7 @@ TABLE: dict[Kind, str] = {
     K.FILL: "zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full scalar_tensor",
     K.SIZE: "sym_size.int sym_numel",
     K.ARGMAX: "argmax",
-    K.LOSS: "cross_entropy_loss nll_loss nll_loss_nd",
+    K.LOSS: "cross_entropy_loss nll_loss nll_loss_nd nll_loss2d nll_loss_forward nll_loss2d_forward",
     K.ASSERTION: "_assert_tensor_metadata _assert_async.msg _assert_scalar sym_constrain_range_for_size"
     " sym_constrain_range",
 }
