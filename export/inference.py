@@ -8,8 +8,7 @@ import torch
 from torch import fx, nn
 
 from subgraph_peft.errors import ExportError, suggestion
-from subgraph_peft.graphs import aten, fixed_size, flat_outputs, sweep
-from subgraph_peft.normalise import attribute
+from subgraph_peft.graphs import aten, attribute, fixed_size, flat_outputs, sweep
 from subgraph_peft.program import Program
 from subgraph_peft.runners import specialise
 from subgraph_peft.tree import attach, named_tensors
@@ -26,11 +25,11 @@ class Runner(nn.Module):
 
     def __init__(self, graph: fx.Graph):
         super().__init__()
-        self.graph = graph
+        self._subgraph = graph  # under no name that a tensor of the model could have
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with fx.traceback.preserve_node_meta():
-            return fx.Interpreter(self, graph=self.graph).run(*inputs)
+            return fx.Interpreter(self, graph=self._subgraph).run(*inputs)
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,10 @@ class Inference:
     axes: Axes
     left_out: tuple[str, ...]
     samples: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module._subgraph
 
     @property
     def own(self) -> list[str]:

@@ -24,9 +24,8 @@ from subgraph_peft.adapter import identifier, targets
 from subgraph_peft.errors import ExportError
 from subgraph_peft.fold import folds
 from subgraph_peft.generate import base_of
-from subgraph_peft.graphs import aten
+from subgraph_peft.graphs import aten, attribute
 from subgraph_peft.layout import MATRIX
-from subgraph_peft.normalise import attribute
 from subgraph_peft.program import Program
 from subgraph_peft.rewrite import resolve_ties
 from subgraph_peft.rewriter import META
@@ -58,7 +57,7 @@ class Slots:
     def open(self, cut: Inference) -> Inference:
         """The cut with an input for every tensor that an adapter replaces, and a pair at every site. Raises ExportError
         for one that the cut does not read."""
-        graph, samples = cut.module.graph, {}
+        graph, samples = cut.graph, {}
         read = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
         if lost := [name for name in (*(site.name for site in self.sites), *self.whole) if name not in read]:
             raise ExportError(

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from subgraph_peft.checkpoint import entry
 from subgraph_peft.errors import ExportError
+from subgraph_peft.flat import readable
 from subgraph_peft.label_shift import label_shift
 from subgraph_peft.program import Program
 from subgraph_peft.recurrent import Whole
@@ -43,7 +44,7 @@ def translate(program: Program, cut: Inference, example: Mapping[str, torch.Tens
         raise ExportError(f"Opset {opset} is too old; the oldest that can be written is {OLDEST_OPSET}.")
     with quiet():
         try:
-            exported = trace(cut, example)
+            exported, aliases = readable(trace(cut, example))
         except Exception as error:
             raise refused(program, "torch.export cannot trace the graph again", error) from error
         try:
@@ -54,6 +55,9 @@ def translate(program: Program, cut: Inference, example: Mapping[str, torch.Tens
         except Exception as error:
             raise refused(program, "the graph has no ONNX form", error) from error
         model = onnx_program.model
+        for name, alias in aliases.items():
+            if alias in model.graph.initializers:
+                model.graph.initializers[alias].name = name
         if opset is not None and model.opset_imports[""] != opset:
             needed = model.opset_imports[""]
             raise ExportError(f"{program.source} cannot be written in opset {opset}; its operators need {needed}.")

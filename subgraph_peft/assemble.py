@@ -8,10 +8,9 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from .flat import Flat, flat, rename
 from .module import build
-from .normalise import attribute, normalise
 from .program import Program
-from .refusals import check_graph
 from .signature import Signature
 from .surroundings import uncollected
 from .tree import home_of
@@ -30,29 +29,21 @@ def assemble(
     inputs:  the example inputs by name; by default those that the program carries
     names:   tensor of the exported program -> its name in the program, where that is another
     """
-    root = flat(exported)
+    found = flat(exported)
     signature = Signature.of(exported, model.forward if model is not None else None)
-    tensors, volatile, ties = own_tensors(root, root if model is None else model)
+    tensors, volatile, ties = own_tensors(found, model)
     if names:
         tensors = {names.get(name, name): tensor for name, tensor in tensors.items()}
         volatile = {names.get(name, name) for name in volatile}
         ties = tuple(frozenset(names.get(name, name) for name in group) for group in ties)
-        rename(root.graph, names)
+        rename(found.graph, names)
     if model is None:
-        split_ties(root.graph, ties)
-    source = source_of(root.graph) or (type(model).__name__ if model is not None else "Model")
+        split_ties(found.graph, ties)
+    source = source_of(found.graph) or (type(model).__name__ if model is not None else "Model")
     config = getattr(model, "config", None)
-    module = build(signature, root.graph, None, tensors, volatile, home_of(tensors), source, config=config)
+    module = build(signature, found.graph, None, tensors, volatile, home_of(tensors), source, config=config)
     example = examples_of(exported, signature) if inputs is None else inputs
     return Program(module=module, example=example, source=source, ties=ties)
-
-
-def flat(exported: ExportedProgram) -> fx.GraphModule:
-    """The program as a flat, normalised GraphModule over the program's own tensors. Raises CaptureError."""
-    root = exported.module(check_guards=False)
-    normalise(root)
-    check_graph(root.graph)
-    return root
 
 
 def examples_of(exported: ExportedProgram, signature: Signature) -> dict[str, Any]:
@@ -73,25 +64,26 @@ def source_of(graph: fx.Graph) -> str | None:
     return None
 
 
-def own_tensors(root: fx.GraphModule, origin: nn.Module) -> tuple[dict, set[str], tuple[frozenset[str], ...]]:
-    """(tensors by name, names outside the state dict, groups of tied names).
+def own_tensors(found: Flat, model: nn.Module | None) -> tuple[dict, set[str], tuple[frozenset[str], ...]]:
+    """(tensors by name, names outside the state dict, groups of tied names), of the model where it is at hand.
 
     Parameters are new, frozen objects over the same memory; buffers, which training may write to, are copies.
     """
-    saved = set(origin.state_dict(keep_vars=True))
+    origin, own = (found.root, {alias: n for n, alias in found.aliases.items()}) if model is None else (model, {})
+    saved = {own.get(name, name) for name in origin.state_dict(keep_vars=True)}
     names: dict[object, list[str]] = {}
     tensors: dict[str, Any] = {}
     frozen: dict[object, nn.Parameter] = {}
     for name, parameter in origin.named_parameters(remove_duplicate=False):
         key = memory(parameter)
-        names.setdefault(key, []).append(name)
+        names.setdefault(key, []).append(own.get(name, name))
         if key not in frozen:
             frozen[key] = nn.Parameter(parameter.detach(), requires_grad=False)
-        tensors[name] = frozen[key]
+        tensors[own.get(name, name)] = frozen[key]
     for name, buffer in origin.named_buffers(remove_duplicate=False):
-        tensors[name] = buffer.detach().clone()
-    for path in {str(node.target) for node in root.graph.find_nodes(op="get_attr")} - set(tensors):
-        value = attribute(root, path)
+        tensors[own.get(name, name)] = buffer.detach().clone()
+    for path in {str(node.target) for node in found.graph.find_nodes(op="get_attr")} - set(tensors):
+        value = found.read(path)
         tensors[path] = value.detach().clone() if isinstance(value, torch.Tensor) else value
     volatile = {name for name in tensors if name not in saved}
     return tensors, volatile, tuple(frozenset(group) for group in names.values() if len(group) > 1)
@@ -102,11 +94,6 @@ def memory(parameter: nn.Parameter) -> object:
     if parameter.is_meta or not parameter.numel():
         return id(parameter)
     return parameter.data_ptr(), parameter.dtype, tuple(parameter.shape), parameter.stride()
-
-
-def rename(graph: fx.Graph, names: Mapping[str, str]) -> None:
-    for node in graph.find_nodes(op="get_attr"):
-        node.target = names.get(str(node.target), node.target)
 
 
 def split_ties(graph: fx.Graph, ties: tuple[frozenset[str], ...]) -> None:

@@ -11,17 +11,17 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from . import imported
-from .assemble import assemble, flat
+from .assemble import assemble
 from .backward import check_backward, noted
 from .calls import add_guards
 from .checkpointing import keep_checkpointing, uncheckpointed
 from .compare import equal
 from .errors import CaptureError, CaptureWarning
 from .examples import dynamic_dimensions, example_of, widen
+from .flat import flat
 from .graphs import attributes, fixed_size, writes
 from .internals import internals
 from .kernels import promise
-from .normalise import attribute
 from .padding import Padding
 from .program import Program
 from .recurrent import Whole
@@ -182,14 +182,14 @@ def check_eval(program: Program, model: nn.Module, inputs: dict[str, Any], range
             f"({program.signature.output}): turn off the option of its config that adds them."
         )
     add_guards(program.module, second)
-    root = flat(second)
+    found = flat(second)
     named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     shared = {name for several in named for name, _ in several}
-    for path, node in list(attributes(root.graph)):
+    for path, node in list(attributes(found.graph)):
         if path not in shared:  # a constant, or the body of an operator, of this graph alone
             node.target = f"eval_{path}"
-            attach(program.module, node.target, attribute(root, path), persistent=False)
-    internals(program.module).eval_graph = root.graph
+            attach(program.module, node.target, found.read(path), persistent=False)
+    internals(program.module).eval_graph = found.graph
     renew(program.module)
     if not same(expected):
         raise CaptureError(

@@ -10,9 +10,9 @@ from . import graphs
 from .calls import checked
 from .errors import CaptureError
 from .graph_passes import optimised, running
+from .graphs import attribute
 from .internals import internals
 from .module import GraphModel
-from .normalise import attribute
 from .partition import Unit, boundary, ordered, outermost, owners, repeated
 from .runners import checkpointed, specialise
 

@@ -4,6 +4,7 @@ import copy
 import linecache
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -236,12 +237,46 @@ def check(graph: fx.Graph) -> None:
 def compile_graph(graph: fx.Graph, name: str) -> Callable:
     """The graph as a function `(self, *placeholders) -> tuple`, reading tensors as attributes of `self`."""
     check(graph)
-    code = graph.python_code("self")
+    code = spelled_out(graph).python_code("self")
     namespace = dict(code.globals)
     file = f"<{name}:{id(graph):x}>"
     exec(compile(code.src, file, "exec"), namespace)
     linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)
     return namespace["forward"]
+
+
+def attribute(root: nn.Module, path: str) -> Any:
+    """What a module holds under a qualified name."""
+    value: Any = root
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def called(root: nn.Module, path: str, *args: Any) -> Any:
+    """The result of a submodule."""
+    return attribute(root, path)(*args)
+
+
+def spelled_out(graph: fx.Graph) -> fx.Graph:
+    """The graph, or one that reads what no code can name (`self.in.weight`) by a call of `attribute`."""
+    reads = [
+        node
+        for node in graph.nodes
+        if node.op in ("get_attr", "call_module")
+        and (node.name == "self" or any(map(iskeyword, str(node.target).split("."))))
+    ]
+    if not reads:
+        return graph
+    graph, copies = clone(graph)
+    with graph.inserting_before(next(iter(graph.nodes))):
+        root = graph.create_node("placeholder", "self", name="_subgraph_self")
+    for node in map(copies.__getitem__, reads):
+        reader = attribute if node.op == "get_attr" else called
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.call_function(reader, (root, node.target, *node.args)))
+        graph.erase_node(node)
+    return graph
 
 
 def attributes(graph: fx.Graph) -> Iterator[tuple[str, fx.Node]]:

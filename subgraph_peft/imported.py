@@ -15,6 +15,7 @@ from .assemble import assemble
 from .compare import equal
 from .errors import CaptureError, CaptureWarning
 from .examples import example_of
+from .flat import readable
 from .graphs import aten, bodies, every_node, is_random, mode_argument, operator_name
 from .operators import argument, set_argument
 from .program import Program
@@ -59,7 +60,7 @@ def from_exported(exported: ExportedProgram, example_inputs: Any, dynamic: Any, 
             "This ExportedProgram carries no example inputs: pass them, capture(program, example_inputs), or export it "
             "again with torch.export.export."
         )
-    reference = exported.module(check_guards=False)
+    reference = readable(exported)[0].module(check_guards=False)
     check(reference)
     program = assemble(exported, inputs=None if example_inputs is None else {})
     if example_inputs is not None:

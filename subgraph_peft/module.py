@@ -98,10 +98,16 @@ def groups(module: nn.Module) -> list[str]:
 
 
 class Given:
-    """In place of a method of GraphModel: the model has a child or tensor of that name, and it is found."""
+    """In place of a method of GraphModel: the child or tensor of the model that has its name."""
 
-    def __get__(self, module: Any, owner: type) -> Any:
-        raise AttributeError("a child or tensor of the model")
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: nn.Module, owner: type) -> Any:
+        for held in (module._parameters, module._buffers, module._modules):
+            if self.name in held:
+                return held[self.name]
+        raise AttributeError(self.name)
 
 
 def build(

@@ -3,7 +3,7 @@
 import torch
 from torch import fx, nn
 
-from .graphs import aten, sweep
+from .graphs import aten, attribute, sweep
 from .recompose import recompose
 from .recurrent import restore
 
@@ -140,10 +140,3 @@ def carries_gradient(root: nn.Module, node: object) -> bool:
             return True
         stack.extend(current.all_input_nodes)
     return False
-
-
-def attribute(root: nn.Module, path: str) -> object:
-    value: object = root
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value

@@ -60,6 +60,7 @@ def check(model: nn.Module) -> None:
                 refuse(model, path, f"{named(path, module)} {what}: {advice}.")
         if type(module).__module__.startswith("torch.ao.nn") and hasattr(module, "_packed_params"):
             refuse(model, path, f"{named(path, module)} holds packed, quantised weights. {UNQUANTISED}.")
+        check_names(path, module)
     devices: dict[torch.device, str] = {}
     for path, parameter in model.named_parameters():
         shown = f"{path} [{', '.join(map(str, parameter.shape))}] {parameter.dtype}" if not is_lazy(parameter) else path
@@ -77,6 +78,17 @@ def check(model: nn.Module) -> None:
     if len(devices) > 1:
         places = ", ".join(f"{path} on {device}" for device, path in devices.items())
         raise CaptureError(f"The model is spread over devices ({places}): move it to one of them and capture it there.")
+
+
+def check_names(path: str, module: nn.Module) -> None:
+    """Refuse a child or tensor that a method of nn.Module hides, as setattr allows: `self.train = nn.Linear(…)`."""
+    held = (module.named_children(), module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+    for name in (name for several in held for name, _ in several):
+        if name in vars(module) or hasattr(nn.Module, name):
+            raise CaptureError(
+                f"{f'{path}.{name}'.lstrip('.')} has the name of an attribute of nn.Module, which hides it. Give it "
+                "another name."
+            )
 
 
 def is_quantised(tensor: torch.Tensor) -> bool:

@@ -131,17 +131,6 @@ class Members(nn.Module):
         return torch.vmap(lambda w: F.linear(x, w).relu())(self.w).mean(0)
 
 
-class Home(nn.Module):
-    """Calls a layer what the captured module calls its device and dtype."""
-
-    def __init__(self):
-        super().__init__()
-        self.home = nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.home(x)
-
-
 def rows(count: int = 3) -> torch.Tensor:
     return torch.randn(count, 4, generator=torch.Generator().manual_seed(count))
 
@@ -268,11 +257,6 @@ def test_arguments_without_a_number_go_by_their_name_or_in_a_row():
     parts = (rows(), rows() + 1)
     for example in (parts, {"parts": parts}):
         assert sp.capture(Sum(), example).module(*parts).shape == (3, 3)
-
-
-def test_a_name_of_the_captured_module_itself_is_refused():
-    with pytest.raises(sp.CaptureError, match="attribute 'home' of its own"):
-        sp.capture(Home(), rows())
 
 
 class Sized(nn.Module):

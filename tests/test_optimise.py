@@ -777,7 +777,7 @@ def test_folding_and_export_see_the_captured_graph(captured):
     assert show(sp.fold(program).graph) == show(base.graph)
     assert "_part = getitem" not in show(program.graph)
     assert changes(program.module)[BOTH]["siblings"] == 2
-    assert not any("_part" in node.name for node in inference(program).module.graph.nodes)
+    assert not any("_part" in node.name for node in inference(program).graph.nodes)
 
 
 def test_the_pipeline_step(tmp_path):
