@@ -1,0 +1,256 @@
+"""Is the suite sharp? `python -m tests.faults [word …]` plants faults in a copy of the tree, one at a time, and runs
+the test files that should catch each. Without words all of them; else those whose name has one of the words.
+
+Prints caught or missed for each; ends with code 1 where one was missed, or where its text is not found exactly once.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ("subgraph_peft", "passes", "export")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old` becomes `new` in the one file of the package that has it; `tests` are the files that should catch it."""
+
+    name: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def fault(name: str, old: str, new: str, *tests: str) -> Fault:
+    return Fault(name, old, new, tests)
+
+
+FAULTS = (
+    fault(
+        "sign: a difference distributes as a sum",
+        "negative = scale.times(-1.0) if sign < 0 and scale else scale",
+        "negative = scale",
+        "test_laws",
+        "test_forms",
+    ),
+    fault(
+        "sign: a difference without scale is added",
+        "aten.sub.Tensor if sign < 0 and not scale else aten.add.Tensor",
+        "aten.add.Tensor",
+        "test_laws",
+    ),
+    fault(
+        "bias: lost where rows are scaled",
+        "y = self.emit(aten.div.Tensor if inverse else aten.mul.Tensor, (y, self.vector(node, vector, "
+        'at, True)), "rows")\n        self.current = node\n        return self.plus(y, bias)',
+        "y = self.emit(aten.div.Tensor if inverse else aten.mul.Tensor, (y, self.vector(node, vector, "
+        'at, True)), "rows")\n        self.current = node\n        return y',
+        "test_laws",
+    ),
+    fault(
+        "transpose: a layout is stored without turning back",
+        "return matrix.reshape([sizes[d] for d in self.order]).permute(back).reshape(shape).contiguous()",
+        "return matrix.reshape(shape).contiguous()",
+        "test_laws",
+        "test_forms",
+    ),
+    fault(
+        "method: DoRA's norms over columns",
+        '"m": torch.linalg.vector_norm(W, dim=1)',
+        '"m": torch.linalg.vector_norm(W, dim=0)',
+        "test_laws",
+    ),
+    fault(
+        "method: rsLoRA scales as LoRA",
+        "self.alpha / self.r**0.5",
+        "self.alpha / self.r",
+        "oracle/test_interchange",
+    ),
+    fault(
+        "selector: exclude is ignored",
+        'if verdict == "no" or any(pattern.match(paths) != "no" for pattern in excludes):',
+        'if verdict == "no":',
+        "test_selectors",
+    ),
+    fault(
+        "selector: heads are taken by wildcards",
+        '        if self.head:\n            return "output head',
+        '        if False:\n            return "output head',
+        "test_selectors",
+    ),
+    fault(
+        "fold: a site is skipped",
+        "for target in targets(folding):",
+        "for target in targets(folding)[1:]:",
+        "test_fold",
+        "test_laws",
+    ),
+    fault(
+        "fold: values that are not finite pass",
+        "            if not torch.isfinite(value).all():\n                bad =",
+        "            if False:\n                bad =",
+        "test_fold",
+    ),
+    fault(
+        "fold: what the dtype loses is not counted",
+        "max(0.0, 1 - lost / delta)",
+        "1.0",
+        "test_fold",
+    ),
+    fault(
+        "capture: guards on sizes are dropped",
+        "    return tuple(code for code in wide if (read := inputs_of(code)) and read <= known and readable(code))",
+        "    return ()",
+        "test_hazards",
+        "test_capture",
+        "test_inputs",
+    ),
+    fault(
+        "mask: a window is read as causal",
+        "seen == sympy.true:",
+        "seen != sympy.false:",
+        "test_masks",
+    ),
+    fault(
+        "schedule: off by one step",
+        "        self.number += 1\n        before =",
+        "        before =",
+        "test_schedule",
+    ),
+    fault(
+        "schedule: AdaLoRA prunes during warmup",
+        "        if step <= self.warmup:\n            return first\n",
+        "",
+        "test_schedule",
+    ),
+    fault(
+        "training: batches of a step weigh the same",
+        "factors = held * (len(batches) * processes.world() / total)",
+        "factors = torch.ones_like(held)",
+        "test_train",
+    ),
+    fault(
+        "training: the last batch leaves examples out",
+        "yield block[self.rank :: self.world] or block[:1]",
+        "yield block[self.rank :: self.world][: self.count // self.world] or block[:1]",
+        "test_distributed",
+    ),
+    fault(
+        "evaluation: the mean is over batches",
+        "sum(loss * count for loss, count in self.losses) / self.labels",
+        "sum(loss for loss, _ in self.losses) / len(self.losses)",
+        "test_train",
+    ),
+    fault(
+        "checkpoint: another base is taken",
+        'config["base"]["fingerprint"] != fingerprint(program, config["trained"])',
+        "False",
+        "test_checkpoint",
+    ),
+    fault(
+        "checkpoint: files of two saves",
+        "if saved_with != digest(",
+        "if False and digest(",
+        "test_checkpoint",
+    ),
+    fault(
+        "merged: a rename is missing",
+        "return revert_weight_conversion(self.model, dict(tensors))",
+        "return dict(tensors)",
+        "test_merged",
+    ),
+    fault(
+        "peft: alpha of single modules is lost",
+        "alpha = matched(options.alpha_pattern, site.owner, options.lora_alpha)",
+        "alpha = options.lora_alpha",
+        "oracle/test_interchange",
+    ),
+    fault(
+        "peft: a LoRA of any update has twice its scale",
+        "method = LoRA(r=A.shape[-2], alpha=A.shape[-2])",
+        "method = LoRA(r=A.shape[-2], alpha=2 * A.shape[-2])",
+        "oracle/test_interchange",
+    ),
+    fault(
+        "export: a missing cast",
+        'if operand.meta["val"].dtype != dtype:',
+        "if False:",
+        "export/test_legal",
+    ),
+    fault(
+        "export: drift is no error",
+        "    if not over:\n        return",
+        "    return",
+        "export/test_verification",
+    ),
+    fault(
+        "export: places that are not finite are not compared",
+        "not torch.allclose(expected[~finite], actual[~finite], equal_nan=True) or not actual[finite].isfinite().all()",
+        "False",
+        "export/test_verification",
+    ),
+    fault(
+        "analysis: Cayley without its inverse",
+        "torch.linalg.solve(identity + K, identity - K)",
+        "(identity + K) @ (identity - K)",
+        "test_linalg",
+        "test_laws",
+    ),
+)
+
+
+def file_of(fault: Fault, tree: Path) -> Path:
+    """The file that has the text once. Raises LookupError."""
+    files = {path.resolve() for name in PACKAGE for path in (tree / name).rglob("*.py")}
+    counts = {path: count for path in files if (count := path.read_text(encoding="utf-8").count(fault.old))}
+    if sum(counts.values()) != 1:
+        found = ", ".join(f"{path.name} ({count})" for path, count in counts.items()) or "nowhere"
+        raise LookupError(f"{fault.name}: {fault.old!r} is {found}, not in one place")
+    return next(iter(counts))
+
+
+def is_caught(fault: Fault, tree: Path) -> bool:
+    """Whether a test fails with the fault in the tree, which is as before then."""
+    path = file_of(fault, tree)
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+    try:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
+        environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+        files = [f"tests/{name}.py" for name in fault.tests]
+        done = subprocess.run([*command, *files], cwd=tree, env=environment, capture_output=True, text=True)
+    finally:
+        path.write_text(text, encoding="utf-8")
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{fault.name}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode == 1
+
+
+def main(words: Sequence[str]) -> int:
+    chosen = [fault for fault in FAULTS if not words or any(word in fault.name for word in words)]
+    bad = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        tree = Path(scratch) / "tree"
+        ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "*.egg-info", "build")
+        shutil.copytree(ROOT, tree, ignore=ignored)
+        for name in ("passes", "export"):  # so that the copy is whole, whatever is installed
+            (tree / "subgraph_peft" / name).symlink_to(tree / name)
+        for fault in chosen:
+            try:
+                verdict = "caught" if is_caught(fault, tree) else "MISSED"
+            except LookupError as error:
+                verdict = f"NOT FOUND: {error}"
+            bad += verdict != "caught"
+            print(f"{fault.name}: {verdict}", flush=True)
+    print(f"{len(chosen) - bad} of {len(chosen)} faults were caught")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
