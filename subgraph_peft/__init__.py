@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from .evaluate import evaluate
     from .fold import fold
+    from .graph_passes import EquationPass, ProgramPass
     from .kernels import kernels, promise
     from .merged import write_to
     from .method import Method, Tensor, Wrapper, frozen, kaiming_uniform, normal, ones, trainable, zeros
@@ -50,11 +51,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Analysis", "AnalysisError", "CacheWarning", "CaptureError", "CaptureWarning", "CheckpointError", "ConfigError",
-    "ExportError", "FoldError", "Method", "MethodError", "PassError", "Pipeline", "Program", "SelectorError",
-    "Site", "SubgraphPeftError", "Tensor", "TrainError", "TrainOptions", "TrainResult", "TrainStep", "TrainWarning",
-    "Wrapper", "analyze", "capture", "evaluate", "fold", "frozen", "kaiming_uniform", "kernels", "load", "normal",
-    "ones", "optimise", "parameter_groups", "penalty", "promise", "read", "rewrite", "save", "schedule", "sites",
-    "take", "train", "trainable", "unflatten", "write", "write_analysis", "write_to", "zeros",
+    "EquationPass", "ExportError", "FoldError", "Method", "MethodError", "PassError", "Pipeline", "Program",
+    "ProgramPass", "SelectorError", "Site", "SubgraphPeftError", "Tensor", "TrainError", "TrainOptions", "TrainResult",
+    "TrainStep", "TrainWarning", "Wrapper", "analyze", "capture", "evaluate", "fold", "frozen", "kaiming_uniform",
+    "kernels", "load", "normal", "ones", "optimise", "parameter_groups", "penalty", "promise", "read", "rewrite",
+    "save", "schedule", "sites", "take", "train", "trainable", "unflatten", "write", "write_analysis", "write_to",
+    "zeros",
 ]  # fmt: skip
 
 # module -> its public names, imported when one is first asked for: torch takes a second, and the help none of it
@@ -68,6 +70,7 @@ _MODULES = {
     "FoldError MethodError PassError SelectorError SubgraphPeftError TrainError TrainWarning",
     "evaluate": "evaluate",
     "fold": "fold",
+    "graph_passes": "EquationPass ProgramPass",
     "kernels": "kernels promise",
     "merged": "write_to",
     "method": "Method Tensor Wrapper frozen kaiming_uniform normal ones trainable zeros",

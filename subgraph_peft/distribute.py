@@ -9,48 +9,31 @@ depends on no trainable tensor is kept as one matrix, unless its factors are che
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import fx
 
-from .addends import SUMS
-from .equation import MATMULS, is_elementwise, is_transpose
+from .equation import is_transpose
 from .errors import MethodError
 from .forms import At, Form
 from .graphs import aten, operator_name
+from .laws import LAWS, ONE, Scale
 from .values import Values
 
 NONLINEARITIES = {
     "relu": aten.relu.default, "gelu": aten.gelu.default, "silu": aten.silu.default, "tanh": aten.tanh.default,
 }  # fmt: skip
-DIAGONALS = {aten.diag.default, aten.diag_embed.default}
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A product of numbers and of scalar nodes of the equation."""
-
-    number: float = 1.0
-    nodes: tuple[tuple[fx.Node, bool], ...] = ()
-
-    def times(self, factor: float | fx.Node, inverse: bool = False) -> "Scale":
-        if isinstance(factor, fx.Node):
-            return replace(self, nodes=(*self.nodes, (factor, inverse)))
-        return replace(self, number=self.number / factor if inverse else self.number * factor)
-
-    def __bool__(self) -> bool:
-        return self.number != 1.0 or bool(self.nodes)
-
-
-ONE = Scale()
-
-
 INPUT = At()
 
 
 class Distribution:
-    """Emits the nodes of x φ(W)ᵀ + b at one call."""
+    """Emits the nodes of x φ(W)ᵀ + b at one call, with x […, in], φ(W) [out, in] and b [out] or None.
+
+    values:  those of the equation's nodes          form:    of the call
+    views:   what the call sees of φ(W)             dtype:   of its activations
+    dropout: rate by adapter
+    """
 
     def __init__(
         self,
@@ -66,16 +49,23 @@ class Distribution:
         self.dtype, self.dropout = dtype, dropout
         self.dropped: dict[tuple[str, fx.Node], fx.Node] = {}
         self.current = self.equation.result
-        form.emit = self.emit
-
-    def emit(self, target: object, args: tuple, term: str, kwargs: Mapping | None = None) -> fx.Node:
-        return self.raw_emit(target, args, term, self.equation.adapter(self.current), kwargs)
+        form.emit = self.emit_for_form
 
     def run(self) -> fx.Node:
         return self.apply(self.equation.result, self.form.x, ONE, self.form.bias, INPUT)
 
+    def emit(
+        self, of: fx.Node, target: object, args: tuple, term: str, kwargs: Mapping | None = None
+    ) -> fx.Node:  # fmt: skip
+        """A node for the sake of the equation's node `of`, as are those that the form emits after it."""
+        self.current = of
+        return self.raw_emit(target, args, term, self.equation.adapter(of), kwargs)
+
+    def emit_for_form(self, target: object, args: tuple, term: str, kwargs: Mapping | None = None) -> fx.Node:
+        return self.emit(self.current, target, args, term, kwargs)
+
     def apply(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node:
-        """scale · x·nodeᵀ + bias"""
+        """scale · x Mᵀ + bias […, out] for a node M [out, in] and x […, in]"""
         equation = self.equation
         if node.op == "placeholder" or (equation.is_constant(node) and not equation.distributes(node)):
             return self.contract(node, x, scale, bias, at)
@@ -88,7 +78,7 @@ class Distribution:
         return result
 
     def contract(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node:
-        """scale · x·Mᵀ + bias for a matrix M that is used as it stands."""
+        """scale · x Mᵀ + bias […, out] for a matrix M [out, in] that is used as it stands, and x […, in]"""
         out_features, in_features = self.equation.shape(node)
         x, at = self.input(node, x, at)
         if h := self.nonlinearity(node):
@@ -128,13 +118,12 @@ class Distribution:
         return self.values.nonlinear.get(self.equation.operands.get(factor, ("", "")))
 
     def followed(self, h: str, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node:
-        """scale · h(x·Mᵀ) + bias"""
+        """scale · h(x Aᵀ) + bias […, r] for A [r, in] and x […, in]"""
         out_features, in_features = self.equation.shape(node)
-        term = self.equation.term(node)
         self.current = node
-        y = self.form.apply(x, self.activation(node), None, term, at)
+        y = self.form.apply(x, self.activation(node), None, self.equation.term(node), at)
         self.values.lowered.per_token += 2 * out_features * in_features + out_features
-        y = self.emit(NONLINEARITIES[h], (y,), h)
+        y = self.emit(node, NONLINEARITIES[h], (y,), h)
         return self.plus(self.scaled(node, y, scale, out_features, at, result=True), bias)
 
     def input(self, node: fx.Node, x: fx.Node, at: At) -> tuple[fx.Node, At]:
@@ -149,8 +138,7 @@ class Distribution:
                 "itself, with dropout=0."
             )
         if (adapter, x) not in self.dropped:
-            self.current = node
-            self.dropped[adapter, x] = self.emit(aten.dropout.default, (x, rate, True), "dropout")
+            self.dropped[adapter, x] = self.emit(node, aten.dropout.default, (x, rate, True), "dropout")
         return self.dropped[adapter, x], replace(at, dropped=True)
 
     def activation(self, node: fx.Node) -> fx.Node:
@@ -160,154 +148,38 @@ class Distribution:
     def scaled(
         self, node: fx.Node, x: fx.Node, scale: Scale, width: int, at: At, result: bool = False
     ) -> fx.Node:  # fmt: skip
-        """x of `width` features, an operand or a result, times the scale."""
+        """scale · x for x […, width], an operand or a result"""
         self.values.lowered.per_token += width * (len(scale.nodes) + (scale.number != 1.0))
         for factor, inverse in scale.nodes:
             value = self.activation(factor)
             self.current = factor
             if factor in self.values.stacked:
-                value = self.form.spread(self.shaped(value, (-1,), ()), at, result)
-            x = self.emit(aten.div.Tensor if inverse else aten.mul.Tensor, (x, value), "scale")
+                value = self.form.spread(self.shaped(factor, value, (-1,), ()), at, result)
+            x = self.emit(factor, aten.div.Tensor if inverse else aten.mul.Tensor, (x, value), "scale")
         if scale.number != 1.0:
-            self.current = node
-            x = self.emit(aten.mul.Tensor, (x, scale.number), "scale")
+            x = self.emit(node, aten.mul.Tensor, (x, scale.number), "scale")
         return x
 
-    def shaped(self, value: fx.Node, sizes: tuple[int, ...], shape: tuple[int, ...]) -> fx.Node:
-        """A value reshaped to `sizes`, which stand for `shape` in each entry of a stack."""
-        if value.meta["shape"] != shape:
-            stacked = value.meta["stacked"]
-            value = self.emit(aten.reshape.default, (value, list(sizes)), "vector")
-            value.meta |= {"shape": shape, "stacked": stacked}
-        return value
-
-    def plus(self, y: fx.Node, bias: fx.Node | None) -> fx.Node:
-        return y if bias is None else self.emit(aten.add.Tensor, (y, self.form.spread(bias, INPUT, True)), "bias")
-
-    # laws: (node, x, scale, bias, at) -> emitted node, or None where the law does not hold
-
-    def sum(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node | None:
-        """x(P ± Q)ᵀ = xPᵀ ± xQᵀ"""
-        left, right = node.args[:2]
-        whole = self.equation.shape(node)
-        if not all(isinstance(a, fx.Node) and self.equation.shape(a) == whole for a in (left, right)) or node.kwargs:
-            return None
-        small = is_elementwise(node) and self.equation.numel(node) < self.values.full_size
-        if small and not self.dropout.get(self.equation.adapter(node)) and not self.values.nonlinear:
-            return None
-        sign = SUMS[node.target]
-        first = self.apply(left, x, scale, bias, at)
-        negative = scale.times(-1.0) if sign < 0 and scale else scale
-        second = self.apply(right, x, negative, None, at)
-        self.current = node
-        target = aten.sub.Tensor if sign < 0 and not scale else aten.add.Tensor
-        self.values.lowered.per_token += whole[0]
-        return self.emit(target, (first, second), "sum")
-
-    def product(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node | None:
-        """x(PQ)ᵀ = (xQᵀ)Pᵀ"""
-        left, right = node.args
-        if len(self.equation.shape(left)) != 2 or len(self.equation.shape(right)) != 2:
-            return None
-        if left.target in DIAGONALS and len(self.equation.shape(left.args[0])) == 1:
-            return self.rows(node, right, left.args[0], x, scale, bias, at)
-        if right.target in DIAGONALS and len(self.equation.shape(right.args[0])) == 1:
-            return self.columns(node, left, right.args[0], x, scale, bias, at)
-        x, at = self.input(node, x, at)
-        width = self.equation.shape(right)[0]
-        out_features, in_features = self.equation.shape(node)
-        z = self.apply(right, x, ONE, None, replace(at, inner=True))
-        at = replace(at, later=True)
-        if scale and width <= min(out_features, in_features):
-            z, scale = self.scaled(node, z, scale, width, at), ONE
-        return self.apply(left, z, scale, bias, at)
-
-    def multiple(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node | None:
-        """scalars, row scalings and column scalings"""
-        left, right = node.args[:2]
-        inverse = node.target is aten.div.Tensor
-        if not isinstance(right, fx.Node):
-            return self.apply(left, x, scale.times(float(right), inverse), bias, at)
-        if not isinstance(left, fx.Node):
-            return None
-        whole = self.equation.shape(node)
-        options = [(left, right)] if inverse else [(left, right), (right, left)]
-        for matrix, vector in options:
-            if self.equation.shape(matrix) != whole:
-                continue
-            shape = self.equation.shape(vector)
-            if self.equation.numel(vector) == 1:
-                return self.apply(matrix, x, scale.times(vector, inverse), bias, at)
-            if shape == (whole[0], 1):
-                return self.rows(node, matrix, vector, x, scale, bias, at, inverse)
-            if shape in ((whole[1],), (1, whole[1])):
-                return self.columns(node, matrix, vector, x, scale, bias, at, inverse)
-        return None
-
-    def rows(
-        self, node: fx.Node, matrix: fx.Node, vector: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None,
-        at: At, inverse: bool = False,
-    ) -> fx.Node:  # fmt: skip
-        """x(diag(v) P)ᵀ = (xPᵀ) ⊙ v"""
-        y = self.apply(matrix, x, scale, None, at)
-        y = self.emit(aten.div.Tensor if inverse else aten.mul.Tensor, (y, self.vector(node, vector, at, True)), "rows")
-        self.current = node
-        return self.plus(y, bias)
-
-    def columns(
-        self, node: fx.Node, matrix: fx.Node, vector: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None,
-        at: At, inverse: bool = False,
-    ) -> fx.Node | None:  # fmt: skip
-        """x(P diag(v))ᵀ = (x ⊙ v) Pᵀ"""
-        if not at.later and not self.form.scales_input:
-            return None
-        x, at = self.input(node, x, at)
-        x = self.emit(aten.div.Tensor if inverse else aten.mul.Tensor, (x, self.vector(node, vector, at)), "columns")
-        return self.apply(matrix, x, scale, bias, replace(at, later=True))
-
-    def vector(self, node: fx.Node, vector: fx.Node, at: At, result: bool = False) -> fx.Node:
-        """A row or column vector of the equation as [features], to multiply an operand or a result."""
+    def vector(self, vector: fx.Node, at: At, result: bool = False) -> fx.Node:
+        """A vector of the equation, [n], [n, 1] or [1, n], as [n], to multiply the features of an operand or result."""
         while vector.target is aten.unsqueeze.default:
             vector = vector.args[0]
         value, size = self.activation(vector), self.equation.numel(vector)
         self.values.lowered.per_token += size
         self.current = vector
-        value = self.shaped(value, (-1, size) if vector in self.values.stacked else (-1,), (size,))
-        spread = self.form.spread(value, at, result)
-        self.current = node
-        return spread
+        value = self.shaped(vector, value, (-1, size) if vector in self.values.stacked else (-1,), (size,))
+        return self.form.spread(value, at, result)
 
-    def diagonal(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node | None:
-        """x diag(v)ᵀ = x ⊙ v"""
-        vector = node.args[0]
-        if len(self.equation.shape(vector)) != 1 or len(node.args) > 1 or not (at.later or self.form.scales_input):
-            return None
-        if not self.form.keeps_dimensions and not (at.later and at.inner):
-            return None
-        x, at = self.input(node, x, at)
-        x = self.scaled(node, x, scale, self.equation.numel(vector), at)
-        y = self.emit(aten.mul.Tensor, (x, self.vector(node, vector, at)), "diagonal")
-        return self.plus(y, bias)
+    def shaped(self, of: fx.Node, value: fx.Node, sizes: tuple[int, ...], shape: tuple[int, ...]) -> fx.Node:
+        """A value reshaped to `sizes`, which stand for `shape` in each entry of a stack."""
+        if value.meta["shape"] != shape:
+            stacked = value.meta["stacked"]
+            value = self.emit(of, aten.reshape.default, (value, list(sizes)), "vector")
+            value.meta |= {"shape": shape, "stacked": stacked}
+        return value
 
-    def stack(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node | None:
-        """x[P; Q]ᵀ = [xPᵀ, xQᵀ]"""
-        parts, dimension = node.args[0], node.args[1] if len(node.args) > 1 else 0
-        if dimension != 0 or len(self.equation.shape(node)) != 2 or self.form.features is None:
-            return None
-        results = [self.apply(part, x, scale, None, at) for part in parts]
-        self.current = node
-        return self.plus(self.emit(aten.cat.default, (results, self.form.features), "blocks"), bias)
-
-    def negative(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node:
-        return self.apply(node.args[0], x, scale.times(-1.0), bias, at)
-
-
-LAWS: dict[object, Callable] = {
-    **dict.fromkeys(SUMS, Distribution.sum),
-    **dict.fromkeys(MATMULS, Distribution.product),
-    **dict.fromkeys(DIAGONALS, Distribution.diagonal),
-    aten.mul.Tensor: Distribution.multiple,
-    aten.div.Tensor: Distribution.multiple,
-    aten.neg.default: Distribution.negative,
-    aten.cat.default: Distribution.stack,
-}
+    def plus(self, y: fx.Node, bias: fx.Node | None) -> fx.Node:
+        """y + bias, for the sake of what y was emitted for"""
+        if bias is None:
+            return y
+        return self.emit_for_form(aten.add.Tensor, (y, self.form.spread(bias, INPUT, True)), "bias")

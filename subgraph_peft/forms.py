@@ -68,11 +68,17 @@ class Form:
         return self.emit(aten.mm.default if is_a(self.use.node, Kind.ADDMM) else target, (x, self.use.source), term)
 
     def apply(self, x: fx.Node, matrix: fx.Node, bias: fx.Node | None, term: str, at: At) -> fx.Node:
+        """x Mᵀ + bias […, m], for a matrix M [m, n] in the place of W, or one factor of a product, and x […, n].
+
+        n is in where x is the call's own input, else the rank of the factor before (`at.later`); m is out, or the rank
+        of this one (`at.inner`). A stack of matrices is [entries, m, n].
+        """
         matrix = self.picked(matrix)
         return self.emit(aten.linear.default, (x, matrix) if bias is None else (x, matrix, bias), term)
 
     def spread(self, vector: fx.Node, at: At, result: bool) -> fx.Node:
-        """A vector [features], shaped to multiply an operand, or a result."""
+        """A vector [n], of a stack [entries, n], shaped to multiply the n features of an operand, or of a `result`;
+        a scalar of each entry [entries] too."""
         return self.picked(vector)
 
     def picked(self, value: fx.Node) -> fx.Node:

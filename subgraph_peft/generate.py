@@ -13,11 +13,14 @@ from .constants import refresh
 from .equation import Equation
 from .internals import Home, internals
 from .lower import Lowering
+from .lower_activations import lower_embeddings, lower_keys_values, lower_module, lower_output
+from .lower_weights import lower_bias, lower_weight
 from .module import GraphModel, build
 from .program import Program
 from .records import Constant, Lowered
 from .rewriter import Rewriter
 from .runners import renew
+from .sites import PLACES
 from .surroundings import uncollected
 
 
@@ -53,7 +56,7 @@ def generate(
         for target in wanted:
             note = lowered.setdefault(target.chain[0][1].name, Lowered()) if not rewritten else Lowered()
             device, without = captured.home.device, internals(captured.module).without
-            Lowering(graph, readers, target, dtype, device, hoist, note, without).run()
+            lower(Lowering(graph, readers, target, dtype, device, hoist, note, without))
         graphs.sweep(graph)
         rewritten.append(graph)
     tensors = {**base, **own}
@@ -65,6 +68,18 @@ def generate(
         inner.recompute(module)
         module.register_load_state_dict_post_hook(lambda loaded, keys: internals(loaded).recompute(loaded))
     return program
+
+
+def lower(lowering: Lowering) -> None:
+    """Rewrite everything that reads the target in the graph, in place."""
+    part, site = lowering.target.part, lowering.site
+    whole = {"embeddings": lower_embeddings, "keys_values": lower_keys_values}
+    if part in whole:
+        whole[part](lowering)
+    elif site.kind in PLACES:
+        lower_module(lowering)
+    elif parameter := lowering.readers.get(lowering.target.name):
+        {"bias": lower_bias, "output": lower_output, "weight": lower_weight}[part](lowering, parameter)
 
 
 def cast_trained(graph: fx.Graph, own: Mapping[str, nn.Parameter], base: Mapping[str, torch.Tensor]) -> None:
