@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from .errors import MethodError, suggestion
 from .method import Layer, Method, Tensor, Wrapper
@@ -22,9 +22,9 @@ class RowBlocks(Wrapper):
     name: ClassVar[str] = "blocks"
     family: ClassVar[str] = "framework"
 
-    only: tuple[str, ...] = ("q", "v")
-    names: tuple[str, ...] = ("q", "k", "v")
-    sizes: tuple[PositiveInt, ...] | None = None
+    only: tuple[str, ...] = Field(("q", "v"), description="blocks that the method rewrites")
+    names: tuple[str, ...] = Field(("q", "k", "v"), description="of the blocks, in the order of the rows")
+    sizes: tuple[PositiveInt, ...] | None = Field(None, description="rows of each block; all equal by default")
 
     def model_post_init(self, context: object) -> None:
         super().model_post_init(context)

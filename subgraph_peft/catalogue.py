@@ -67,9 +67,12 @@ def markdown() -> str:
     return "\n".join(table().markdown()).strip()
 
 
-def options(cls: type[Method]) -> list[tuple[str, str, str]]:
-    """(option, type, default)"""
-    return [(name, type_text(field.annotation), repr(field.default)) for name, field in cls.model_fields.items()]
+def options(cls: type[Method]) -> list[tuple[str, str, str, str]]:
+    """(option, type, default, what it is)"""
+    return [
+        (name, type_text(field.annotation), repr(field.default), field.description or "")
+        for name, field in cls.model_fields.items()
+    ]
 
 
 def type_text(annotation: Any) -> str:

@@ -299,7 +299,7 @@ def methods(
         cls = registry.method_class(name, beside)
         entry = catalogue.entry(cls)
         announce(f"{entry.name}  {entry.equation}\n\n{entry.text}\n")
-        print_rows("Options", catalogue.options(cls), ("option", "type", "default"))
+        print_rows("Options", catalogue.options(cls), ("option", "type", "default", ""))
         print_rows("Tensors at a site", catalogue.tensors(cls), ("tensor", "shape", "", "starts at"))
 
 
@@ -308,7 +308,7 @@ def schema() -> None:
     """The JSON schema of pipeline files, for editors."""
     from .config import schema as schema_
 
-    sys.stdout.write(json.dumps(schema_(), indent=2) + "\n")
+    sys.stdout.write(json.dumps(schema_(), indent=1, ensure_ascii=False) + "\n")
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Pipeline files: YAML with a schema; unknown keys are refused with their line; `--set lora.r=16` overrides."""
 
+import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,11 +27,11 @@ class PipelineConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: ModelSpec
-    data: DataSpec | None = None
-    passes: list[str | dict[str, Any]] = Field(min_length=1)
-    output: str = "runs/pipeline"
-    seed: int = 0
+    model: ModelSpec = Field(description="what to capture")
+    data: DataSpec | None = Field(None, description="what to train and to evaluate on, and to capture with")
+    passes: list[str | dict[str, Any]] = Field(min_length=1, description="names and {name: options}, or one line")
+    output: str = Field("runs/pipeline", description="results folder")
+    seed: int = Field(0, description="of everything that is drawn, where nothing says otherwise")
 
     @field_validator("passes", mode="before")
     @classmethod
@@ -241,33 +242,50 @@ def defined_options(definition: dict[str, Any], name: str, override: str) -> dic
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of a pipeline file, for editors."""
+    """JSON schema of a pipeline file, for editors. What passes share stands in `$defs` once."""
     document = PipelineConfig.model_json_schema()
     definitions = document.setdefault("$defs", {})
-    known = steps()
+    beside = {name: field for name, field in own_schema(Rewrite, definitions).items() if name != "method"}
+    definitions |= {f"rewrite.{name}": field for name, field in beside.items()}
+    shared = {name: {"$ref": f"#/$defs/rewrite.{name}"} for name in beside}
     choices: list[dict[str, Any]] = [{"enum": names()}]
-    rewriting = {k: v for k, v in Rewrite.model_json_schema(by_alias=True)["properties"].items() if k != "method"}
+    known = steps()
     for name in (*names(), WRITTEN):
-        if name in known:
-            options = known[name].model_json_schema()
-        else:
-            described = Definition if name == WRITTEN else registry.methods()[name]
-            options = described.model_json_schema()
-            options["properties"] = {**options.get("properties", {}), **rewriting}
-            if "of" in options["properties"]:
+        described = known.get(name) or (Definition if name == WRITTEN else registry.methods()[name])
+        options = own_schema(described, definitions)
+        if name not in known:
+            options |= shared
+            if "of" in options:
                 text = "the inner method: a name, {name: {options}}, or {method: {definition}}"
-                options["properties"]["of"] = {"description": text}
-        definitions |= options.pop("$defs", {})
-        options["additionalProperties"] = False
+                options["of"] = {"description": text}
+        text = inspect.cleandoc(described.__doc__ or "").partition("\n\n")[0]
+        definitions[name] = {
+            "type": ["object", "null"], "description": text, "properties": options, "additionalProperties": False,
+        }  # fmt: skip
         choices.append(
             {
                 "type": "object",
-                "properties": {name: {"anyOf": [options, {"type": "null"}]}},
+                "properties": {name: {"$ref": f"#/$defs/{name}"}},
                 "required": [name],
                 "additionalProperties": False,
             }
         )
-    document["properties"]["passes"] = {
+    document["properties"]["passes"] |= {
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": choices}, "minItems": 1}]
     }
-    return document
+    del document["properties"]["passes"]["items"], document["properties"]["passes"]["type"]
+    return {"title": "Pipeline", **untitled(document)}
+
+
+def own_schema(described: type[BaseModel], definitions: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a class's fields by name; what they refer to is put among the definitions."""
+    made = described.model_json_schema(by_alias=True)
+    definitions |= made.pop("$defs", {})
+    return made.get("properties", {})
+
+
+def untitled(value: Any) -> Any:
+    """A schema without titles, which say a field's name again."""
+    if isinstance(value, dict):
+        return {k: untitled(v) for k, v in value.items() if not (k == "title" and isinstance(v, str))}
+    return [untitled(item) for item in value] if isinstance(value, list) else value

@@ -24,38 +24,40 @@ Collate = Callable[[Sequence[Item]], dict[str, torch.Tensor]]
 
 
 class DataSpec(BaseModel):
-    """Where the rows are, and which columns hold what.
-
-    train, eval, test: a .jsonl or .csv file, "module:function", or a name of the `datasets` library with an optional
-                 split ("glue@train"). Rows without any text in them are taken as finished model inputs
-    arguments:   of factories and of datasets.load_dataset
-    text, text_pair: the input; sentence pairs are encoded together
-    completion:  for causal language models: what follows `text` after `separator`; the loss is on it alone
-    label:       whole numbers are class numbers, names are numbered in alphabetical order
-    labels:      names of the classes, in the order of their numbers
-    regression:  labels are real numbers
-    max_length:  in tokens; by default the tokenizer's own limit, at most 512. A prompt is cut on the left
-    limit:       at most so many rows of each set, drawn with the seed
-    eval_share:  without `eval`, this share of the distinct texts of `train` is set aside; 0 for none
-    """
+    """Where the rows are, and which columns hold what. Rows without any text in them are taken as finished inputs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    train: str
-    eval: str | None = None
-    test: str | None = None
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    text: str = "text"
-    text_pair: str | None = None
-    completion: str | None = None
-    separator: str = "\n"
-    label: str = "label"
-    labels: tuple[str, ...] = ()
-    regression: bool = False
-    max_length: PositiveInt | None = None
-    limit: PositiveInt | None = None
-    eval_share: float = Field(0.1, ge=0, lt=1)
-    seed: int = 0
+    train: str = Field(
+        description="rows to train on: a .jsonl or .csv file, module:function, or a name of the datasets library, with "
+        "a split as in glue@train where it is not the usual one"
+    )
+    eval: str | None = Field(None, description="rows to evaluate on, written alike")
+    test: str | None = Field(None, description="rows for a last evaluation, written alike")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="of factories and of datasets.load_dataset")
+    text: str = Field("text", description="column of the input")
+    text_pair: str | None = Field(None, description="column of its second part: pairs are encoded together")
+    completion: str | None = Field(
+        None,
+        description="column of what follows `text` after `separator`, for causal language models; the loss is on it "
+        "alone",
+    )
+    separator: str = Field("\n", description="between `text` and `completion`")
+    label: str = Field(
+        "label",
+        description="column of the label: whole numbers are class numbers, names are numbered in alphabetical order",
+    )
+    labels: tuple[str, ...] = Field((), description="names of the classes, in the order of their numbers")
+    regression: bool = Field(False, description="labels are real numbers")
+    max_length: PositiveInt | None = Field(
+        None, description="in tokens; by default the tokenizer's own limit, at most 512. A prompt is cut on the left"
+    )
+    limit: PositiveInt | None = Field(None, description="at most so many rows of each set, drawn with the seed")
+    eval_share: float = Field(
+        0.1, ge=0, lt=1,
+        description="without `eval`, this share of the distinct texts of `train` is set aside; 0 for none",
+    )
+    seed: int = Field(0, description="of what is drawn from the rows")
 
 
 class Examples(Dataset):

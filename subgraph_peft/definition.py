@@ -33,7 +33,7 @@ class Declared(BaseModel):
         "zeros",
         description="zeros, ones, kaiming_uniform, normal(0.02), or an equation over the loaded W (b) and the options",
     )
-    trainable: bool = True
+    trainable: bool = Field(True, description="whether training changes it")
     decay: bool = Field(True, description="whether weight decay applies")
     lr: PositiveFloat = Field(1.0, description="factor on the learning rate")
 
@@ -49,8 +49,8 @@ class Definition(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    tensors: dict[str, Declared] = Field(min_length=1)
+    name: str = Field(description="what the pass and its tensors are called")
+    tensors: dict[str, Declared] = Field(min_length=1, description="by the names that the equations use")
     weight: str | None = Field(None, description="φ(W) over W, tensors and options: W + alpha / r * B @ A")
     bias: str | None = Field(None, description="φ(b) over b, tensors and options")
     output: str | None = Field(
@@ -59,9 +59,11 @@ class Definition(BaseModel):
     options: dict[str, StrictInt | Annotated[StrictFloat, Field(allow_inf_nan=False)]] = Field(
         default_factory=dict, description="numbers by name; dropout acts on the input of the weight's terms"
     )
-    family: str = "written"
-    paper: str = ""
-    description: str = ""
+    family: str = Field(
+        "written", description="in the catalogue: reconstruction, extension, combination or one of yours"
+    )
+    paper: str = Field("", description="where it comes from")
+    description: str = Field("", description="what the catalogue says about it")
 
     @property
     def equations(self) -> dict[str, str]:

@@ -14,50 +14,51 @@ Interval = PositiveInt | Literal["epoch"] | None
 
 
 class TrainOptions(BaseModel):
-    """How to train. Steps are optimiser steps.
-
-    max_steps:      instead of `epochs`
-    batch_size:     examples a forward pass and process; a step takes `gradient_accumulation` of them
-    warmup:         steps if whole, share of all steps if below 1
-    bf16:           autocast; the adapter's tensors keep their own dtype
-    compile:        `TrainStep`: torch.compile and, on CUDA, recorded graphs; "auto" on CUDA, not with `shard`
-    memory_budget:  share of the activations that compiled code may keep, see `Compiled`
-    lengths:        how many lengths batches are padded to, so that few shapes come; 0 pads each to its longest item;
-                    "auto" is 8 where the step is compiled. For the package's own collation
-    eval_every, save_every: steps, "epoch", or None; the start (evaluation only) and the end always count
-    resume:         "auto" goes on from the newest checkpoint in the output folder; False removes those and starts anew
-    device:         "auto" is CUDA where there is one
-    shard:          every process holds a share of the frozen weights on its device (FSDP2), which layers gather when
-                    they compute; a program on the CPU stays there. Needs a launcher
-    report:         where Trainer logs to beside the result
-    """
+    """How to train. Steps are optimiser steps."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epochs: PositiveFloat = 3.0
-    max_steps: PositiveInt | None = None
-    batch_size: PositiveInt = 16
-    eval_batch_size: PositiveInt = 32
-    gradient_accumulation: PositiveInt = 1
-    lr: PositiveFloat = 5e-4
-    weight_decay: NonNegativeFloat = 0.0
-    warmup: NonNegativeInt | float = Field(0.06, ge=0)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    max_grad_norm: NonNegativeFloat = 1.0
-    bf16: bool = False
-    group_by_length: bool = False
-    seed: NonNegativeInt = 0
-    eval_every: Interval = "epoch"
-    save_every: Interval = "epoch"
-    logging_every: PositiveInt = 10
-    keep_checkpoints: PositiveInt = 2
-    resume: Literal["auto", False] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    shard: bool = False
-    report: Literal["none", "tensorboard"] = "none"
-    compile: bool | Literal["auto"] = "auto"
-    memory_budget: float = Field(1.0, ge=0, le=1)
-    lengths: NonNegativeInt | Literal["auto"] = "auto"
+    epochs: PositiveFloat = Field(3.0, description="passes over the training data")
+    max_steps: PositiveInt | None = Field(None, description="instead of `epochs`")
+    batch_size: PositiveInt = Field(
+        16, description="examples a forward pass and process; a step takes `gradient_accumulation` of them"
+    )
+    eval_batch_size: PositiveInt = Field(32, description="examples a forward pass of evaluations")
+    gradient_accumulation: PositiveInt = Field(1, description="batches a step")
+    lr: PositiveFloat = Field(5e-4, description="the largest learning rate")
+    weight_decay: NonNegativeFloat = Field(0.0, description="of AdamW, where a tensor decays")
+    warmup: NonNegativeInt | float = Field(0.06, ge=0, description="steps if whole, share of all steps if below 1")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="of the learning rate after the warmup"
+    )
+    max_grad_norm: NonNegativeFloat = Field(1.0, description="gradients are clipped to this norm; 0 leaves them")
+    bf16: bool = Field(False, description="autocast; the adapter's tensors keep their own dtype")
+    group_by_length: bool = Field(False, description="batches of examples of like length")
+    seed: NonNegativeInt = Field(0, description="of the order of examples and of dropout")
+    eval_every: Interval = Field("epoch", description="steps, epoch or null; the start and the end always count")
+    save_every: Interval = Field("epoch", description="steps, epoch or null; the end always counts")
+    logging_every: PositiveInt = Field(10, description="steps")
+    keep_checkpoints: PositiveInt = Field(2, description="so many of the newest stay")
+    resume: Literal["auto", False] = Field(
+        "auto",
+        description="auto goes on from the newest checkpoint in the output folder; false removes those and begins anew",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is CUDA where there is one")
+    shard: bool = Field(
+        False,
+        description="every process holds a share of the frozen weights on its device (FSDP2), which layers gather when "
+        "they compute; a program on the CPU stays there. Needs a launcher",
+    )
+    report: Literal["none", "tensorboard"] = Field("none", description="where to log beside the result")
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="torch.compile and, on CUDA, recorded graphs; auto on CUDA, not with `shard`"
+    )
+    memory_budget: float = Field(1.0, ge=0, le=1, description="share of the activations that compiled code may keep")
+    lengths: NonNegativeInt | Literal["auto"] = Field(
+        "auto",
+        description="how many lengths batches are padded to, so that few shapes come; 0 pads each to its longest item; "
+        "auto is 8 where the step is compiled. For the package's own collation",
+    )
 
     def compiles(self, device: torch.device) -> bool:
         """Whether the step is compiled on this device."""

@@ -22,34 +22,33 @@ TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab
 
 
 class ModelSpec(BaseModel):
-    """One of `transformers`, `package`, `factory`, and what it needs.
-
-    transformers: a model's name on the hub, or a folder (which is read without any network)
-    package:      an installed Python package that holds the model in `folder`
-    factory:      "module:function", called with `arguments`; gives a model or (model, tokenizer). The module may lie in
-                  the current directory
-    task:         which head: see `tasks`
-    num_labels:   classes of a classification head (1: regression); by default as many as the data's labels
-    tokenizer:    name or folder of the tokenizer, where it is not the model's own
-    dtype:        of the weights; "auto" keeps what is stored
-    kwargs:       further arguments of from_pretrained
-    seed:         of tensors that the stored model lacks, such as a new head
-    """
+    """One of `transformers`, `package`, `factory`, and what it needs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    transformers: str | None = None
-    package: str | None = None
-    folder: str = "."
-    factory: str | None = None
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    task: Literal[*TASKS] = "feature-extraction"
-    num_labels: PositiveInt | None = None
-    tokenizer: str | None = None
-    dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "float32"
-    attn_implementation: str | None = None
-    kwargs: dict[str, Any] = Field(default_factory=dict)
-    seed: int = 0
+    transformers: str | None = Field(
+        None, description="a model's name on the hub, or a folder (which is read without any network)"
+    )
+    package: str | None = Field(None, description="an installed Python package that holds the model in `folder`")
+    folder: str = Field(".", description="inside that package")
+    factory: str | None = Field(
+        None,
+        description="module:function, called with `arguments`; gives a model or (model, tokenizer). it may lie here",
+    )
+    arguments: dict[str, Any] = Field(default_factory=dict, description="of the factory")
+    task: Literal[*TASKS] = Field("feature-extraction", description="which head")
+    num_labels: PositiveInt | None = Field(
+        None, description="classes of a classification head (1: regression); by default as many as the data's labels"
+    )
+    tokenizer: str | None = Field(None, description="name or folder of the tokenizer, where it is not the model's own")
+    dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = Field(
+        "float32", description="of the weights; auto keeps what is stored"
+    )
+    attn_implementation: str | None = Field(
+        None, description="which attention of transformers; its own choice by default"
+    )
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of from_pretrained")
+    seed: int = Field(0, description="of tensors that the stored model lacks, such as a new head")
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelSpec":

@@ -37,9 +37,13 @@ class Capture(Pass):
 
     name: ClassVar[str] = "capture"
 
-    dynamic: dict[str, list[int]] | None = None
-    verify: bool = True
-    padding: Literal["right"] | None = None
+    dynamic: dict[str, list[int]] | None = Field(
+        None, description="dimensions that vary, by input; by default those of batch and length"
+    )
+    verify: bool = Field(True, description="compare the graph with the model on the example inputs")
+    padding: Literal["right"] | None = Field(
+        None, description="where attention masks promise to be padded, which frees faster kernels"
+    )
 
     def requires(self, state: State) -> None:
         if state.program is None and (state.model is None or state.data is None):
@@ -59,14 +63,16 @@ class Rewrite(Pass):
 
     name: ClassVar[str] = "rewrite"
 
-    method: Method
-    where: str | list[str] = "*"
-    exclude: str | list[str] = Field(default_factory=list)
-    kinds: list[str] | None = None
+    method: Method = Field(description="φ")
+    where: str | list[str] = Field("*", description="selector of the weights to rewrite")
+    exclude: str | list[str] = Field(default_factory=list, description="selector of weights that stay")
+    kinds: list[str] | None = Field(None, description="of sites, such as linear; all by default")
     as_: str | None = Field(None, alias="as", description="name of the adapter")
-    trainable: str | list[str] = Field(default_factory=list)
-    tied: Literal["refuse", "untie"] = "refuse"
-    patterns: dict[str, dict[str, Any]] | None = None
+    trainable: str | list[str] = Field(default_factory=list, description="parameters that train too, such as a head")
+    tied: Literal["refuse", "untie"] = Field("refuse", description="what to do with a weight that is tied to another")
+    patterns: dict[str, dict[str, Any]] | None = Field(
+        None, description="other options of the method at some weights, by selector"
+    )
     budget: str | float | None = Field(None, description='of trained numbers: "0.02%", a share below 1 or a count')
     cache: str | None = Field(None, description="folder for decompositions of weights, to be found again by a rerun")
 
@@ -196,9 +202,11 @@ class Fold(Pass):
 
     name: ClassVar[str] = "fold"
 
-    dtype: Literal["float32", "float64", "float16", "bfloat16"] | None = None
-    retain: float = Field(0.9, ge=0, le=1)
-    delta: bool = False
+    dtype: Literal["float32", "float64", "float16", "bfloat16"] | None = Field(
+        None, description="of the folded weights; that of the base by default"
+    )
+    retain: float = Field(0.9, ge=0, le=1, description="share of each update that the dtype must keep")
+    delta: bool = Field(False, description="write what changed as delta.safetensors")
 
     def requires(self, state: State) -> None:
         if state.program is None:

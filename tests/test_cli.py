@@ -138,7 +138,7 @@ def test_methods_and_schema_print():
     assert "W + (α/r) B A" in call("methods")
     detail = call("methods", "lora")
     assert "[r, in]" in detail and "Hu et al. 2021" in detail and "alpha" in detail
-    assert json.loads(call("schema"))["title"] == "PipelineConfig"
+    assert json.loads(call("schema"))["title"] == "Pipeline"
     assert "Did you mean 'lora'" in call("methods", "lorra", code=1)
 
 

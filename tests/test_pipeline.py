@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -150,12 +151,71 @@ def test_every_shipped_config_is_valid():
         assert load_config(name).pipeline.passes
 
 
+def listed(document):
+    """(path, schema) of every field that a pipeline file may have."""
+    found = [(name, field) for name, field in document["properties"].items()]
+    for owner, definition in document["$defs"].items():
+        found += [(f"{owner}.{name}", field) for name, field in definition.get("properties", {}).items()]
+    return found
+
+
+def test_every_field_of_the_schema_says_what_it_is():
+    document = schema()
+    described = document["$defs"]
+    for path, field in listed(document):
+        target = described[field["$ref"].removeprefix("#/$defs/")] if "$ref" in field else {}
+        assert field.get("description") or target.get("description"), path
+    options = {path for path, _ in listed(document)}
+    assert {"model", "ModelSpec.task", "DataSpec.train", "train.lr", "lora.where", "method.tensors"} <= options
+    assert all(definition["description"] for name, definition in described.items() if name in names())
+
+
+def test_the_schema_says_what_is_shared_once():
+    text = json.dumps(schema())
+    assert text.count("of trained numbers") == 1 and len(text) < 60_000
+
+
+def test_the_schema_takes_what_is_read_and_refuses_what_is_not(tmp_path):
+    document = schema()
+    valid = yaml.safe_load(VALID)
+    shipped = [yaml.safe_load(path.read_text()) for path in shipped_configs().values()]
+    for config in (valid, *shipped):
+        assert accepted(document, document, config), config
+    wrong_passes = ({"passes": [{"lora": {"rank": 4}}]}, {"passes": ["lorra"]})
+    for wrong in ({"outputs": "x"}, {"data": {"trian": "x"}}, *wrong_passes):
+        assert not accepted(document, document, {**valid, **wrong}), wrong
+
+
+def accepted(document, schema, value):
+    """Whether a value fits a schema, as far as those of pipeline files go."""
+    if "$ref" in schema:
+        return accepted(document, document["$defs"][schema["$ref"].removeprefix("#/$defs/")], value)
+    if "anyOf" in schema:
+        return any(accepted(document, choice, value) for choice in schema["anyOf"])
+    kinds = {"object": dict, "array": list, "string": str, "null": type(None), "boolean": bool, "integer": int}
+    kinds["number"] = (int, float)
+    types = schema.get("type", [])
+    if types and not any(isinstance(value, kinds[kind]) for kind in ([types] if isinstance(types, str) else types)):
+        return False
+    if "enum" in schema and value not in schema["enum"]:
+        return False
+    if isinstance(value, list):
+        return all(accepted(document, schema.get("items", {}), item) for item in value)
+    if isinstance(value, dict):
+        known = schema.get("properties", {})
+        closed = schema.get("additionalProperties", True) is False
+        if closed and not value.keys() <= known.keys() or not set(schema.get("required", ())) <= value.keys():
+            return False
+        return all(accepted(document, known.get(name, {}), item) for name, item in value.items())
+    return True
+
+
 def test_the_schema_knows_every_pass_and_refuses_unknown_keys():
     document = schema()
-    json.dumps(document)
     choices = document["properties"]["passes"]["anyOf"][1]["items"]["anyOf"]
     assert choices[0]["enum"] == names()
-    lora = next(c for c in choices[1:] if "lora" in c["properties"])["properties"]["lora"]["anyOf"][0]
+    assert [next(iter(choice["properties"])) for choice in choices[1:]] == [*names(), "method"]
+    lora = document["$defs"]["lora"]
     assert {"r", "alpha", "where", "trainable"} <= set(lora["properties"]) and lora["additionalProperties"] is False
     assert document["additionalProperties"] is False
 

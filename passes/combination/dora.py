@@ -1,6 +1,7 @@
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 from subgraph_peft.passes.extension.lora import LoRA
 
 from subgraph_peft.method import Method, Tensor, Wrapper, trainable
@@ -19,7 +20,7 @@ class DoRA(Wrapper):
     paper: ClassVar[str] = "arXiv 2402.09353"
 
     of: Method = LoRA()
-    norm_gradient: bool = False
+    norm_gradient: bool = Field(False, description="gradients also flow through the norm ‖V‖")
 
     def added(self, site: Site) -> dict[str, Tensor]:
         return {"m": trainable(site.out_features, decay=False)}

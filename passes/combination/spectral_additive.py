@@ -1,7 +1,7 @@
 from typing import ClassVar
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from subgraph_peft.linalg import check_rank, svd
 from subgraph_peft.method import Method, Tensor, frozen, trainable, zeros
@@ -21,7 +21,7 @@ class SpectralAdditive(Method):
     family: ClassVar[str] = "combination"
     paper: ClassVar[str] = "arXiv 2405.13952"
 
-    r: PositiveInt = 8
+    r: PositiveInt = Field(8, description="singular triplets that train")
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
         U, V = (site.out_features, self.r), (site.in_features, self.r)

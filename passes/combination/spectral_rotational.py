@@ -1,7 +1,7 @@
 from typing import ClassVar
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from subgraph_peft.linalg import cayley, check_rank, svd
 from subgraph_peft.method import Method, Tensor, frozen, ones, trainable, zeros
@@ -20,8 +20,8 @@ class SpectralRotational(Method):
     family: ClassVar[str] = "combination"
     paper: ClassVar[str] = "arXiv 2405.13952"
 
-    r: PositiveInt = 8
-    scale: bool = False
+    r: PositiveInt = Field(8, description="singular triplets that are turned")
+    scale: bool = Field(False, description="train the singular values too")
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
         X = trainable(self.r, self.r, init=zeros)

@@ -1,6 +1,7 @@
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 
 from subgraph_peft.linalg import svd
 from subgraph_peft.method import Method, Tensor, frozen, trainable, zeros
@@ -19,7 +20,7 @@ class SVDiff(Method):
     family: ClassVar[str] = "combination"
     paper: ClassVar[str] = "arXiv 2303.11305"
 
-    s: float = 1.0
+    s: float = Field(1.0, description="scale of the update")
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
         k = min(site.out_features, site.in_features)

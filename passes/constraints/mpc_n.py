@@ -1,6 +1,7 @@
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from subgraph_peft.passes.constraints.factors import FactorWrapper
 from subgraph_peft.passes.extension.lora import LoRA
 
@@ -22,7 +23,7 @@ class MPCn(FactorWrapper):
     paper: ClassVar[str] = "arXiv 2407.05417"
 
     of: Method = LoRA()
-    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="h between the factors")
 
     @property
     def nonlinear(self) -> dict[str, str]:

@@ -1,7 +1,7 @@
 from typing import ClassVar
 
 import torch
-from pydantic import NonNegativeFloat
+from pydantic import Field, NonNegativeFloat
 from subgraph_peft.passes.constraints.factors import FactorWrapper
 from subgraph_peft.passes.constraints.gram import Form, orthonormality, size
 from subgraph_peft.passes.extension.lora import LoRA
@@ -23,8 +23,8 @@ class MPCo(FactorWrapper):
     paper: ClassVar[str] = "arXiv 2407.05417"
 
     of: Method = LoRA()
-    coefficient: NonNegativeFloat = 1e-3
-    form: Form = "squared_sum"
+    coefficient: NonNegativeFloat = Field(1e-3, description="λ: weight of the penalty")
+    form: Form = Field("squared_sum", description="squared norms, summed over sites, or the mean of plain norms")
 
     def penalty(self, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         return self.coefficient * size(self.form, orthonormality(A), orthonormality(B.T))

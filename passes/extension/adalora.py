@@ -26,16 +26,16 @@ class AdaLoRA(Method):
     family: ClassVar[str] = "extension"
     paper: ClassVar[str] = "arXiv 2303.10512"
 
-    r: PositiveInt = 12
-    target_r: PositiveInt = 8
-    alpha: float = 16.0
-    warmup: NonNegativeInt = 0
-    final: NonNegativeInt = 0
-    interval: PositiveInt = 1
-    beta1: float = Field(0.85, ge=0, lt=1)
-    beta2: float = Field(0.85, ge=0, lt=1)
-    orthogonal: NonNegativeFloat = 0.5
-    dropout: float = Field(0.0, ge=0, lt=1)
+    r: PositiveInt = Field(12, description="triplets of a site at the start")
+    target_r: PositiveInt = Field(8, description="triplets of a site at the end, on average")
+    alpha: float = Field(16.0, description="the update is scaled by α/r")
+    warmup: NonNegativeInt = Field(0, description="steps before triplets are taken away")
+    final: NonNegativeInt = Field(0, description="steps at the end in which the mask is fixed")
+    interval: PositiveInt = Field(1, description="steps between two rankings")
+    beta1: float = Field(0.85, ge=0, lt=1, description="smoothing of the importance")
+    beta2: float = Field(0.85, ge=0, lt=1, description="smoothing of its uncertainty")
+    orthogonal: NonNegativeFloat = Field(0.5, description="λ: weight of the penalty on A and B")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the input of A, in training")
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
         return {

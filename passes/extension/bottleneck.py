@@ -18,11 +18,11 @@ class Bottleneck(Method):
     dropout after h; D normal with deviation `std`, U and the biases zero, so that it starts as nothing.
     """
 
-    r: PositiveInt = 64
-    activation: Literal["relu", "gelu", "silu", "tanh"] = "gelu"
-    std: float = Field(1e-2, gt=0)
-    biases: bool = True
-    hidden_dropout: float = Field(0.0, ge=0, lt=1)
+    r: PositiveInt = Field(64, description="features of the bottleneck")
+    activation: Literal["relu", "gelu", "silu", "tanh"] = Field("gelu", description="h between the two projections")
+    std: float = Field(1e-2, gt=0, description="standard deviation of the normal values that D starts at")
+    biases: bool = Field(True, description="whether both projections have a bias")
+    hidden_dropout: float = Field(0.0, ge=0, lt=1, description="on the activations of the bottleneck, in training")
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
         return self.factors(site.out_features, site.out_features)

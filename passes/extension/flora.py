@@ -2,7 +2,7 @@ import math
 from typing import ClassVar
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from subgraph_peft.passes.extension.lora import LoRA
 
 from subgraph_peft.method import Tensor, kaiming_uniform, trainable, zeros
@@ -20,7 +20,9 @@ class FLoRA(LoRA):
     name: ClassVar[str] = "flora"
     paper: ClassVar[str] = "arXiv 2405.14739"
 
-    kernel_r: PositiveInt | None = None
+    kernel_r: PositiveInt | None = Field(
+        None, description="rank along a kernel's sides; min(r, size of the kernel) by default"
+    )
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
         kernel = site.kernel

@@ -1,6 +1,7 @@
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 from subgraph_peft.passes.extension.lora import LoRA
 
 
@@ -16,7 +17,7 @@ class LieRA(LoRA):
     name: ClassVar[str] = "liera"
     paper: ClassVar[str] = "arXiv 2504.00851"
 
-    exponential: bool = False
+    exponential: bool = Field(False, description="exp((α/r) B A) itself, not its first order")
 
     def weight(self, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         update = (self.alpha / self.r) * (B @ A)

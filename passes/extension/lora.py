@@ -17,9 +17,9 @@ class LoRA(Method):
     family: ClassVar[str] = "extension"
     paper: ClassVar[str] = "arXiv 2106.09685"
 
-    r: PositiveInt = 8
-    alpha: float = 16.0
-    dropout: float = Field(0.0, ge=0, lt=1)
+    r: PositiveInt = Field(8, description="rank of the update")
+    alpha: float = Field(16.0, description="the update is scaled by α/r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the input of A, in training")
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
         return {

@@ -1,7 +1,7 @@
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from subgraph_peft.passes.extension.lora import LoRA
 
 from subgraph_peft.errors import MethodError
@@ -26,9 +26,9 @@ class LoRADash(LoRA):
     name: ClassVar[str] = "lora_dash"
     paper: ClassVar[str] = "arXiv 2409.01035"
 
-    directions: PositiveInt = 8
-    switch: PositiveInt = 100
-    epsilon: float = 1e-6
+    directions: PositiveInt = Field(8, description="singular directions of W that train of their own")
+    switch: PositiveInt = Field(100, description="steps of plain LoRA before they are chosen")
+    epsilon: float = Field(1e-6, description="added to singular values, relative to the largest")
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
         return {

@@ -1,6 +1,7 @@
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from subgraph_peft.passes.extension.bottleneck import Bottleneck
 
 from subgraph_peft.method import Tensor, kaiming_uniform, trainable
@@ -20,8 +21,8 @@ class ParallelAdapter(Bottleneck):
     family: ClassVar[str] = "extension"
     paper: ClassVar[str] = "arXiv 2110.04366"
 
-    scale: float = 4.0
-    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    scale: float = Field(4.0, description="s: factor of the adapter's result")
+    activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="h between the two projections")
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
         declared = self.factors(site.in_features, site.out_features)

@@ -23,11 +23,11 @@ class VeRA(Method):
     family: ClassVar[str] = "extension"
     paper: ClassVar[str] = "arXiv 2310.11454"
 
-    r: PositiveInt = 256
-    d_initial: float = 0.1
-    projection_seed: int = 0
-    save_projections: bool = True
-    dropout: float = Field(0.0, ge=0, lt=1)
+    r: PositiveInt = Field(256, description="rank of the frozen, shared projections")
+    d_initial: float = Field(0.1, description="value that d starts at")
+    projection_seed: int = Field(0, description="of the projections")
+    save_projections: bool = Field(True, description="keep the projections in checkpoints; else they are drawn again")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the input of A, in training")
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
         def started(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

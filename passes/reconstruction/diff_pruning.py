@@ -29,11 +29,11 @@ class DiffPruning(Method):
     paper: ClassVar[str] = "arXiv 2012.07463"
     every_parameter: ClassVar[bool] = True
 
-    target: float = Field(0.005, gt=0, le=1)
-    fix_at: float = Field(0.75, gt=0, lt=1)
-    l0: NonNegativeFloat = 1.25e-7
-    gate_lr: PositiveFloat = 100.0
-    start: float = 5.0
+    target: float = Field(0.005, gt=0, le=1, description="share of all parameters that may differ in the end")
+    fix_at: float = Field(0.75, gt=0, lt=1, description="share of the run after which the mask is fixed")
+    l0: NonNegativeFloat = Field(1.25e-7, description="λ: weight of the penalty on open gates")
+    gate_lr: PositiveFloat = Field(100.0, description="factor on the learning rate of the gates")
+    start: float = Field(5.0, description="value that the gates' locations start at")
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
         shape = site.shape if len(site.shape) == 1 else (site.out_features, site.in_features)

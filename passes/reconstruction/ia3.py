@@ -1,6 +1,7 @@
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 
 from subgraph_peft.method import Method, Tensor, ones, trainable
 from subgraph_peft.sites import Site
@@ -20,7 +21,9 @@ class IA3(Method):
     family: ClassVar[str] = "reconstruction"
     paper: ClassVar[str] = "arXiv 2205.05638"
 
-    scale: Literal["output", "input", "weight"] = "output"
+    scale: Literal["output", "input", "weight"] = Field(
+        "output", description="what l scales: the result with its bias, the input, or the rows of W"
+    )
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
         size = site.in_features if self.scale == "input" else site.out_features

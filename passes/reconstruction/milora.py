@@ -1,5 +1,6 @@
 from typing import ClassVar, Literal
 
+from pydantic import Field
 from subgraph_peft.passes.reconstruction.pissa import PiSSA
 
 
@@ -13,5 +14,5 @@ class MiLoRA(PiSSA):
     name: ClassVar[str] = "milora"
     paper: ClassVar[str] = "arXiv 2406.09044"
 
-    components: Literal["minor"] = "minor"
-    niter: None = None
+    components: Literal["minor"] = Field("minor", description="which singular triplets: the smallest")
+    niter: None = Field(None, description="none: the decomposition is exact")

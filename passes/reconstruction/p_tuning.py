@@ -3,7 +3,7 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from subgraph_peft.method import Init, Method, Tensor, normal, trainable
 from subgraph_peft.sites import Site
@@ -40,9 +40,9 @@ class PTuning(Method):
     family: ClassVar[str] = "reconstruction"
     paper: ClassVar[str] = "arXiv 2103.10385"
 
-    n: PositiveInt = 30
-    encoder: Literal["mlp", "lstm"] = "mlp"
-    hidden: PositiveInt | None = None
+    n: PositiveInt = Field(30, description="virtual tokens")
+    encoder: Literal["mlp", "lstm"] = Field("mlp", description="g: layers over P, with an LSTM below them or not")
+    hidden: PositiveInt | None = Field(None, description="features of the encoder; those of the model by default")
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
         d = site.out_features

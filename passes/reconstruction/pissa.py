@@ -2,7 +2,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from subgraph_peft.errors import MethodError
 from subgraph_peft.linalg import check_rank, svd
@@ -25,10 +25,12 @@ class PiSSA(Method):
     family: ClassVar[str] = "reconstruction"
     paper: ClassVar[str] = "arXiv 2404.02948"
 
-    r: PositiveInt = 8
-    alpha: float | None = None
-    components: Literal["principal", "medium", "minor"] = "principal"
-    niter: NonNegativeInt | None = None
+    r: PositiveInt = Field(8, description="singular triplets that train")
+    alpha: float | None = Field(None, description="the factors are scaled by α/r; r by default")
+    components: Literal["principal", "medium", "minor"] = Field(
+        "principal", description="which singular triplets: the largest, the middle or the smallest"
+    )
+    niter: NonNegativeInt | None = Field(None, description="power iterations of a fast SVD; exact by default")
 
     def model_post_init(self, context: Any) -> None:
         if self.niter is not None and self.components != "principal":

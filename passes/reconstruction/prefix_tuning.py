@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from subgraph_peft.passes.reconstruction.p_tuning import linear, uniform
 
 from subgraph_peft.method import Method, Tensor, normal, trainable, zeros
@@ -25,11 +25,13 @@ class PrefixTuning(Method):
     family: ClassVar[str] = "reconstruction"
     paper: ClassVar[str] = "arXiv 2101.00190"
 
-    n: PositiveInt = 30
-    init: Literal["normal", "zeros"] = "normal"
-    projection: bool = False
-    hidden: PositiveInt = 512
-    positions: Literal["shifted", "kept"] = "shifted"
+    n: PositiveInt = Field(30, description="virtual tokens")
+    init: Literal["normal", "zeros"] = Field("normal", description="what the keys and values start at")
+    projection: bool = Field(False, description="compute them by a layer that all attentions share")
+    hidden: PositiveInt = Field(512, description="features of that layer")
+    positions: Literal["shifted", "kept"] = Field(
+        "shifted", description="whether the tokens' positions start at n or stay"
+    )
 
     @property
     def moves_positions(self) -> bool:

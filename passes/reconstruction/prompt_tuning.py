@@ -1,7 +1,7 @@
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from subgraph_peft.errors import MethodError
 from subgraph_peft.method import Method, Tensor, normal, trainable
@@ -20,10 +20,10 @@ class PromptTuning(Method):
     family: ClassVar[str] = "reconstruction"
     paper: ClassVar[str] = "arXiv 2104.08691"
 
-    n: PositiveInt = 30
-    init: Literal["normal", "vocabulary"] = "normal"
-    tokens: tuple[int, ...] = ()
-    seed: int = 0
+    n: PositiveInt = Field(30, description="virtual tokens")
+    init: Literal["normal", "vocabulary"] = Field("normal", description="normal values, or rows of the embedding")
+    tokens: tuple[int, ...] = Field((), description="ids whose embeddings to start at, repeated or cut to n")
+    seed: int = Field(0, description="of the rows that are drawn from the embedding")
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
         return {"P": trainable(self.n, site.out_features, init=normal(1.0))}
