@@ -245,23 +245,24 @@ def schema() -> dict[str, Any]:
     """JSON schema of a pipeline file, for editors. What passes share stands in `$defs` once."""
     document = PipelineConfig.model_json_schema()
     definitions = document.setdefault("$defs", {})
-    beside = {name: field for name, field in own_schema(Rewrite, definitions).items() if name != "method"}
+    rewriting = own_schema(Rewrite, definitions)["properties"]
+    beside = {name: field for name, field in rewriting.items() if name != "method"}
     definitions |= {f"rewrite.{name}": field for name, field in beside.items()}
     shared = {name: {"$ref": f"#/$defs/rewrite.{name}"} for name in beside}
     choices: list[dict[str, Any]] = [{"enum": names()}]
     known = steps()
     for name in (*names(), WRITTEN):
         described = known.get(name) or (Definition if name == WRITTEN else registry.methods()[name])
-        options = own_schema(described, definitions)
+        own = own_schema(described, definitions)
+        options = own.setdefault("properties", {})
         if name not in known:
             options |= shared
             if "of" in options:
                 text = "the inner method: a name, {name: {options}}, or {method: {definition}}"
                 options["of"] = {"description": text}
         text = inspect.cleandoc(described.__doc__ or "").partition("\n\n")[0]
-        definitions[name] = {
-            "type": ["object", "null"], "description": text, "properties": options, "additionalProperties": False,
-        }  # fmt: skip
+        closed = {"type": ["object", "null"], "description": text, "additionalProperties": False}
+        definitions[name] = own | closed
         choices.append(
             {
                 "type": "object",
@@ -278,10 +279,10 @@ def schema() -> dict[str, Any]:
 
 
 def own_schema(described: type[BaseModel], definitions: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a class's fields by name; what they refer to is put among the definitions."""
+    """The schema of a class; what it refers to is put among the definitions."""
     made = described.model_json_schema(by_alias=True)
     definitions |= made.pop("$defs", {})
-    return made.get("properties", {})
+    return made
 
 
 def untitled(value: Any) -> Any:

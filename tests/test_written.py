@@ -606,8 +606,7 @@ def test_a_wrong_definition_names_file_and_line(pipeline, old, new, line, messag
 
 def test_the_schema_describes_definitions():
     document = schema()
-    choices = document["properties"]["passes"]["anyOf"][1]["items"]["anyOf"]
-    options = next(c for c in choices if "method" in c.get("properties", {}))["properties"]["method"]["anyOf"][0]
+    options = document["$defs"]["method"]
     assert {"name", "tensors", "weight", "options", "where", "as"} <= set(options["properties"])
     assert options["required"] == ["name", "tensors"] and options["additionalProperties"] is False
     assert {"shape", "init", "lr"} <= set(document["$defs"]["Declared"]["properties"])
