@@ -11,13 +11,14 @@ import torch
 
 from subgraph_peft.checkpoint import fingerprint
 from subgraph_peft.errors import ExportError
+from subgraph_peft.files import replacing_set
 from subgraph_peft.fold import folds
 from subgraph_peft.guards import between
 from subgraph_peft.program import Program
 from subgraph_peft.selectors import Where
 
 from .adapters import Adapters
-from .files import place, staged, write
+from .files import data_name, write
 from .fuse import fuse, lay_out
 from .inference import Inference, inference
 from .precision import DTYPES, narrow
@@ -90,7 +91,9 @@ def to_onnx(
     opened = slots_of(program, slots, merge == "load") if slots else NONE
     update = updates(program) if slots and program.adapters else None
     base = opened.base or program
-    with staged(target) as folder:
+    if target.is_dir():
+        raise ExportError(f"{target} is a folder; name a file in it, such as {target / 'model.onnx'}.")
+    with replacing_set(target, ExportError, gone=[data_name(target)]) as folder:
         reference = program_reference(base, example)
         cut = opened.open(inference(base, outputs))
         cases = reference.cases(cut.own)
@@ -130,7 +133,6 @@ def to_onnx(
             verification = checked(optimize=optimize, quantize=quantize)
         for item in beside:
             item.save_pretrained(folder)
-        place(folder, target)
     return ExportReport(
         **{field.name: getattr(verification, field.name) for field in fields(Verification)},
         **written(base, cut, model, target),

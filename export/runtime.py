@@ -17,6 +17,7 @@ import torch
 from onnx_ir.tensor_adapters import to_torch_dtype
 
 from subgraph_peft.errors import ExportError, first_line
+from subgraph_peft.files import settle
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 FATAL = 4
@@ -33,6 +34,7 @@ def session(path: str | os.PathLike, on: str | None = None, **cuda: str) -> onnx
 
     Float32 products are computed in float32 on the GPU too, not in TF32. Raises ExportError.
     """
+    settle(path, ExportError)
     if not Path(path).is_file():
         raise ExportError(f"There is no ONNX file {path}.")
     available = [p for p in onnxruntime.get_available_providers() if p != CUDA or torch.cuda.is_available()]

@@ -17,7 +17,7 @@ from . import registry
 from .adapter import Adapter
 from .constants import refresh
 from .errors import CheckpointError, SubgraphPeftError, nearest
-from .files import replacing
+from .files import replacing_set, settle
 from .generate import generate
 from .legal import is_name
 from .method import Method, spell
@@ -34,7 +34,7 @@ ENTRY = ("name", "method", "sites", "variants")
 def save(program: Program, folder: str | os.PathLike) -> None:
     """Write the program's adapters, and the parameters and buffers of the model that training changed beside them.
 
-    Both files are written under temporary names first; an interrupted save leaves the former ones.
+    Both files appear together; a save that stops on the way leaves the former ones.
     """
     if not program.adapters:
         raise CheckpointError("The program has no adapters to save; a folded program is saved as plain weights.")
@@ -42,9 +42,9 @@ def save(program: Program, folder: str | os.PathLike) -> None:
     folder = Path(folder)
     tensors = {name: value.detach().contiguous().cpu() for name, value in state(program).items()}
     text = json.dumps(describe(program), indent=2) + "\n"
-    with replacing(folder / TENSORS, CheckpointError) as weights, replacing(folder / CONFIG, CheckpointError) as config:
-        save_file(tensors, weights, metadata={"format": "pt", "config": digest(text)})
-        config.write_text(text, encoding="utf-8")
+    with replacing_set(folder / CONFIG, CheckpointError) as new:
+        save_file(tensors, new / TENSORS, metadata={"format": "pt", "config": digest(text)})
+        (new / CONFIG).write_text(text, encoding="utf-8")
 
 
 def digest(text: str) -> str:
@@ -122,6 +122,7 @@ def fingerprint(program: Program, without: Sequence[str]) -> str:
 
 def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
+    settle(path, CheckpointError)
     if not path.exists():
         if (folder / "adapter_config.json").exists():
             raise CheckpointError(

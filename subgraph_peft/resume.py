@@ -1,14 +1,12 @@
 """Training checkpoints: the adapter, and what a resumed run needs to go on as if it had never stopped.
 
-A folder `checkpoint-<step>` appears whole or not at all. Tensors are safetensors, the rest is JSON; base weights are
-not in it.
+A folder `checkpoint-<step>` appears as a whole or not at all. Tensors are safetensors, the rest is JSON; base weights
+are not in it.
 """
 
 import json
-import os
 import random
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from .checkpoint import save
 from .errors import CheckpointError
+from .files import FORMER, replacing_folder, settle
 from .program import Program
 from .schedule import Schedule
 
@@ -43,23 +42,15 @@ def write(
         for key, value in entries.items()
     }
     scheduled = schedule.state_dict()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-            new = Path(temporary) / folder.name
-            save(program, new)
-            save_file(tensors, new / OPTIMIZER)
-            if scheduled["tensors"]:
-                save_file({n: v.cpu().contiguous() for n, v in scheduled["tensors"].items()}, new / SCHEDULE)
-            kept = {**run, "groups": state["param_groups"], "scheduled": scheduled["number"]}
-            text = json.dumps(kept, default=lambda value: value.tolist())
-            (new / STATE).write_text(text, encoding="utf-8")
-            progress.save_to_json(str(new / TRAINER_STATE))
-            if folder.exists():
-                os.replace(folder, Path(temporary) / "old")
-            os.replace(new, folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}.") from error
+    with replacing_folder(folder, CheckpointError, earlier=("*",)) as new:
+        save(program, new)
+        save_file(tensors, new / OPTIMIZER)
+        if scheduled["tensors"]:
+            save_file({n: v.cpu().contiguous() for n, v in scheduled["tensors"].items()}, new / SCHEDULE)
+        kept = {**run, "groups": state["param_groups"], "scheduled": scheduled["number"]}
+        text = json.dumps(kept, default=lambda value: value.tolist())
+        (new / STATE).write_text(text, encoding="utf-8")
+        progress.save_to_json(str(new / TRAINER_STATE))
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -93,7 +84,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def found(output: Path) -> list[Path]:
-    """Checkpoint folders, oldest first."""
+    """Checkpoint folders, oldest first; one whose replacement was stopped on the way comes back."""
+    for path in output.glob(f".{PREFIX}*{FORMER}"):
+        settle(output / path.name.removeprefix(".").removesuffix(FORMER), CheckpointError)
     folders = [path for path in output.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit() and path.is_dir()]
     return sorted(folders, key=step_of)
 

@@ -485,12 +485,11 @@ def test_a_merged_folder_replaces_a_former_one_but_not_the_one_that_was_loaded(d
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("when", ["while writing", "between the renames"])
+@pytest.mark.parametrize("when", ["while writing", "at the exchange"])
 def test_a_failure_leaves_the_former_folder(llama, tmp_path, monkeypatch, failure, when):
     _, model, program = llama
     save_merged(program, model, None, tmp_path / "out")
     before = contents(tmp_path / "out")
-    rename = Path.rename
 
     def fail(*arguments):
         raise failure
@@ -498,7 +497,7 @@ def test_a_failure_leaves_the_former_folder(llama, tmp_path, monkeypatch, failur
     if when == "while writing":
         monkeypatch.setattr(shards, "write", fail)
     else:
-        monkeypatch.setattr(files.Path, "rename", lambda self, to: (fail if self.name == "new" else rename)(self, to))
+        monkeypatch.setattr(files, "exchanged", fail)
     expected = (
         (sp.FoldError, "cannot be written: No space left") if isinstance(failure, OSError) else (type(failure), None)
     )

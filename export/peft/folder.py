@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from subgraph_peft.adapter import Adapter
 from subgraph_peft.errors import CheckpointError
-from subgraph_peft.files import replacing
+from subgraph_peft.files import replacing_set, settle
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MODULES, WRAPPER = "base_model.model.", "base_model."
@@ -56,6 +55,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
+    settle(path, CheckpointError)
     if not path.is_file():
         raise CheckpointError(f"{folder} is no peft adapter: {CONFIG} is missing.")
     try:
@@ -68,10 +68,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Both files under temporary names first; a failure leaves the former ones."""
+    """Both files together; where that fails, the former ones stay."""
     held = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    with ExitStack() as stack:
-        weights = stack.enter_context(replacing(folder / TENSORS, CheckpointError))
-        text = stack.enter_context(replacing(folder / CONFIG, CheckpointError))
-        save_file(held, weights, metadata={"format": "pt"})
-        text.write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with replacing_set(folder / CONFIG, CheckpointError) as new:
+        save_file(held, new / TENSORS, metadata={"format": "pt"})
+        (new / CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
