@@ -63,7 +63,8 @@ def translated_once() -> Iterator[None]:
 def content(cut: Inference, given: Mapping[str, torch.Tensor], opset: int | None) -> str:
     """Hash of all that a translation depends on."""
     nodes = [
-        (node.format_node(), str(node.meta.get("custom")), str(node.meta.get("val"))) for node in cut.module.graph.nodes
+        (node.format_node(), str(node.meta.get("custom")), str(node.meta.get("val")))
+        for node in cut.module._subgraph.nodes
     ]
     shapes = {name: (value.shape, value.dtype) for name, value in {**given, **cut.samples}.items()}
     found = hashlib.sha256(repr((nodes, cut.inputs, cut.outputs, cut.axes, shapes, opset)).encode())
