@@ -9,6 +9,7 @@ import onnxruntime
 import torch
 from torch import nn
 
+from subgraph_peft.borrowed import get
 from subgraph_peft.checkpoint import fingerprint
 from subgraph_peft.errors import ExportError, first_line
 from subgraph_peft.files import replacing
@@ -106,7 +107,7 @@ def to_adapter(
 
 
 def store(values: Mapping[str, onnxruntime.OrtValue], identity: str, path: Path) -> None:
-    made = onnxruntime.AdapterFormat()
+    made = get("onnxruntime:AdapterFormat")()
     made.set_model_version(version(identity))
     made.set_parameters(dict(values))
     try:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
+from subgraph_peft.borrowed import model_path
 from subgraph_peft.errors import ExportError, first_line, suggestion
 
 from .runtime import device_of, dtype_of, run, session, tensor_of, value_of
@@ -150,7 +151,7 @@ class Adapters:
         """The base's weights [in, out] that are merged on load, out of the session's file. Raises ExportError."""
         if not names:
             return
-        if (path := getattr(self.session, "_model_path", None)) is None:
+        if (path := model_path(self.session)) is None:
             raise ExportError("The model's slots are merged on load, with the weights of its file: Adapters(path).")
         initializers = ir.load(path).graph.initializers
         for name in names:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from subgraph_peft import shards
+from subgraph_peft.borrowed import uncompiled
 from subgraph_peft.errors import CheckpointError
 from subgraph_peft.files import replacing_folder
 from subgraph_peft.merged import LAID_OUT, assign, edit_config
@@ -30,7 +31,7 @@ def apply_delta(
     if isinstance(base, nn.Module):
         if output is not None:
             raise CheckpointError("output= belongs to a base folder; a model is changed in place.")
-        return to_model(delta, getattr(base, "_orig_mod", base))
+        return to_model(delta, uncompiled(base))
     if output is None:
         raise CheckpointError(f"Give output=, the folder to write; {base} itself stays as it is.")
     return to_folder(delta, Path(base), Path(output))

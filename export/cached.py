@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from subgraph_peft.borrowed import get
 from subgraph_peft.errors import ExportError
 
 PAST, PRESENT = "past_key_values", "present"
 Tensors = Mapping[str, torch.Tensor]
-PAIRS = (DynamicLayer, DynamicSlidingWindowLayer)
+PAIRS = tuple(map(get, ("transformers.cache_utils:DynamicLayer", "transformers.cache_utils:DynamicSlidingWindowLayer")))
 
 
 def decoder(model: nn.Module, keep: int) -> Callable[..., dict[str, torch.Tensor]]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache
 
+from subgraph_peft.borrowed import attention_of
 from subgraph_peft.capture import capture
 from subgraph_peft.checkpoint import onto
 from subgraph_peft.errors import ExportError
@@ -127,7 +128,7 @@ def check_model(model: nn.Module) -> None:
         raise ExportError(
             f"{type(model).__name__} does not generate: to_decoder takes a language model of transformers."
         )
-    if model.config._attn_implementation not in ("eager", "sdpa"):
+    if attention_of(model.config) not in ("eager", "sdpa"):
         model.set_attn_implementation("sdpa")
 
 

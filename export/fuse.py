@@ -7,8 +7,9 @@ from itertools import takewhile
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
-from onnxscript.rewriter.ort_fusions import optimize_for_ort
-from onnxscript.rewriter.ort_fusions.gqa import gqa_rules
+
+from subgraph_peft.borrowed import get, gone
+from subgraph_peft.patches import masks_kept
 
 from .weights import joined, transposed
 
@@ -56,7 +57,9 @@ def fuse(model: ir.Model) -> dict[str, int]:
     Weights that go side by side on the way are stored so, put together when they are written.
     """
     with set_aside(model.graph), masks_kept():
-        optimize_for_ort(model)
+        get("onnxscript.rewriter.ort_fusions:optimize_for_ort")(model)
+    if any(node.op_type == "GroupQueryAttention" for node in model.graph):
+        raise gone("onnxscript.rewriter.ort_fusions.gqa:gqa_rules.rules", "is not what fuses GroupQueryAttention")
     repeat_positions(model.graph)
     for node in list(model.graph):
         if node.op_type == "Concat":
@@ -152,16 +155,6 @@ def set_aside(graph: ir.Graph) -> Iterator[None]:
             graph.initializers.setdefault(weight.name, weight)
             stand.replace_all_uses_with(node.outputs[0])
             graph.insert_before(graph[0], node)
-
-
-@contextmanager
-def masks_kept() -> Iterator[None]:
-    """Without onnxscript's rule for GroupQueryAttention, which takes any mask for one of full length and drops it."""
-    rules, gqa_rules.rules = gqa_rules.rules, []
-    try:
-        yield
-    finally:
-        gqa_rules.rules = rules
 
 
 def common(names: Sequence[str]) -> str:

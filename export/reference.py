@@ -8,8 +8,8 @@ from typing import Any
 import onnxruntime
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from subgraph_peft.borrowed import pytree
 from subgraph_peft.errors import CaptureError, ExportError
 from subgraph_peft.kernels import promise
 from subgraph_peft.program import Program

@@ -16,6 +16,7 @@ import onnxruntime
 import torch
 from onnx_ir.tensor_adapters import to_torch_dtype
 
+from subgraph_peft.borrowed import get
 from subgraph_peft.errors import ExportError, first_line
 from subgraph_peft.files import settle
 
@@ -43,7 +44,7 @@ def session(path: str | os.PathLike, on: str | None = None, **cuda: str) -> onnx
     wanted = [CPU] if on in (None, CPU) else [on, CPU]
     if on in (None, CUDA) and CUDA in available:
         with contextlib.redirect_stdout(io.StringIO()):
-            onnxruntime.preload_dlls()
+            get("onnxruntime:preload_dlls")()
         device = torch.cuda.current_device()
         named = {"device_id": str(device)} if device else {}  # it warns where one is named
         wanted = [(CUDA, {"use_tf32": "0", **named, **cuda}), CPU]

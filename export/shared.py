@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import nn
 
+from subgraph_peft.borrowed import uncompiled
 from subgraph_peft.errors import ExportError
 from subgraph_peft.merged import set_parameter
 from subgraph_peft.program import Program
@@ -22,7 +23,7 @@ def over(program: Program, model: nn.Module) -> nn.Module:
             "as prefixes, prompts and bottlenecks, have no place in a model that generates from a cache."
         )
     program.need_values("export", ExportError)
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     own = dict(program.tensors())
     theirs = dict(model.named_parameters(remove_duplicate=False))
     for name, value in theirs.items():

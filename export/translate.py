@@ -1,13 +1,10 @@
 """A program's inference graph as an ONNX model: names kept, metadata carried over, shape arithmetic folded."""
 
 import json
-import logging
 import re
 import sys
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -19,10 +16,12 @@ from onnxscript.optimizer import fold_constants
 from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from subgraph_peft.borrowed import FX_NODE
 from subgraph_peft.checkpoint import entry
 from subgraph_peft.errors import ExportError
 from subgraph_peft.flat import readable
 from subgraph_peft.label_shift import label_shift
+from subgraph_peft.patches import quiet
 from subgraph_peft.program import Program
 from subgraph_peft.recurrent import Whole
 from subgraph_peft.rewriter import META
@@ -35,14 +34,13 @@ from .walk import bodies, graph_values
 OLDEST_OPSET = 18  # what torch translates to; it converts to older ones without names and metadata
 NOISY = ("torch.onnx", "onnxscript", "onnx_ir", "onnxruntime.quantization")
 NAMESPACE = "namespace"
-TRANSLATED_FROM = "pkg.torch.onnx.fx_node"
 
 
 def translate(program: Program, cut: Inference, example: Mapping[str, torch.Tensor], opset: int | None) -> ir.Model:
     """The ONNX model of `cut`. Raises ExportError, naming the operator where one has no translation."""
     if opset is not None and opset < OLDEST_OPSET:
         raise ExportError(f"Opset {opset} is too old; the oldest that can be written is {OLDEST_OPSET}.")
-    with quiet():
+    with quiet(*NOISY):
         try:
             exported, aliases = readable(trace(cut, example))
         except Exception as error:
@@ -67,22 +65,6 @@ def translate(program: Program, cut: Inference, example: Mapping[str, torch.Tens
         name_outputs(model, cut)
     name_axes(model, cut)
     return model
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No warnings of the exporter's about itself."""
-    loggers = [logging.getLogger(name) for name in NOISY]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def trace(cut: Inference, example: Mapping[str, torch.Tensor]) -> ExportedProgram:
@@ -157,7 +139,7 @@ def annotate(model: ir.Model, exported: ExportedProgram, cut: Inference) -> None
 
 def fx_name(node: ir.Node) -> str:
     """The name in "%linear_1 : [num_users=1] = call_function[…]"."""
-    found = re.match(r"%(\w+) ", node.metadata_props.get(TRANSLATED_FROM, ""))
+    found = re.match(r"%(\w+) ", node.metadata_props.get(FX_NODE, ""))
     return found.group(1) if found else ""
 
 

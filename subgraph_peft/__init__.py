@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         SubgraphPeftError,
         TrainError,
         TrainWarning,
+        VersionError,
     )
     from .evaluate import evaluate
     from .fold import fold
@@ -53,10 +54,10 @@ __all__ = [
     "Analysis", "AnalysisError", "CacheWarning", "CaptureError", "CaptureWarning", "CheckpointError", "ConfigError",
     "EquationPass", "ExportError", "FoldError", "Method", "MethodError", "PassError", "Pipeline", "Program",
     "ProgramPass", "SelectorError", "Site", "SubgraphPeftError", "Tensor", "TrainError", "TrainOptions", "TrainResult",
-    "TrainStep", "TrainWarning", "Wrapper", "analyze", "capture", "evaluate", "fold", "frozen", "kaiming_uniform",
-    "kernels", "load", "normal", "ones", "optimise", "parameter_groups", "penalty", "promise", "read", "rewrite",
-    "save", "schedule", "sites", "take", "train", "trainable", "unflatten", "write", "write_analysis", "write_to",
-    "zeros",
+    "TrainStep", "TrainWarning", "VersionError", "Wrapper", "analyze", "capture", "evaluate", "fold", "frozen",
+    "kaiming_uniform", "kernels", "load", "normal", "ones", "optimise", "parameter_groups", "penalty", "promise",
+    "read", "rewrite", "save", "schedule", "sites", "take", "train", "trainable", "unflatten", "write",
+    "write_analysis", "write_to", "zeros",
 ]  # fmt: skip
 
 # module -> its public names, imported when one is first asked for: torch takes a second, and the help none of it
@@ -67,7 +68,7 @@ _MODULES = {
     "capture": "capture",
     "checkpoint": "load save",
     "errors": "AnalysisError CacheWarning CaptureError CaptureWarning CheckpointError ConfigError ExportError "
-    "FoldError MethodError PassError SelectorError SubgraphPeftError TrainError TrainWarning",
+    "FoldError MethodError PassError SelectorError SubgraphPeftError TrainError TrainWarning VersionError",
     "evaluate": "evaluate",
     "fold": "fold",
     "graph_passes": "EquationPass ProgramPass",

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
+from .borrowed import pytree
 from .flat import Flat, flat, rename
 from .module import build
+from .patches import uncollected
 from .program import Program
 from .signature import Signature
-from .surroundings import uncollected
 from .tree import home_of
 
 

@@ -1,40 +1,22 @@
 """Backward passes by hand: torch.export keeps the forward of a torch.autograd.Function and differentiates that."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import Function
-from torch.utils import _pytree as pytree
 
+from .borrowed import pytree
 from .checkpointing import uncheckpointed
 from .compare import difference
 from .errors import CaptureError, CaptureWarning
+from .patches import watched
 from .program import Program
 from .signature import export_arguments
 from .surroundings import prepared, seeded, unwritten
 
 BOUND = 1e-3  # on the difference of gradients, relative to the largest of a parameter
-
-
-@contextmanager
-def noted() -> Iterator[set[str]]:
-    """Names of the torch.autograd.Functions that are applied meanwhile."""
-    names: set[str] = set()
-    original = Function.__dict__["apply"]
-
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        names.add(cls.__qualname__)
-        return original.__get__(None, cls)(*args, **kwargs)
-
-    try:
-        Function.apply = classmethod(apply)
-        yield names
-    finally:
-        Function.apply = original
 
 
 def check_backward(
@@ -48,7 +30,7 @@ def check_backward(
     names = [name for name, p in model.named_parameters() if p.is_floating_point()]
     expected = actual = None
     if verify and program.home.device.type != "meta":
-        with prepared(model, training=True), prepared(program.module, training=True), uncheckpointed(model):
+        with prepared(model, training=True), prepared(program.module, training=True), uncheckpointed(model), watched():
             expected, actual = (gradients(module, names, inputs) for module in (model, program.module))
     if expected is None:
         warnings.warn(f"{what}: gradients are those of its forward.", CaptureWarning, stacklevel=3)

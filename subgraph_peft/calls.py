@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .borrowed import guard_code
 from .errors import CaptureError, TrainError
 from .guards import compile_guards, guards_of, refusal
 from .internals import internals
@@ -49,7 +50,7 @@ def check_meta(module: nn.Module, flat: list[Any]) -> None:
 def add_guards(module: nn.Module, exported: torch.export.ExportedProgram) -> None:
     """Check the conditions of another trace of the model too."""
     own = internals(module)
-    added = guards_of(getattr(exported, "_guards_code", ()), own.signature.inputs)
+    added = guards_of(guard_code(exported), own.signature.inputs)
     guards = tuple(dict.fromkeys((*own.signature.guards, *added)))
     own.signature = replace(own.signature, guards=guards)
     own.broken_guard = compile_guards(guards)

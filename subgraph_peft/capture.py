@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
 
 from . import imported
 from .assemble import assemble
-from .backward import check_backward, noted
+from .backward import check_backward
+from .borrowed import is_of_vmap, pytree, uncompiled
 from .calls import add_guards
 from .checkpointing import keep_checkpointing, uncheckpointed
 from .compare import equal
@@ -23,17 +23,17 @@ from .graphs import attributes, fixed_size, writes
 from .internals import internals
 from .kernels import promise
 from .padding import Padding
+from .patches import alone, silenced, uncollected, watched
 from .program import Program
 from .recurrent import Whole
 from .refusals import check, refused
 from .runners import renew, specialise
 from .signature import export_arguments
-from .surroundings import apart, prepared, seeded, silenced, spelled_out, uncollected, unwritten
+from .surroundings import apart, prepared, seeded, spelled_out, unwritten
 from .tree import attach
 
-VMAP = "torch._functorch.predispatch"
 
-
+@alone()
 def capture(
     model: nn.Module | ExportedProgram | str | os.PathLike,
     example_inputs: Any = None,
@@ -58,7 +58,8 @@ def capture(
     Key-value caches are not captured; layers that transformers checkpoints stay checkpointed. A module that
     torch.compile wraps is captured without the wrapper. A graph traced in eval mode starts in eval mode; train()
     switches on the dropout and batch norm operators that it still has. A model on the meta device can be captured,
-    listed and rewritten, not run in training.
+    listed and rewritten, not run in training. A capture changes torch for the whole process while it lasts, and is for
+    one thread at a time: another thread's waits.
 
     Raises CaptureError for what torch.export cannot capture, with the line of the model's source. Warns
     (CaptureWarning) for a dimension that turned out to be fixed, for a graph that was traced in eval mode, and for
@@ -74,12 +75,12 @@ def capture(
         )
     if example_inputs is None:
         raise CaptureError("capture needs example inputs: capture(model, example_inputs).")
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     check(model)
     inputs = example_of(model, example_inputs)
     ranges = dynamic_dimensions(inputs, dynamic)
     inputs = widen(inputs, ranges)
-    with prepared(model, training=True), uncheckpointed(model) as calls, apart(model), noted() as functions:
+    with prepared(model, training=True), uncheckpointed(model), apart(model), watched() as (calls, functions):
         exported, ranges = export(model, inputs, ranges, explicit=dynamic is not None)
     if isinstance(model, fx.GraphModule):
         return promise(imported.from_graph(model, exported, inputs, verify), padding)
@@ -134,7 +135,7 @@ def export(
 
 def without_vmap(exported: ExportedProgram) -> ExportedProgram:
     """The batched operators that a vmap stands for in place of its own nodes, which live on state of the process."""
-    mapped = any(getattr(node.target, "__module__", "") == VMAP for node in exported.graph.nodes)
+    mapped = any(is_of_vmap(node.target) for node in exported.graph.nodes)
     return exported.run_decompositions({}) if mapped else exported
 
 

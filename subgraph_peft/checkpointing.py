@@ -1,17 +1,14 @@
 """Gradient checkpointing: blocks keep their inputs for the backward pass and compute the rest again."""
 
-import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import fx, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from . import graphs
+from .borrowed import OpOverload, checkpoint_options, checkpointed_layers
 from .errors import CaptureError, CaptureWarning, SelectorError
 from .internals import Checkpointing, internals
 from .partition import chosen, cut, regions
@@ -88,42 +85,17 @@ def checkpoint_nothing(module: nn.Module) -> None:
 
 
 @contextmanager
-def uncheckpointed(model: nn.Module) -> Iterator[set[str]]:
-    """The model without gradient checkpointing, so that none of it is traced: its layers of transformers have it off,
-    and reentrant calls of torch.utils.checkpoint compute their function as it is. Restored afterwards.
-
-    Gives the kinds of the calls that are met, which the model makes itself: "reentrant" or "not reentrant".
-    """
-    on, met = switched_on(model), set()
-    enter = saved_tensors_hooks.__enter__
-
-    def entered(hooks: saved_tensors_hooks) -> None:
-        if type(hooks).__module__ == checkpoint.__module__:
-            met.add("not reentrant")
-        enter(hooks)
-
-    def computed(function: Callable, preserve_rng_state: bool, *args: Any) -> Any:
-        met.add("reentrant")
-        return function(*args)
-
+def uncheckpointed(model: nn.Module) -> Iterator[None]:
+    """The layers of the model that transformers checkpoints without it, so that none of it is traced; restored
+    afterwards."""
+    on = checkpointed_layers(model)
     try:
         for layer in on.values():
             layer.gradient_checkpointing = False
-        saved_tensors_hooks.__enter__ = entered
-        CheckpointFunction.apply = computed
-        yield met
+        yield
     finally:
-        del CheckpointFunction.apply  # it is inherited
-        saved_tensors_hooks.__enter__ = enter
         for layer in on.values():
             layer.gradient_checkpointing = True
-
-
-def switched_on(model: nn.Module) -> dict[str, nn.Module]:
-    """Module path -> layer, of those that transformers checkpoints as a whole."""
-    library = sys.modules.get("transformers.modeling_layers")  # imported if the model has any
-    kind = getattr(library, "GradientCheckpointingLayer", ())
-    return {path: m for path, m in model.named_modules() if isinstance(m, kind) and m.gradient_checkpointing}
 
 
 def keep_checkpointing(module: nn.Module, model: nn.Module, calls: Collection[str]) -> None:
@@ -136,15 +108,13 @@ def keep_checkpointing(module: nn.Module, model: nn.Module, calls: Collection[st
             "it keeps all activations. module.gradient_checkpointing_enable(where=[…]) switches it by module path."
         )
         warnings.warn(message, CaptureWarning, stacklevel=3)
-    if not (on := switched_on(model)):
+    if not (on := checkpointed_layers(model)):
         return
     known = regions(internals(module).graph)
-    how = next((f for m in on.values() if (f := getattr(m, "_gradient_checkpointing_func", None))), None)
-    options = {name: value for name, value in getattr(how, "keywords", {}).items() if name != "use_reentrant"}
     try:
         if not (layers := [f"exact:{path}" for path in on if path in known]):
             raise SelectorError(f"the graph has none of its layers {', '.join(on)}.")
-        checkpoint_blocks(module, layers, options)
+        checkpoint_blocks(module, layers, checkpoint_options(on.values()))
     except (CaptureError, SelectorError) as error:
         message = f"Gradient checkpointing of {name} is off in the captured module: {error}"
         warnings.warn(message, CaptureWarning, stacklevel=3)
@@ -163,7 +133,7 @@ def check_twice(graph: fx.Graph, paths: Sequence[str]) -> None:
 
 def updates(node: fx.Node) -> bool:
     """Whether a node of a block writes to something that lives outside of the block."""
-    if isinstance(node.target, torch._ops.OpOverload) and "running_mean" in graphs.schema(node.target):
+    if isinstance(node.target, OpOverload) and "running_mean" in graphs.schema(node.target):
         mode = graphs.mode_argument(node)
         return mode is not None and bool(graphs.argument(node, mode))
     return any(graphs.viewed(target).op != "call_function" for target in graphs.written(node))

@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from . import graphs
+from .borrowed import recomputation
 from .calls import checked
 from .errors import CaptureError
 from .graph_passes import optimised, running
@@ -50,8 +51,6 @@ class Compiled:
         self.plans: dict[frozenset[str], tuple[fx.Graph, list[Part]]] = {}
 
     def __call__(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        from torch._functorch import config  # slow to import
-
         flat = checked(self.module, inputs)
         names = internals(self.module).signature.input_names()
         missing = frozenset(name for name, value in zip(names, flat, strict=True) if value is None)
@@ -62,7 +61,7 @@ class Compiled:
         for name, node in graphs.attributes(graph):
             values[node] = attribute(self.module, name)
         options = {"ban_recompute_materialized_backward": False, "activation_memory_budget": self.memory_budget}
-        with config.patch(options):
+        with recomputation(**options):
             for part in parts:
                 results = part.run(None, *(values[node] for node in part.sources))
                 values.update(zip(part.outputs, results, strict=True))

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
+from .borrowed import OpOverload
 from .errors import TrainError
 from .graphs import viewed, written
 from .internals import internals
@@ -98,7 +99,7 @@ def statistics(module: GraphModel) -> list[str]:
     """Floating-point buffers that a training step writes, such as the running mean of batch norm."""
     found: dict[str, None] = {}
     for node in internals(module).graph.nodes:
-        norm = isinstance(node.target, torch._ops.OpOverload) and "running_mean" in schema(node.target)
+        norm = isinstance(node.target, OpOverload) and "running_mean" in schema(node.target)
         read = [argument(node, name) for name in ("running_mean", "running_var")] if norm else []
         for source in map(viewed, (*(value for value in read if isinstance(value, fx.Node)), *written(node))):
             if source.op == "get_attr":

@@ -9,6 +9,7 @@ import sympy
 import torch
 from torch import fx
 
+from .borrowed import size_formula
 from .entry import EXTENDS
 from .entry_rules import RULES, Index, unread
 from .graphs import sizes, viewed, written
@@ -41,7 +42,7 @@ class Reader:
         if isinstance(value, fx.Node):
             value = value.meta.get("val")
         if isinstance(value, torch.SymInt):
-            expression = value.node.expr
+            expression = size_formula(value)
             if {str(symbol) for symbol in expression.free_symbols}.intersection(map(str, AXES)):
                 raise Opaque(f"takes a size that is named {expression}")
             return expression

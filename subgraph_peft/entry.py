@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from .borrowed import size_formula
 from .errors import MethodError
 from .graphs import aten, cone, evaluate, fixed_size, operator_name, sizes
 from .layout import TRANSPOSED
@@ -152,4 +153,4 @@ def rows(program: "Program", site: Site, W: torch.Tensor) -> torch.Tensor:
 
 
 def symbols(size: int | torch.SymInt) -> set[str]:
-    return {str(s) for s in size.node.expr.free_symbols} if isinstance(size, torch.SymInt) else set()
+    return {str(s) for s in size_formula(size).free_symbols} if isinstance(size, torch.SymInt) else set()

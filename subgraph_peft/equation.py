@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from .addends import SUMS
+from .borrowed import HigherOrderOperator
 from .errors import MethodError
 from .graph_passes import EquationPass, optimised
 from .graphs import aten, cone, mode_argument, operator_name, sweep
@@ -273,7 +274,7 @@ def trace(
         ) from error
     graph = exported.graph
     for node in graph.nodes:
-        if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
+        if node.op == "call_function" and isinstance(node.target, HigherOrderOperator):
             raise MethodError(f"The equation of {names} uses {node.target}; write .detach() in place of no_grad.")
     flat: list[Operand] = [("", name) for name, _ in operands]
     flat += [(adapter, name) for adapter, specs in tensors for name, _, _ in specs]

@@ -48,6 +48,10 @@ class ConfigError(SubgraphPeftError):
     """A pipeline configuration is invalid."""
 
 
+class VersionError(SubgraphPeftError):
+    """A library is of a version without something that this package needs of it."""
+
+
 class CaptureWarning(UserWarning):
     """The captured graph is narrower than the model it came from."""
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
+from .borrowed import pytree
 from .data import Padding
 from .errors import TrainError, suggestion
 from .internals import internals

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from .borrowed import pytree
 from .errors import CaptureError
 from .signature import export_arguments, named_inputs
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from .adapter import Adapter, targets
+from .borrowed import pytree
 from .compare import difference
 from .errors import FoldError
 from .generate import base_of, generate, rebuild

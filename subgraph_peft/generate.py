@@ -16,12 +16,12 @@ from .lower import Lowering
 from .lower_activations import lower_embeddings, lower_keys_values, lower_module, lower_output
 from .lower_weights import lower_bias, lower_weight
 from .module import GraphModel, build
+from .patches import uncollected
 from .program import Program
 from .records import Constant, Lowered
 from .rewriter import Rewriter
 from .runners import renew
 from .sites import PLACES
-from .surroundings import uncollected
 
 
 @uncollected()

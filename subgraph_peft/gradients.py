@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .borrowed import add_to
+
 
 class Gradients:
     """Buffers that stay where they are, so that recorded work finds them again.
@@ -53,4 +55,4 @@ class Gradients:
             self.used.update(given)
             self.attach()
         if given:
-            torch._foreach_add_([self.views[index] for index in given], [gradients[index] for index in given])
+            add_to([self.views[index] for index in given], [gradients[index] for index in given])

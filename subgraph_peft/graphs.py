@@ -1,23 +1,25 @@
 """Edits of flat aten graphs: train and eval mode, missing inputs, device and dtype moves, printing."""
 
 import copy
+import itertools
 import linecache
 import operator
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from keyword import iskeyword
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses import FakeTensor
-from torch.utils import _pytree as pytree
 
+from .borrowed import FakeTensor, HigherOrderOperator, OpOverload, fake_mode_of, pytree, schema_of
 from .errors import CaptureError
 from .legal import FUNCTIONS, illegal
 from .operators import argument, schema, set_argument
 
 aten = torch.ops.aten
 PURE = frozenset(FUNCTIONS.values())
+NUMBERS = itertools.count()  # of the files that tracebacks name
 Moves = Mapping[torch.device | torch.dtype, torch.device | torch.dtype]
 
 # arguments by which operators tell training from evaluation, and what they are in evaluation
@@ -61,8 +63,8 @@ def writes(graph: fx.Graph) -> bool:
 
 def written(node: fx.Node) -> Iterator[fx.Node]:
     """The arguments that an operator writes to."""
-    for name in schema(node.target) if isinstance(node.target, torch._ops.OpOverload) else ():
-        info = node.target._schema.arguments[schema(node.target)[name][0]].alias_info
+    for name in schema(node.target) if isinstance(node.target, OpOverload) else ():
+        info = schema_of(node.target).arguments[schema(node.target)[name][0]].alias_info
         if info is not None and info.is_write:
             value = argument(node, name)
             yield from (v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, fx.Node))
@@ -79,8 +81,8 @@ def aliased(node: fx.Node) -> fx.Node | None:
     """The argument whose memory a node's value is in, if it is in one's."""
     if node.target is operator.getitem:
         source = node.args[0]
-    elif isinstance(node.target, torch._ops.OpOverload):
-        name = next((a.name for a in node.target._schema.arguments if a.alias_info), None)
+    elif isinstance(node.target, OpOverload):
+        name = next((a.name for a in schema_of(node.target).arguments if a.alias_info), None)
         source = argument(node, name) if name else None
     else:
         return None
@@ -99,7 +101,7 @@ def every_node(body: fx.GraphModule) -> Iterator[fx.Node]:
 
 def mode_argument(node: fx.Node) -> str | None:
     """The argument of a node that differs between training and evaluation. A norm without statistics has none."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return None
     positions = schema(node.target)
     if "running_mean" in positions:
@@ -190,9 +192,9 @@ def is_effect(node: fx.Node, root: nn.Module | None = None) -> bool:
     one with bodies, unless `root` holds them and they have no effect."""
     if node.op != "call_function":
         return node.op in ("call_method", "call_module")
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    if isinstance(node.target, torch._ops.HigherOrderOperator) and root is not None:
+    if isinstance(node.target, OpOverload):
+        return schema_of(node.target).is_mutable
+    if isinstance(node.target, HigherOrderOperator) and root is not None:
         held = [getattr(root, str(part.target), None) for part in node.all_input_nodes if part.op == "get_attr"]
         parts = [part for part in held if isinstance(part, fx.GraphModule)]
         return not parts or any(is_effect(inner, part) for part in parts for inner in part.graph.nodes)
@@ -216,7 +218,7 @@ def move(graph: fx.Graph, mapping: Moves) -> None:
         device, dtype = swap(value.device), swap(value.dtype)
         if (device, dtype) == (value.device, value.dtype):
             return value
-        with value.fake_mode:
+        with fake_mode_of(value):
             return torch.empty_strided(value.shape, value.stride(), dtype=dtype, device=device)
 
     for node in graph.nodes:
@@ -235,14 +237,19 @@ def check(graph: fx.Graph) -> None:
 
 
 def compile_graph(graph: fx.Graph, name: str) -> Callable:
-    """The graph as a function `(self, *placeholders) -> tuple`, reading tensors as attributes of `self`."""
+    """The graph as a function `(self, *placeholders) -> tuple`, reading tensors as attributes of `self`.
+
+    Tracebacks show its source while it lives.
+    """
     check(graph)
     code = spelled_out(graph).python_code("self")
     namespace = dict(code.globals)
-    file = f"<{name}:{id(graph):x}>"
+    file = f"<{name}:{next(NUMBERS)}>"
     exec(compile(code.src, file, "exec"), namespace)
+    function = namespace.pop("forward")  # it would hold itself
     linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)
-    return namespace["forward"]
+    weakref.finalize(function, linecache.cache.pop, file, None)
+    return function
 
 
 def attribute(root: nn.Module, path: str) -> Any:
@@ -301,7 +308,7 @@ def operator_name(node: fx.Node) -> str:
 
 
 def target_name(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return target.overloadpacket.__name__
     return getattr(target, "__name__", str(target))
 

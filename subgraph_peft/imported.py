@@ -9,44 +9,42 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from .assemble import assemble
+from .borrowed import ORIGINAL_NAMES, OpOverload, pytree, schema_of
 from .compare import equal
-from .errors import CaptureError, CaptureWarning
+from .errors import CaptureError, CaptureWarning, VersionError
 from .examples import example_of
 from .flat import readable
 from .graphs import aten, bodies, every_node, is_random, mode_argument, operator_name
 from .operators import argument, set_argument
+from .patches import silenced, weights_only
 from .program import Program
 from .refusals import check
 from .runners import renew
 from .signature import export_arguments
-from .surroundings import prepared, seeded, silenced, unwritten
+from .surroundings import prepared, seeded, unwritten
 
 # layer of torch.nn -> the tensors that its operators read under these argument names
 LAYERS = re.compile(r"torch\.nn\.modules\.(linear\.Linear|conv\.|batchnorm\.|normalization\.|sparse\.Embedding)")
 ROLES = ("weight", "bias", "running_mean", "running_var")
-WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def load(path: str | os.PathLike) -> ExportedProgram:
     """Read a file of torch.export.save. Nothing in it is unpickled beyond tensors. Raises CaptureError."""
     if not os.path.isfile(path):
         raise CaptureError(f"{path} is no file: capture takes a model, an ExportedProgram or a file of one.")
-    before = os.environ.get(WEIGHTS_ONLY)
     try:
-        os.environ[WEIGHTS_ONLY] = "1"  # torch.export.load falls back to unpickling anything
-        with silenced():
+        with weights_only(), silenced():  # torch.export.load falls back to unpickling anything
             return torch.export.load(path)
+    except VersionError:
+        raise
     except Exception as error:
         raise CaptureError(
             f"{path} cannot be read as an exported program: {type(error).__name__}: "
             f"{next(iter(str(error).strip().splitlines()), '')}\n  It takes a file that torch.export.save wrote, in a "
             "version of torch that this one reads; where the model returns a type of its own, import its library first."
         ) from error
-    finally:
-        os.environ.pop(WEIGHTS_ONLY) if before is None else os.environ.update({WEIGHTS_ONLY: before})
 
 
 def from_exported(exported: ExportedProgram, example_inputs: Any, dynamic: Any, verify: bool) -> Program:
@@ -161,7 +159,7 @@ def verify_traced(
 def original_names(exported: ExportedProgram, module: fx.GraphModule) -> dict[str, str]:
     """Tensor of a GraphModule that dynamo made -> its name in the model that was traced, where that can be told: from
     dynamo's own table, else from the layer of torch.nn that reads it and as what. Strips the root from module paths."""
-    known = dict(module.meta.get("dynamo_flat_name_to_original_fqn", {}))
+    known = dict(module.meta.get(ORIGINAL_NAMES, {}))
     own = {n for n, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers())}
     signature = exported.graph_signature
     lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -181,9 +179,9 @@ def original_names(exported: ExportedProgram, module: fx.GraphModule) -> dict[st
 
 def roles(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
     """(name in the layer, node) of the operands of a layer's operator that are its tensors."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return
-    names = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))
+    names = dict(zip((a.name for a in schema_of(node.target).arguments), node.args, strict=False))
     if operator_name(node) == "addmm":
         names = {"bias": names.get("self"), "weight": names.get("mat2")}
     elif operator_name(node) == "mm":

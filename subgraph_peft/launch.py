@@ -15,11 +15,13 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
 from . import distributed, processes, resume
+from .borrowed import one_gpu, save_checkpoint
 from .checkpoint import restore
 from .data import Padding, spread, token_counts
 from .errors import CheckpointError, ConfigError
 from .evaluate import Metrics
 from .options import TrainOptions
+from .patches import log_level
 from .program import Program
 from .record import Bar, signals
 from .sharded import sharded
@@ -113,7 +115,7 @@ def training_arguments(options: TrainOptions, output: Path) -> TrainingArguments
         disable_tqdm=True,
         report_to=options.report,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for several processes
+    one_gpu(arguments)
     if arguments.world_size != processes.world():
         raise ConfigError(
             f"torch.distributed has {processes.world()} processes, accelerate finds {arguments.world_size}: start them "
@@ -125,14 +127,12 @@ def training_arguments(options: TrainOptions, output: Path) -> TrainingArguments
 def run_trainer(trainer: ProgramTrainer, folder: Path | None, progress: bool | None) -> None:
     """Train to the end; on an interrupt save, if the last step is whole, and raise."""
     record, bar = trainer.record, None
-    library = logging.getLogger("transformers.trainer_utils")  # warns of a batch size that may be another one
-    level = library.level
+    library = log_level("transformers.trainer_utils")  # warns of a batch size that may be another one
     if progress or (progress is None and sys.stderr.isatty()):
         bar = Bar(trainer.args.max_steps, resume.step_of(folder) if folder else 0)
         trainer.add_callback(bar)
     try:
-        library.setLevel(logging.ERROR)
-        with signals(record):
+        with library.set(logging.ERROR), signals(record):
             if folder and resume.step_of(folder) >= trainer.args.max_steps:
                 trainer.finished(folder)
             else:
@@ -141,13 +141,12 @@ def run_trainer(trainer: ProgramTrainer, folder: Path | None, progress: bool | N
     except KeyboardInterrupt:
         step, kept = trainer.state.global_step, trainer.checkpoint()
         if record.whole and step and (kept is None or resume.step_of(kept) != step):
-            trainer._save_checkpoint(None)
+            save_checkpoint(trainer)
             kept = trainer.checkpoint()
         if record.signal == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM) from None
         where = f"the checkpoint {kept} resumes it" if kept else "nothing had been saved"
         raise KeyboardInterrupt(f"Training was interrupted after step {step}; {where}.") from None
     finally:
-        library.setLevel(level)
         if bar is not None:
             bar.bar.close()

@@ -9,8 +9,8 @@ from keyword import iskeyword
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload
 
+from .borrowed import HigherOrderOperator, OpOverload, has_kernel, schema_of
 from .errors import CheckpointError
 
 OPERATOR = (
@@ -107,5 +107,5 @@ def operator_of(name: str, text: Any) -> Any:
 
 def computes(operator: OpOverload) -> bool:
     """Whether an operator has a kernel, which those of TorchScript alone have not, and takes the name of no file."""
-    names = [a.name for a in operator._schema.arguments if "str" in str(a.type)]
-    return torch._C._dispatch_has_kernel(operator.name()) and not any("file" in n or "path" in n for n in names)
+    names = [a.name for a in schema_of(operator).arguments if "str" in str(a.type)]
+    return has_kernel(operator) and not any("file" in n or "path" in n for n in names)

@@ -12,6 +12,7 @@ from safetensors.torch import save_model
 from torch import nn
 
 from . import shards
+from .borrowed import uncompiled
 from .errors import CheckpointError, FoldError
 from .files import TOKENIZER, replacing, replacing_folder
 from .program import Program
@@ -171,7 +172,7 @@ def write_to(program: Program, model: nn.Module) -> list[str]:
     captured from it keep the memory that they shared with it, hence their weights. Raises FoldError.
     """
     check_plain(program, "write")
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     own = dict(program.module.named_parameters(remove_duplicate=False))
     theirs = dict(model.named_parameters(remove_duplicate=False))
     check_names(program, theirs)

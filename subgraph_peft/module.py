@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .borrowed import runs_in_traces
 from .calls import call
 from .checkpointing import Checkpointed
 from .guards import compile_guards
@@ -39,14 +40,13 @@ class GraphModel(Checkpointed, nn.Module):
         """The modules of the source that are called as modules, see `subgraph_peft.unflatten`."""
         return internals(self).block_paths
 
+    @runs_in_traces
     def _subgraph_prepare(self, *missing: str) -> None:
         """What torch.compile meets as finished functions: it runs this where it would trace it. Both modes, since what
         is compiled for one depends on which runners there are."""
         make_runners(self)
         if (key := (self.training, frozenset(missing))) not in internals(self).runners:
             make_runner(self, key)
-
-    _subgraph_prepare._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
 
     def _apply(self, fn: Any, recurse: bool = True) -> "GraphModel":
         """What `.to()`, `.cuda()`, `.double()` and `.to_empty()` do: literals of the graph follow its tensors.

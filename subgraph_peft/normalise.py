@@ -3,6 +3,7 @@
 import torch
 from torch import fx, nn
 
+from .borrowed import GUARDS_MODULE, get
 from .graphs import aten, attribute, sweep
 from .recompose import recompose
 from .recurrent import restore
@@ -14,8 +15,8 @@ ASSERTIONS = {
     aten.sym_constrain_range_for_size.default,
     aten.sym_constrain_range.default,
 }
-GRAD_REGION = "wrap_with_set_grad_enabled"
-AUTOCAST_REGION = "wrap_with_autocast"
+GRAD_REGION = get("torch._higher_order_ops.wrap:wrap_with_set_grad_enabled")
+AUTOCAST_REGION = get("torch._higher_order_ops.wrap:wrap_with_autocast")
 
 
 def normalise(root: fx.GraphModule) -> None:
@@ -30,7 +31,7 @@ def normalise(root: fx.GraphModule) -> None:
         for node in regions:
             inline(root, node)
     for node in list(graph.nodes):
-        if node.target in ASSERTIONS or (node.op == "call_module" and str(node.target).startswith("_guards")):
+        if node.target in ASSERTIONS or (node.op == "call_module" and str(node.target).startswith(GUARDS_MODULE)):
             graph.erase_node(node)
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -83,10 +84,9 @@ def fill_in_captured_dtype(graph: fx.Graph) -> None:
 
 def region_body(node: fx.Node) -> tuple[fx.Node, tuple] | None:
     """(get_attr of the body, its operands) of a region that may be inlined."""
-    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-    if name == GRAD_REGION:
+    if node.target is GRAD_REGION:
         return node.args[1], node.args[2:]
-    if name == AUTOCAST_REGION and node.args[2] is False:
+    if node.target is AUTOCAST_REGION and node.args[2] is False:
         return node.args[4], node.args[5:]
     return None
 

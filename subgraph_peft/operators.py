@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from .borrowed import OpOverload, schema_of
+
 
 class Kind(Flag):
     """What an operator does; with views, what its result is of its first argument."""
@@ -131,7 +133,7 @@ KINDS: dict[str, Kind] = {name: kind for kind, names in TABLE.items() for name i
 
 def operator_text(target: Any) -> str:
     """The name under which an operator stands in the table: `squeeze.dim`; empty for what is none of torch's."""
-    return target.name().removeprefix("aten::") if isinstance(target, torch._ops.OpOverload) else ""
+    return target.name().removeprefix("aten::") if isinstance(target, OpOverload) else ""
 
 
 def kind_of(name: str) -> Kind:
@@ -145,7 +147,7 @@ def is_a(node: Any, kinds: Kind) -> bool:
     return isinstance(node, fx.Node) and bool(kind_of(operator_text(node.target)) & kinds)
 
 
-def found(*names: str) -> list[torch._ops.OpOverload]:
+def found(*names: str) -> list[OpOverload]:
     """Those of the operators that this torch has."""
     operators = []
     for name in names:
@@ -157,9 +159,9 @@ def found(*names: str) -> list[torch._ops.OpOverload]:
 
 
 @functools.cache
-def schema(operator: torch._ops.OpOverload) -> dict[str, tuple[int, Any]]:
+def schema(operator: OpOverload) -> dict[str, tuple[int, Any]]:
     """Argument name -> its position, its default."""
-    return {a.name: (i, a.default_value) for i, a in enumerate(operator._schema.arguments)}
+    return {a.name: (i, a.default_value) for i, a in enumerate(schema_of(operator).arguments)}
 
 
 def argument(node: fx.Node, name: str) -> Any:

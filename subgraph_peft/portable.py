@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.export import Dim
 
+from .borrowed import size_hint
 from .errors import CheckpointError
 from .graphs import fixed_size, move
 from .legal import check_node, is_path, operator_of, operator_text
@@ -135,7 +136,7 @@ def value_text(value: Any, sizes: dict[str, int]) -> Any:
     if isinstance(value, torch.SymInt):
         if (fixed := fixed_size(value)) is not None:
             return fixed
-        sizes[str(value)] = value.node.hint if value.node.has_hint() else 2
+        sizes[str(value)] = size_hint(value, 2)
         return {"size": str(value)}
     if isinstance(value, (list, tuple)):
         return [value_text(item, sizes) for item in value]

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
+from .borrowed import pytree
 from .errors import CaptureWarning, CheckpointError
 from .guards import guards_of
 from .internals import Checkpointing, Home, internals

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from .adapter import Adapter
+from .borrowed import pytree
 from .calls import call
 from .errors import SubgraphPeftError
 from .internals import Home, internals

@@ -7,6 +7,7 @@ import torch
 from torch import fx
 from torch.overrides import TorchFunctionMode
 
+from .borrowed import schema_of
 from .graphs import aten
 
 LAYERS = {name: getattr(aten, name).input for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
@@ -51,9 +52,9 @@ def shapes(
 
 
 for name, operator in LAYERS.items():
-    library.define(name + str(operator._schema).removeprefix(f"aten::{name}.input"))
+    library.define(name + str(schema_of(operator)).removeprefix(f"aten::{name}.input"))
     library.impl(name, operator, "CompositeExplicitAutograd")
     torch.library.register_fake(f"subgraph_peft::{name}", shapes, lib=library)
 
 TORCH = {getattr(torch.ops.subgraph_peft, name).default: operator for name, operator in LAYERS.items()}
-OWN = {call: own for own, operator in TORCH.items() for call in (operator, getattr(torch, own._opname))}
+OWN = {call: own for own, operator in TORCH.items() for call in (operator, getattr(torch, own.overloadpacket.__name__))}

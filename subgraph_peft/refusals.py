@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
+from .borrowed import holds_packed_weights, is_traceable_wrapper_subclass, pytree
 from .errors import CaptureError
 from .graphs import aten, cone
 
@@ -58,7 +58,7 @@ def check(model: nn.Module) -> None:
             if cls.__name__ in WRAPPERS and cls.__module__.startswith("torch."):
                 what, advice = WRAPPERS[cls.__name__]
                 refuse(model, path, f"{named(path, module)} {what}: {advice}.")
-        if type(module).__module__.startswith("torch.ao.nn") and hasattr(module, "_packed_params"):
+        if holds_packed_weights(module):
             refuse(model, path, f"{named(path, module)} holds packed, quantised weights. {UNQUANTISED}.")
         check_names(path, module)
     devices: dict[torch.device, str] = {}
@@ -93,7 +93,7 @@ def check_names(path: str, module: nn.Module) -> None:
 
 def is_quantised(tensor: torch.Tensor) -> bool:
     """Whether a parameter holds its values in 8 bits or fewer, or in a tensor type of its own."""
-    own = torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor)
+    own = is_traceable_wrapper_subclass(tensor)
     return own or tensor.is_quantized or hasattr(tensor, "quant_state") or (is_narrow(tensor) and tensor.ndim > 1)
 
 
@@ -129,7 +129,7 @@ def check_weight(node: fx.Node, weight: fx.Node) -> None:
 
 
 def named(path: str, module: nn.Module) -> str:
-    return f"{path or 'The model'} ({module._get_name()})"
+    return f"{path or 'The model'} ({type(module).__name__})"
 
 
 def refuse(model: nn.Module, path: str, text: str) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
+
+from .borrowed import clear_workspaces, pytree
 
 Batch = Mapping[str, Any]
 
@@ -23,11 +24,11 @@ class Recorded:
         self.inputs = pytree.tree_map_only(torch.Tensor, torch.clone, dict(inputs))
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        torch._C._cuda_clearCublasWorkspaces()
+        clear_workspaces()
         torch.cuda.empty_cache()
         with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.result = function(**self.inputs)
-        torch._C._cuda_clearCublasWorkspaces()
+        clear_workspaces()
 
     def __call__(self, inputs: Batch) -> torch.Tensor | None:
         for name, value in inputs.items():

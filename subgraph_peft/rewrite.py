@@ -8,11 +8,11 @@ from typing import Literal
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from . import selectors
 from .adapter import PARTS, Adapter, identifier
 from .at_rows import RowBlocks
+from .borrowed import pytree
 from .budget import choose
 from .errors import CaptureWarning, MethodError, SelectorError, first_line, nearest
 from .generate import base_of, generate, rebuild

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
-from torch.utils import _pytree as pytree
 
 from . import registry
+from .borrowed import pytree
 from .checkpoint import assembled, buffers, entry, read_adapter, trained
 from .errors import CheckpointError, SubgraphPeftError
 from .files import replacing

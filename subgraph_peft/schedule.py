@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, targets
+from .borrowed import version_of
 from .constants import refresh
 from .errors import CheckpointError, MethodError
 from .method import Layer, Method
@@ -76,10 +77,10 @@ class Schedule:
     def advance(self) -> None:
         """One optimiser step has been taken."""
         self.number += 1
-        before = [tensor._version for tensor in self.feeding]
+        before = [version_of(tensor) for tensor in self.feeding]
         for _, layer, sites in self.adapters:
             layer.schedule(Step(self.number, self.total, sites))
-        if before != [tensor._version for tensor in self.feeding]:
+        if before != [version_of(tensor) for tensor in self.feeding]:
             refresh(self.program.module, self.program.constants)
 
     def remove(self) -> None:

@@ -90,8 +90,6 @@ def put(view: GraphModel, name: str, tensor: torch.Tensor) -> None:
     """Set a parameter or buffer, which may turn from the one into the other."""
     path, _, leaf = name.rpartition(".")
     module = container(view, path.split(".") if path else ())
-    if isinstance(tensor, nn.Parameter) and leaf in module._buffers:
-        delattr(module, leaf)
     setattr(module, leaf, tensor)
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from .borrowed import guard_code, input_structure, pytree
 from .errors import CaptureError
 from .guards import guards_of
 
@@ -34,7 +34,7 @@ def named_inputs(forward: Callable, args: Sequence[Any], kwargs: Mapping[str, An
 
 def export_arguments(forward: Callable, inputs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """(args, kwargs) for `torch.export`: positional where the signature leaves no choice, else by name."""
-    spec = getattr(getattr(forward, "__self__", None), "_in_spec", None)
+    spec = input_structure(getattr(forward, "__self__", None))
     if isinstance(spec, pytree.TreeSpec):  # a GraphModule that takes its arguments as it was traced
         keywords = spec.children()[1].context or ()
         return (
@@ -105,7 +105,7 @@ class Signature:
         if program.example_inputs is not None:
             leaves = pytree.tree_leaves(program.example_inputs)
             constants = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)}
-        guards = guards_of(getattr(program, "_guards_code", ()), inputs)
+        guards = guards_of(guard_code(program), inputs)
         return Signature(inputs, constants, parameters, program.call_spec.out_spec, guards)
 
     def flatten(self, inputs: Mapping[str, Any]) -> list[Any]:

@@ -15,7 +15,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import nn
 
+from .borrowed import commit_of
 from .errors import ConfigError, first_line, nearest
+from .patches import importable
 from .tasks import CLASSIFYING, TASKS
 
 TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model"
@@ -150,7 +152,7 @@ def folder_of(model: nn.Module) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "config.json", revision=getattr(model.config, "_commit_hash", None))
+        found = try_to_load_from_cache(name, "config.json", revision=commit_of(model.config))
     except HFValidationError:
         return None
     return Path(found).parent if isinstance(found, str) else None
@@ -205,20 +207,6 @@ def imported(name: str, arguments: Mapping[str, Any]) -> Callable[..., Any]:
     except TypeError as error:
         raise ConfigError(f"Factory {name!r} takes {signature}: {error}.") from error
     return target
-
-
-@contextmanager
-def importable() -> Iterator[None]:
-    """The current directory is searched for modules too, after all else."""
-    here = str(Path.cwd())
-    if here in sys.path:
-        yield
-        return
-    sys.path.append(here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
 
 
 @contextmanager

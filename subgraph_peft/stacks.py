@@ -5,8 +5,8 @@ from functools import lru_cache
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from .borrowed import make_fx
 from .equation import Equation, Operand
 from .graphs import sweep
 

@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import nn
 
+from .borrowed import get, unsaved_names
+
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -25,9 +27,8 @@ class StoredNames:
         self.current: tuple[str | None, Tensors] = None, {}
 
     def reverted(self, tensors: Tensors) -> Tensors:
-        from transformers.core_model_loading import revert_weight_conversion
-
-        return revert_weight_conversion(self.model, dict(tensors))
+        revert = get("transformers.core_model_loading:revert_weight_conversion")
+        return revert(self.model, dict(tensors))
 
     def tensor(self, name: str) -> torch.Tensor | None:
         """The tensor stored under a name; None where the model has none of that name."""
@@ -39,7 +40,7 @@ class StoredNames:
 
     def lacking(self, stored: Collection[str]) -> list[str]:
         """Names that are not among those stored, though the model needs them: ties and what is never saved aside."""
-        unsaved = set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
+        unsaved = unsaved_names(self.model)
         held = {place(tensor) for name, tensor in self.state.items() if name in stored}
         tied = {name for name, tensor in self.state.items() if place(tensor) in held}
         return [name for name in self.group_of if name not in unsaved | tied | set(stored)]

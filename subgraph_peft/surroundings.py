@@ -1,14 +1,8 @@
-"""What a capture borrows and gives back: modes and buffers of the model, random numbers, gradient mode, torch's log,
-Python's garbage collector."""
+"""What a capture borrows of the model and gives back: modes, buffers, tied parameters, forward; and random numbers."""
 
-import gc
 import inspect
-import io
-import logging
-import sys
-import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,18 +37,18 @@ def apart(model: nn.Module) -> Iterator[None]:
     held: list[tuple[nn.Module, str, nn.Parameter]] = []
     seen: set[int] = set()
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in seen:
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) in seen:
                 held.append((module, name, parameter))
-            elif parameter is not None:
-                seen.add(id(parameter))
+            seen.add(id(parameter))
     try:
         for module, name, parameter in held:
-            module._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            own = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            module.register_parameter(name, own)
         yield
     finally:
         for module, name, parameter in held:
-            module._parameters[name] = parameter
+            module.register_parameter(name, parameter)
 
 
 @contextmanager
@@ -84,36 +78,6 @@ def spelled_out(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
             del model.forward
         else:
             model.forward = held
-
-
-@contextmanager
-def silenced() -> Iterator[None]:
-    """Without what torch says of a trace on stderr: the graph of a failed one, warnings, log lines (those asked for
-    with TORCH_LOGS stay). What the model prints there appears when the trace is done."""
-    log, held = logging.getLogger("torch"), io.StringIO()
-    level = log.level
-    try:
-        if level >= logging.WARNING:
-            log.setLevel(logging.CRITICAL + 1)
-        with warnings.catch_warnings(), redirect_stderr(held):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
-    sys.stderr.write(held.getvalue())
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Without Python's cyclic garbage collector, which walks through every node again and again while a graph grows: a
-    twelfth of the time of a capture, half of that of a rewrite. Tensors go as their last reference goes."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

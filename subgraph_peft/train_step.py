@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from .borrowed import pytree
 from .compiled import Compiled
 from .errors import TrainError, TrainWarning
 from .evaluate import loss_and_logits

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from . import distributed, processes, resume
+from .borrowed import pytree, trainer_class
 from .data import token_counts
 from .errors import TrainError
 from .evaluate import Metrics, evaluate, loss_and_logits
@@ -28,6 +28,8 @@ from .record import Record
 from .schedule import schedule
 from .step_optimizer import parameter_groups
 from .train_step import TrainStep
+
+Trainer = trainer_class()
 
 
 class ProgramTrainer(Trainer):

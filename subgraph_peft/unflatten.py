@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import fx, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 
+from .borrowed import get
 from .errors import CaptureError
 from .internals import internals
 from .module import GraphModel
@@ -54,7 +54,8 @@ def take(program: Program, view: nn.Module) -> Program:
 
     base = dict(program.captured.module.named_parameters(remove_duplicate=False))
     tensors = [*view.named_parameters(remove_duplicate=False), *view.named_buffers(remove_duplicate=False)]
-    theirs = {name.replace(_CHECKPOINT_PREFIX, ""): tensor for name, tensor in tensors}
+    prefix = get("torch.distributed.algorithms._checkpoint.checkpoint_wrapper:_CHECKPOINT_PREFIX")
+    theirs = {name.replace(prefix, ""): tensor for name, tensor in tensors}
     changed: list[tuple[torch.Tensor, torch.Tensor]] = []
     for name, own in program.tensors():
         held = theirs.get(name)

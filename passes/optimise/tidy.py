@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from subgraph_peft.borrowed import OpOverload
 from subgraph_peft.graph_passes import ProgramOwner, ProgramPass
 from subgraph_peft.graphs import aten, is_effect, is_random, mode_argument, written
 from subgraph_peft.rewriter import Rewriter
@@ -53,7 +54,7 @@ def source(node: fx.Node) -> fx.Node | None:
 
 def recipe(node: fx.Node) -> Any:
     """What two nodes with the same value have in common, within one module; None for what may not be shared."""
-    if not isinstance(node.target, torch._ops.OpOverload) or is_effect(node) or is_random(node) or mode_argument(node):
+    if not isinstance(node.target, OpOverload) or is_effect(node) or is_random(node) or mode_argument(node):
         return None
 
     def frozen(value: Any) -> Any:
