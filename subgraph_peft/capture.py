@@ -19,9 +19,10 @@ from .compare import equal
 from .errors import CaptureError, CaptureWarning
 from .examples import dynamic_dimensions, example_of, widen
 from .flat import flat
-from .graphs import attributes, fixed_size, writes
+from .graphs import attributes, every_node, fixed_size, writes
 from .internals import internals
 from .kernels import promise
+from .normalise import inline_regions
 from .padding import Padding
 from .patches import alone, silenced, uncollected, watched
 from .program import Program
@@ -135,8 +136,10 @@ def export(
 
 def without_vmap(exported: ExportedProgram) -> ExportedProgram:
     """The batched operators that a vmap stands for in place of its own nodes, which live on state of the process."""
-    mapped = any(is_of_vmap(node.target) for node in exported.graph.nodes)
-    return exported.run_decompositions({}) if mapped else exported
+    if not any(is_of_vmap(node.target) for node in every_node(exported.graph_module)):
+        return exported
+    inline_regions(exported.graph_module)  # decompositions forget what is under no_grad
+    return exported.run_decompositions({})
 
 
 def specialised(

@@ -27,9 +27,7 @@ def normalise(root: fx.GraphModule) -> None:
     """
     graph = root.graph
     restore(root)
-    while regions := [node for node in graph.nodes if region_body(node) is not None]:
-        for node in regions:
-            inline(root, node)
+    inline_regions(root)
     for node in list(graph.nodes):
         if node.target in ASSERTIONS or (node.op == "call_module" and str(node.target).startswith(GUARDS_MODULE)):
             graph.erase_node(node)
@@ -80,6 +78,13 @@ def fill_in_captured_dtype(graph: fx.Graph) -> None:
                 cast = graph.call_function(aten.to.dtype, (x, dtype))
             cast.meta = dict(x.meta)
             node.replace_input_with(x, cast)
+
+
+def inline_regions(root: fx.GraphModule) -> None:
+    """Inline gradient-mode and disabled-autocast regions, in place."""
+    while regions := [node for node in root.graph.nodes if region_body(node) is not None]:
+        for node in regions:
+            inline(root, node)
 
 
 def region_body(node: fx.Node) -> tuple[fx.Node, tuple] | None:

@@ -245,6 +245,28 @@ def test_a_vmap_is_the_operators_that_it_stands_for():
     assert all(isinstance(target, torch._ops.OpOverload) for target in targets)
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_is_under_no_grad_stays_so_beside_a_vmap(inside: bool):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x):
+            y = self.linear(x)
+            with torch.no_grad():
+                scale = torch.vmap(torch.sum)(y) if inside else y.sum(1)
+            return y * scale[:, None] if inside else y * scale[:, None] + torch.vmap(torch.sum)(y)[:, None]
+
+    model, gradients = Scaled().double(), []
+    program = sp.capture(model, torch.randn(5, 4, dtype=torch.float64))
+    assert all(isinstance(n.target, torch._ops.OpOverload) for n in program.graph.find_nodes(op="call_function"))
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    for module in (model, program.module):
+        gradients += torch.autograd.grad(module(x).sum(), x)
+    torch.testing.assert_close(*gradients)
+
+
 def test_arguments_without_a_number_go_by_their_name_or_in_a_row():
     class Sum(nn.Module):
         def __init__(self):

@@ -3,10 +3,12 @@
 import copy
 import gc
 import json
+import linecache
 import os
 import pickle
 import subprocess
 import sys
+import traceback
 import weakref
 
 import pytest
@@ -821,3 +823,26 @@ def test_a_module_prints_its_call_its_size_and_its_groups():
     adapter = next(line for line in lines if "query.weight_lora" in line)
     assert adapter.endswith("A [8, 768], B [768, 8]  × 3  trains")
     assert len(lines) < 30
+
+
+def test_sources_of_dropped_programs_are_dropped():
+    def kept() -> set[str]:
+        gc.collect()
+        return {file for file in linecache.cache if file.startswith("<")}
+
+    before, sources = kept(), []
+    for _ in range(5):
+        program = sp.capture(nn.Linear(3, 2), torch.ones(4, 3), verify=False)
+        program.module(torch.ones(4, 3))
+        sources.append(kept() - before)
+        del program
+    assert all(sources) and kept() <= before
+    assert len(set().union(*sources)) == sum(map(len, sources)), "a name that was used again"
+
+
+def test_a_traceback_shows_the_source_of_a_graph():
+    program = sp.capture(nn.Linear(3, 2), torch.ones(4, 3), verify=False)
+    with pytest.raises(RuntimeError) as caught:
+        program.module(torch.ones(4, 5))
+    lines = [frame.line for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert any("torch.ops.aten.linear.default" in line for line in lines)
