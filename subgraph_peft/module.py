@@ -104,10 +104,7 @@ class Given:
         self.name = name
 
     def __get__(self, module: nn.Module, owner: type) -> Any:
-        for held in (module._parameters, module._buffers, module._modules):
-            if self.name in held:
-                return held[self.name]
-        raise AttributeError(self.name)
+        return nn.Module.__getattr__(module, self.name)
 
 
 def build(
