@@ -84,17 +84,18 @@ def by_kind(sites: Sequence[Site]) -> list[tuple[Site, ...]]:
 
 
 def fitting(limit: int, method: Method, sites: Sequence[Site], make: Make) -> Adapter | None:
+    """The kinds of sites that come closest to the limit from below, or None. Up to EXHAUSTIVE kinds every choice of
+    them is tried, the larger ones first; of more, the smallest kinds, as many as fit."""
     kinds = by_kind(sites)
+    costs = [trained(make(method, kind)) for kind in kinds]
     if len(kinds) <= EXHAUSTIVE:
-        choices = [c for size in range(len(kinds), 0, -1) for c in combinations(kinds, size)]
+        choices = [c for size in range(len(kinds), 0, -1) for c in combinations(range(len(kinds)), size)]
     else:
-        ascending = sorted(kinds, key=lambda kind: trained(make(method, kind)))
+        ascending = sorted(range(len(kinds)), key=costs.__getitem__)
         choices = [tuple(ascending[:size]) for size in range(len(kinds), 0, -1)]
-    costs = {kind: trained(make(method, kind)) for kind in kinds}
-    best = max(
-        (c for c in choices if sum(map(costs.get, c)) <= limit), key=lambda c: sum(map(costs.get, c)), default=None
-    )
+    totals = [sum(costs[kind] for kind in choice) for choice in choices]
+    best = max((i for i, total in enumerate(totals) if total <= limit), key=totals.__getitem__, default=None)
     if best is None:
         return None
-    wanted = {site.name for kind in best for site in kind}
+    wanted = {site.name for kind in choices[best] for site in kinds[kind]}
     return make(method, [site for site in sites if site.name in wanted])
