@@ -36,8 +36,7 @@ FAULTS = (
         "sign: a difference distributes as a sum",
         "negative = scale.times(-1.0) if sign < 0 and scale else scale",
         "negative = scale",
-        "test_laws",
-        "test_forms",
+        "test_rewrite",
     ),
     fault(
         "sign: a difference without scale is added",

@@ -39,6 +39,7 @@ from subgraph_peft.budget import allowed
 from subgraph_peft.checkpoint import restore
 from subgraph_peft.config import load_config
 from subgraph_peft.pipeline import Pipeline, State
+from tests import models
 from tests.models import MODELS
 
 
@@ -50,7 +51,7 @@ def captured(name: str, dropout: float = 0.0) -> sp.Program:
 @cache
 def single() -> sp.Program:
     """BERT in float32."""
-    return sp.capture(*MODELS["bert"]())
+    return models.captured("bert")
 
 
 def eager(name: str, dropout: float = 0.0) -> tuple[nn.Module, dict[str, torch.Tensor]]:

@@ -323,8 +323,8 @@ def test_bf16_starts_near_the_base(method):
 
 @pytest.mark.parametrize("method", [LoRA(r=2), DoRA(of=LoRA(r=2)), ParallelAdapter(r=2)], ids=lambda m: m.name)
 def test_torch_compile_takes_the_whole_graph(method):
-    model, inputs = models.llama()
-    program = sp.rewrite(sp.capture(model, inputs), method, where="*.{q,v}_proj")
+    program = sp.rewrite(models.captured("llama"), method, where="*.{q,v}_proj")
+    inputs = program.example
     compiled = torch.compile(program.module, fullgraph=True, backend="aot_eager")
     for training in (True, False):
         program.module.train(training)

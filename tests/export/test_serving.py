@@ -447,8 +447,7 @@ def test_the_file_says_what_was_done(tmp_path):
 
 
 def test_configs_beside_the_file_come_and_fail_with_it(tmp_path):
-    model, inputs = models.bert()
-    program = sp.capture(model, inputs)
+    model, program = models.bert()[0], captured("bert")
     export.to_onnx(program, tmp_path / "model.onnx", beside=[model.config])
     assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 24
     before = (tmp_path / "config.json").read_bytes()
@@ -474,8 +473,7 @@ def test_scores_of_a_file_are_those_of_the_program(tmp_path):
 
 
 def test_perplexity_of_a_file(tmp_path):
-    model, inputs = models.MODELS["gpt2"]()
-    program = sp.capture(model, inputs)
+    program, inputs = captured("gpt2"), models.gpt2()[1]
     export.to_onnx(program, tmp_path / "model.onnx")
     data = [{name: tensor[row] for name, tensor in inputs.items()} for row in range(3)]
 
