@@ -59,10 +59,12 @@ class Tensor:
 
 
 def trainable(*shape: int, init: Init = zeros, decay: bool = True, lr: float = 1.0) -> Tensor:
+    """A tensor of these sizes that trains; decay: weight decay acts on it; lr: factor on the learning rate."""
     return Tensor(shape, init, trainable=True, decay=decay, lr=lr)
 
 
 def frozen(*shape: int, init: Init = zeros, saved: bool = True) -> Tensor:
+    """A tensor of these sizes that does not train; saved=False: files leave it out, and it is drawn again."""
     return Tensor(shape, init, trainable=False, decay=False, saved=saved)
 
 

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from .errors import CaptureError, SelectorError, nearest
 from .graphs import cone, is_effect, is_random, sweep
+from .patterns import patterns
 
 Region = dict[fx.Node, None]
 Unit = tuple[str, str]  # a block and the name of one call of it
@@ -52,8 +53,6 @@ def regions(graph: fx.Graph) -> dict[str, dict[str, Region]]:
 
 def chosen(graph: fx.Graph, where: str | Sequence[str] | None) -> tuple[str, ...]:
     """The module paths that the patterns match; by default the repeated layers. Raises SelectorError."""
-    from .selectors import patterns
-
     paths = [path for path in regions(graph) if path]
     if where is None:
         if not (layers := repeated(graph)):

@@ -6,8 +6,9 @@ from .attention import attention_sites
 from .entry import sequence_sites
 from .method import Method
 from .modules import module_sites, unfit
+from .patterns import patterns
 from .program import Program
-from .selectors import Where, patterns
+from .selectors import Where
 from .sites import VECTORS, Site, find
 
 

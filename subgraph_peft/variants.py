@@ -5,7 +5,7 @@ from typing import Any
 
 from .errors import MethodError, SelectorError, nearest
 from .method import Method, Wrapper
-from .selectors import Pattern
+from .patterns import Pattern
 from .sites import Site
 
 FREE = {"r", "alpha", "dropout"}  # options that a schedule takes site by site

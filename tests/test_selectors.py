@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 import subgraph_peft as sp
-from subgraph_peft.selectors import expand_braces, select
+from subgraph_peft.patterns import expand_braces
+from subgraph_peft.selectors import select
 from tests import models
 
 
