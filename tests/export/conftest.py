@@ -70,7 +70,7 @@ def content(cut: Inference, given: Mapping[str, torch.Tensor], opset: int | None
     found = hashlib.sha256(repr((nodes, cut.inputs, cut.outputs, cut.axes, shapes, opset)).encode())
     for name, value in cut.module.state_dict(keep_vars=True).items():
         found.update(repr((name, value.shape, value.stride(), value.dtype, type(value))).encode())
-        found.update(value.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
