@@ -813,9 +813,7 @@ def test_configs_switch_passes(tmp_path):
     raw = {"passes": ["capture", "optimise"]}
     apply_override(raw, "optimise.siblings=false")
     assert raw == {"passes": ["capture", {"optimise": {"siblings": False}}]}
-    choices = schema()["properties"]["passes"]["anyOf"][1]["items"]["anyOf"]
-    own = next(c for c in choices[1:] if "optimise" in c["properties"])["properties"]["optimise"]
-    described = next(part for part in own.get("anyOf", [own]) if "properties" in part)["properties"]
+    described = schema()["$defs"]["optimise"]["properties"]
     assert list(described) == PASSES and all(p["type"] == "boolean" and p["description"] for p in described.values())
 
 
