@@ -150,7 +150,7 @@ def attribute(held: Any, name: str, seen: str, use: str) -> Any:
     """An attribute of an object. Raises VersionError where it is gone."""
     try:
         return getattr(held, name)
-    except AttributeError as error:
+    except (AttributeError, KeyError) as error:  # wrappers look for theirs in a dictionary
         raise missing(f"{type(held).__name__}.{name}", seen, use) from error
 
 

@@ -234,7 +234,7 @@ def is_transpose(node: fx.Node) -> bool:
     return is_a(node, Kind.TRANSPOSE) and node.meta["val"].ndim == 2 and permutation(node) == (1, 0)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=512)  # graphs on the meta device, which hold no values; what they come from is in the key
 def trace(
     chain: tuple[tuple[str, Method], ...],
     part: str,

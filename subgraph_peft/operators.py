@@ -158,7 +158,7 @@ def found(*names: str) -> list[OpOverload]:
     return operators
 
 
-@functools.cache
+@functools.cache  # operators live as long as the process, and so do their schemas
 def schema(operator: OpOverload) -> dict[str, tuple[int, Any]]:
     """Argument name -> its position, its default."""
     return {a.name: (i, a.default_value) for i, a in enumerate(schema_of(operator).arguments)}

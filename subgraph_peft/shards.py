@@ -197,7 +197,7 @@ def as_bytes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-@cache
+@cache  # there are few dtypes
 def spelled(dtype: torch.dtype) -> str:
     """A dtype's name in safetensors files."""
     data = save({"": torch.empty(0, dtype=dtype)})

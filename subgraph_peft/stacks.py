@@ -24,7 +24,7 @@ def stacked(equation: Equation, shared: frozenset[Operand]) -> set[fx.Node]:
     return found
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=512)  # of nodes of equations, which `trace` keeps too
 def lift(node: fx.Node, batched: tuple[bool, ...], stack: int) -> fx.Graph:
     """The graph of one operator over a stack: its inputs are the node's, in order, with the stack in front where
     `batched`."""

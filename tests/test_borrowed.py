@@ -154,6 +154,28 @@ def test_no_file_is_read_where_torch_would_unpickle_it(tmp_path: Path, monkeypat
         load(file)
 
 
+def test_arguments_of_a_traced_graph_keep_their_order_or_it_is_said(exported: torch.export.ExportedProgram):
+    module = exported.module()
+    del module._in_spec
+    with pytest.raises(VersionError, match="_in_spec.*in their order"):
+        borrowed.input_structure(module)
+
+
+def test_a_trainer_that_would_spread_a_model_over_gpus_is_refused():
+    class Arguments:
+        n_gpu = 8  # whatever `_n_gpu` is
+
+    with pytest.raises(VersionError, match="_n_gpu.*wrapped for several devices"):
+        borrowed.one_gpu(Arguments())
+
+
+def test_a_wrapper_of_compile_that_hides_its_module_is_refused(monkeypatch: pytest.MonkeyPatch):
+    compiled = torch.compile(nn.Linear(2, 2), backend="eager")
+    monkeypatch.delitem(compiled._modules, "_orig_mod")
+    with pytest.raises(VersionError, match="OptimizedModule._orig_mod"):
+        borrowed.uncompiled(compiled)
+
+
 def capture_small() -> None:
     sp.capture(nn.Linear(2, 2), torch.ones(1, 2))
 
