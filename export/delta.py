@@ -1,25 +1,24 @@
 """What a fold changed, as one safetensors file: the new tensors, and hashes by which their base is known again."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-import subgraph_peft
 from subgraph_peft.errors import CheckpointError, ExportError
 from subgraph_peft.files import replacing
+from subgraph_peft.hashes import digest, sampled
 from subgraph_peft.merged import check_plain, same
 from subgraph_peft.program import Program
-from subgraph_peft.shards import Shard, as_bytes
+from subgraph_peft.shards import Shard
 
 HEADER, FORMAT = "subgraph_peft_delta", 1
-SAMPLE = 256
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def to_delta(folded: Program, path: str | os.PathLike, *, base: Program | None =
     replaced = {n: Replaced(digest(old[n].to(tensor.dtype)), digest(tensor)) for n, tensor in tensors.items()}
     described = {
         "format": FORMAT,
-        "version": subgraph_peft.__version__,
+        "version": version("subgraph-peft"),
         "source": folded.source,
         "dtype": str(folded.home.dtype).removeprefix("torch."),
         "adapters": folded.folded.merged if folded.folded else {},
@@ -161,17 +160,3 @@ def apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     held: dict[int, str] = {}
     owners = {name: held.setdefault(t.untyped_storage().data_ptr(), name) for name, t in tensors.items()}
     return {name: t if owners[name] == name else t.clone() for name, t in tensors.items()}
-
-
-def digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of dtype, shape and every byte."""
-    hashed = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    hashed.update(as_bytes(tensor))
-    return hashed.hexdigest()
-
-
-def sampled(tensor: torch.Tensor) -> str:
-    """SHA-256 of the shape and of up to 256 values, evenly spread, which does not depend on their width."""
-    flat = tensor.detach().reshape(-1)
-    values = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE]
-    return digest(values.double() if values.is_floating_point() else values)

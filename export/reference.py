@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from subgraph_peft.borrowed import pytree
-from subgraph_peft.errors import CaptureError, ExportError
+from subgraph_peft.errors import CaptureError, ExportError, first_line
 from subgraph_peft.kernels import promise
 from subgraph_peft.program import Program
 from subgraph_peft.signature import Signature
@@ -59,16 +59,17 @@ class Reference:
         if not varying:
             return found
         longer = ({axis: size + 1 for axis, size in varying.items()}, {a: 2 * size for a, size in varying.items()})
+        refused: list[Exception] = []
         for others in (other_sizes(varying), *longer):
             try:
                 return [*found, case({**sizes, **others})]
-            except (IndexError, RuntimeError, CaptureError):
-                continue
+            except (IndexError, RuntimeError, CaptureError) as error:
+                refused.append(error)
         raise ExportError(
             "The program runs at the sizes of its example alone "
-            f"({', '.join(f'{axis} = {size}' for axis, size in varying.items())}); "
-            "capture it with dynamic={} if they are fixed."
-        )
+            f"({', '.join(f'{axis} = {size}' for axis, size in varying.items())}); at others it says: "
+            f"{first_line(refused[0])} Capture it with dynamic={{}} if they are fixed."
+        ) from refused[0]
 
 
 def program_reference(program: Program, example: Mapping[str, Any] | None = None) -> Reference:

@@ -19,6 +19,7 @@ from .constants import refresh
 from .errors import CheckpointError, SubgraphPeftError, nearest
 from .files import replacing_set, settle
 from .generate import generate
+from .hashes import sample
 from .legal import is_name
 from .method import Method, spell
 from .places import candidates
@@ -107,16 +108,15 @@ def entry(adapter: Adapter) -> dict[str, Any]:
 
 
 def fingerprint(program: Program, without: Sequence[str]) -> str:
-    """Hash of the captured parameters: names, shapes, and up to 256 values of each, evenly spread.
+    """Hash of the captured parameters: names, shapes, and samples of their values.
 
     without: parameters that the adapter's file replaces, such as a head that was drawn anew
     """
     hashed = hashlib.sha256()
     for name, value in sorted(program.captured.module.named_parameters(remove_duplicate=False)):
         hashed.update(f"{name}{list(value.shape)}".encode())
-        if value.numel() and not value.is_meta and name not in without:
-            flat = value.detach().flatten()
-            hashed.update(flat[:: max(1, flat.numel() // 256)][:256].float().cpu().numpy().tobytes())
+        if not value.is_meta and name not in without:
+            hashed.update(sample(value))
     return hashed.hexdigest()
 
 
