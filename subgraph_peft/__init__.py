@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ExportError,
         FoldError,
         MethodError,
+        MethodWarning,
         PassError,
         SelectorError,
         SubgraphPeftError,
@@ -52,11 +53,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Analysis", "AnalysisError", "CacheWarning", "CaptureError", "CaptureWarning", "CheckpointError", "ConfigError",
-    "EquationPass", "ExportError", "FoldError", "Method", "MethodError", "PassError", "Pipeline", "Program",
-    "ProgramPass", "SelectorError", "Site", "SubgraphPeftError", "Tensor", "TrainError", "TrainOptions", "TrainResult",
-    "TrainStep", "TrainWarning", "VersionError", "Wrapper", "analyze", "capture", "evaluate", "fold", "frozen",
-    "kaiming_uniform", "kernels", "load", "normal", "ones", "optimise", "parameter_groups", "penalty", "promise",
-    "read", "rewrite", "save", "schedule", "sites", "take", "train", "trainable", "unflatten", "write",
+    "EquationPass", "ExportError", "FoldError", "Method", "MethodError", "MethodWarning", "PassError", "Pipeline",
+    "Program", "ProgramPass", "SelectorError", "Site", "SubgraphPeftError", "Tensor", "TrainError", "TrainOptions",
+    "TrainResult", "TrainStep", "TrainWarning", "VersionError", "Wrapper", "analyze", "capture", "evaluate", "fold",
+    "frozen", "kaiming_uniform", "kernels", "load", "normal", "ones", "optimise", "parameter_groups", "penalty",
+    "promise", "read", "rewrite", "save", "schedule", "sites", "take", "train", "trainable", "unflatten", "write",
     "write_analysis", "write_to", "zeros",
 ]  # fmt: skip
 
@@ -68,7 +69,8 @@ _MODULES = {
     "capture": "capture",
     "checkpoint": "load save",
     "errors": "AnalysisError CacheWarning CaptureError CaptureWarning CheckpointError ConfigError ExportError "
-    "FoldError MethodError PassError SelectorError SubgraphPeftError TrainError TrainWarning VersionError",
+    "FoldError MethodError MethodWarning PassError SelectorError SubgraphPeftError TrainError TrainWarning "
+    "VersionError",
     "evaluate": "evaluate",
     "fold": "fold",
     "graph_passes": "EquationPass ProgramPass",

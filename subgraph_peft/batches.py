@@ -1,11 +1,13 @@
 """`prepare` is the equation of one site; here it runs over all sites with equal shapes at once."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from .errors import MethodError, MethodWarning, first_line
 from .method import Method
 from .sites import Site
 
@@ -16,29 +18,23 @@ BATCH_BYTES = {"cuda": 2**31}  # of weights, as `prepare` sees them, in one batc
 SHARE = 8  # of the free memory of a GPU, one part at most
 
 
+NAMES = {"name": "its name", "calls": "its calls", "bias": "the name of its bias", "ties": "its ties"}
+
+
 class Differs(Exception):
-    """What was asked of sites as one is not the same for all of them."""
+    """What was read of a site is not the same at those that stand in one batch with it."""
 
 
-class Alike:
-    """Sites as one. What they have in common can be read, such as sizes; reading what differs, such as names, raises
-    Differs."""
+class Nameless(Site):
+    """Any site of a batch: they differ in NAMES alone, and reading one of these raises Differs."""
 
-    def __init__(self, sites: Sequence[Site]) -> None:
-        self._sites = sites
+    def __getattribute__(self, key: str) -> Any:
+        if key in NAMES:
+            raise Differs(f"it reads {NAMES[key]}")
+        return super().__getattribute__(key)
 
-    def __getattr__(self, name: str) -> Any:
-        return common([getattr(site, name) for site in self._sites])
-
-
-def common(values: Sequence[Any]) -> Any:
-    if all(isinstance(value, Site) for value in values):
-        return Alike(values)
-    if all(map(callable, values)):
-        return lambda *args, **options: common([value(*args, **options) for value in values])
-    if any(value != values[0] for value in values):
-        raise Differs
-    return values[0]
+    def part(self, name: str, rows: int) -> "Nameless":
+        return Nameless(**vars(Site(**vars(self)).part(name, rows)))
 
 
 class Job(NamedTuple):
@@ -48,8 +44,8 @@ class Job(NamedTuple):
     site: Site
 
     def like(self, other: "Job") -> bool:
-        """Whether one `prepare` can serve both: equal options, weights of one shape."""
-        mine, theirs = ((s.kind, s.shape, s.dtype, s.layout) for s in (self.site, other.site))
+        """Whether one `prepare` can serve both: equal options, sites that differ in names alone."""
+        mine, theirs = ({k: v for k, v in vars(s).items() if k not in NAMES} for s in (self.site, other.site))
         return mine == theirs and (self.method is other.method or self.method == other.method)
 
 
@@ -69,20 +65,31 @@ def prepare_group(group: Sequence[Job], load: Load, device: torch.device) -> Ite
 
     load: the weight of a site, [out, in] or [stack, out, in]; those of one batch are in memory at a time
 
-    A `prepare` that cannot be batched, since it branches on values, draws numbers or reads what differs between sites,
-    runs site by site, and so does one that raises: the error that a method gives is about one site.
+    A `prepare` that vmap cannot batch, since it branches on values, draws numbers or reads a site's name, runs site by
+    site, with a MethodWarning. Where memory runs out the batch is halved; MethodError where one site is too much.
     """
     method, first = group[0]
     count, size, rest = batch_size(first, device), first.stack or 1, [job.site for job in group]
     while rest:
-        most = max(1, count // size)
-        sites, rest = rest[:most], rest[most:]
+        sites = rest[: max(1, count // size)]
         entries = [site.entry for site in sites for _ in range(size)]
-        W = weights(sites, load)
-        values = batched(method, entries, W) if count >= len(W) > 1 else None
+        try:
+            W = weights(sites, load)
+            values = batched(method, entries, W) if count >= len(W) > 1 else one_by_one(method, entries, W)
+        except torch.OutOfMemoryError as error:
+            if count == 1:
+                raise MethodError(
+                    f"{method.name} at {sites[0].name}: {device} has not the memory to prepare it. Rewrite it on the "
+                    "CPU, or leave it out."
+                ) from error
+            count = min(count, len(entries)) // 2 or 1
+            continue
+        finally:
+            W = None
         if values is None:
-            count, values = 1, one_by_one(method, entries, W)
-        del W
+            count = 1
+            continue
+        rest = rest[len(sites) :]
         for index, entry in enumerate(entries):
             check(method, entry, {name: value[index] for name, value in values.items()})
         for index, site in enumerate(sites):
@@ -115,11 +122,18 @@ def weights(sites: Sequence[Site], load: Load) -> torch.Tensor:
 
 
 def batched(method: Method, sites: Sequence[Site], W: torch.Tensor) -> Values | None:
-    """`prepare` under vmap; None where it does not go through."""
+    """`prepare` under vmap. None, with a MethodWarning, where vmap alone is at fault: an error that also comes at one
+    site is raised as it comes there."""
+    like = Nameless(**vars(sites[0]))
     try:
-        return torch.func.vmap(lambda matrix: method.prepare(Alike(sites), matrix))(W)
-    except Exception:
-        return None
+        return torch.func.vmap(lambda matrix: method.prepare(like, matrix))(W)
+    except torch.OutOfMemoryError:
+        raise
+    except (Differs, RuntimeError) as error:
+        why = first_line(error)
+    method.prepare(sites[0], W[0])
+    warnings.warn(f"prepare of {method.name} runs site by site, not over many at once: {why}", MethodWarning, 2)
+    return None
 
 
 def one_by_one(method: Method, sites: Sequence[Site], W: torch.Tensor) -> Values:

@@ -60,6 +60,10 @@ class TrainWarning(UserWarning):
     """Training runs, but slower than was asked for."""
 
 
+class MethodWarning(UserWarning):
+    """A method does what it was asked for, but slower than it could."""
+
+
 class CacheWarning(UserWarning):
     """A cached file is damaged, and what it held is computed again."""
 

@@ -269,11 +269,36 @@ class Raising(Named):
         return {"v": W[:, 0]}
 
 
-@pytest.mark.parametrize("method", [Named(), Branching()], ids=["name", "branch"])
-def test_a_prepare_that_cannot_be_batched_runs_site_by_site(program, method, monkeypatch, widths):
+class Wrong(Named):
+    """φ(W) = diag(v) W, with a slip of the pen"""
+
+    name = "wrong"
+
+    def prepare(self, site, W):
+        return {"v": W[:, 0] @ torch.ones(len(W) + 1, dtype=W.dtype)}
+
+
+class Hungry(Named):
+    """φ(W) = diag(v) W, out of memory where more than `most` matrices come at once"""
+
+    name = "hungry"
+    most: int = 2
+
+    def prepare(self, site, W):
+        if torch._C._functorch.is_batchedtensor(W) and len(torch._C._functorch.get_unwrapped(W)) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if not self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"v": W[:, 0]}
+
+
+@pytest.mark.parametrize(("method", "why"), [(Named(), "its name"), (Branching(), "control flow")],
+                         ids=["name", "branch"])  # fmt: skip
+def test_a_prepare_that_cannot_be_batched_runs_site_by_site_and_says_so(program, method, why, monkeypatch, widths):
     single = sp.rewrite(program, method)
     monkeypatch.setitem(batches.BATCH_BYTES, "cpu", 3 * 20 * 30 * 8)
-    together = sp.rewrite(program, method)
+    with pytest.warns(sp.MethodWarning, match=rf"{method.name}.*site by site.*{why}"):
+        together = sp.rewrite(program, method)
     assert widths == [0, 0]
     for (name, one), (_, two) in zip(single.tensors(), together.tensors(), strict=True):
         assert torch.equal(one, two), name
@@ -284,6 +309,29 @@ def test_errors_of_a_batch_are_those_of_the_site(program, batching):
         sp.rewrite(program, Raising(), where="wide.*")
     with pytest.raises(sp.MethodError, match=r"pissa at wide\.0\.weight: r = 21 exceeds"):
         sp.rewrite(program, PiSSA(r=21), where="wide.*")
+
+
+def test_a_slip_in_prepare_is_told_as_it_is_without_batches(program, batching, recwarn):
+    with pytest.raises(RuntimeError, match="inconsistent tensor size, expected tensor .30. .* .31."):
+        sp.rewrite(program, Wrong(), where="wide.*")
+    assert not [w for w in recwarn if issubclass(w.category, sp.MethodWarning)]
+
+
+def test_out_of_memory_halves_the_batch(program, monkeypatch, recwarn):
+    single = sp.rewrite(program, Hungry(), where="wide.*")
+    monkeypatch.setitem(batches.BATCH_BYTES, "cpu", 5 * 20 * 30 * 8)
+    seen, batched = [], batches.batched
+    monkeypatch.setattr(batches, "batched", lambda method, sites, W: seen.append(len(W)) or batched(method, sites, W))
+    together = sp.rewrite(program, Hungry(), where="wide.*")
+    assert seen == [5, 2, 2]
+    for (name, one), (_, two) in zip(single.tensors(), together.tensors(), strict=True):
+        assert torch.equal(one, two), name
+    assert not [w for w in recwarn if issubclass(w.category, sp.MethodWarning)]
+
+
+def test_out_of_memory_at_one_site_names_it(program, batching):
+    with pytest.raises(sp.MethodError, match=r"hungry at wide\.0\.weight: .* memory"):
+        sp.rewrite(program, Hungry(most=0), where="wide.*")
 
 
 @pytest.mark.parametrize("method", [PiSSA(r=2, niter=1), DoRA(of=PiSSA(r=2))], ids=["pissa", "dora"])
