@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from .errors import ConfigError, SelectorError
 from .internals import internals
 from .module import GraphModel
+from .movement import follow
 from .partition import outermost
 from .processes import world
 from .program import Program
@@ -46,7 +47,7 @@ def sharded(program: Program, device: torch.device) -> Iterator[GraphModel]:
             put(view, name, tensor)
         for name in program.constants:  # some are as large as their weight
             put(view, name, nn.Parameter(view.get_buffer(name), False))
-        view.follow({home.device: device, home.dtype: home.dtype})
+        follow(view, {home.device: device, home.dtype: home.dtype})
         scalars = {parameter for parameter in view.parameters() if not parameter.requires_grad and not parameter.ndim}
         for parameter in scalars:
             parameter.data = parameter.data.to(device)
