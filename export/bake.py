@@ -5,11 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from subgraph_peft.equation import VIEWS
-from subgraph_peft.graphs import aten, cone, evaluate
+from subgraph_peft.graphs import cone, evaluate
+from subgraph_peft.operators import SEEN, is_a
 from subgraph_peft.rewriter import META
-
-KEPT = VIEWS | {aten.to.dtype, aten.unflatten.int, aten.flatten.using_ints, aten.reshape.default}
 
 
 @torch.no_grad()
@@ -29,7 +27,7 @@ def bake(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> dict[str, torc
     while ends:
         node = ends.pop()
         sources = cone(node)
-        if all(inner.op == "get_attr" or inner.target in KEPT for inner in sources):
+        if all(inner.op == "get_attr" or is_a(inner, SEEN) for inner in sources):
             continue
         value = evaluate(node, lambda leaf: tensors[str(leaf.target)])
         size = sum(tensors[str(leaf.target)].numel() for leaf in sources if leaf.op == "get_attr")

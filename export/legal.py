@@ -5,6 +5,7 @@ import operator
 from torch import fx
 
 from subgraph_peft.graphs import aten, fixed_size
+from subgraph_peft.operators import argument
 from subgraph_peft.rewriter import Rewriter
 
 END = 2**63 - 1
@@ -32,7 +33,7 @@ def cast_operand(rewrite: Rewriter, node: fx.Node) -> None:
 def slice_parts(rewrite: Rewriter, node: fx.Node) -> None:
     """The parts as slices, where the length varies: onnxscript cannot fold the sequence that torch.onnx writes."""
     x, part = node.args[:2]
-    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    dim = argument(node, "dim")
     if fixed_size(x.meta["val"].shape[dim]) is not None:
         return
 

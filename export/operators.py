@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from onnxscript import opset18 as op
 
 from subgraph_peft.graphs import aten
+from subgraph_peft.operators import TABLE, Kind, found
 
 from .recurrent import recurrent
 
@@ -75,11 +75,10 @@ def conv3d(
 def translations() -> dict[Any, Callable]:
     """Operator -> its translation, for `torch.onnx.export(custom_translation_table=…)`."""
     table: dict[Any, Callable] = {
-        aten._grouped_mm.default: grouped_mm,
+        **dict.fromkeys(found(*TABLE[Kind.GROUPED].split()), grouped_mm),
         aten.embedding_bag.padding_idx: embedding_bag,
         aten.embedding_bag.default: embedding_bag,
         aten.conv3d.default: conv3d,
         **recurrent(),
     }
-    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)  # where transformers is there
-    return table if fallback is None else {**table, fallback.default: grouped_mm}
+    return table

@@ -26,6 +26,7 @@ from subgraph_peft.fold import folds
 from subgraph_peft.generate import base_of
 from subgraph_peft.graphs import aten, attribute
 from subgraph_peft.layout import MATRIX
+from subgraph_peft.operators import Kind, arguments, is_a, operand
 from subgraph_peft.program import Program
 from subgraph_peft.rewrite import resolve_ties
 from subgraph_peft.rewriter import META
@@ -226,8 +227,9 @@ def adapt(graph: fx.Graph, weight: fx.Node, site: Site, base: torch.Tensor | Non
 def read_laid(reader: fx.Node, weight: fx.Node, laid: fx.Node) -> bool:
     """Has a reader of a weight [out, in] read the same weight `laid` out as [in, out] instead, where it is a linear or
     a transpose; whether it is. A linear becomes a product and a sum, or one addmm, as it does in ONNX."""
-    if reader.target is aten.linear.default and not reader.kwargs and reader.args[0] is not weight:
-        x, _, bias = (*reader.args, None)[:3]
+    if is_a(reader, Kind.LINEAR) and operand(reader) is not weight:
+        x, _, bias = arguments(reader)
+        reader.kwargs = {}
         if bias is None:
             reader.target, reader.args = aten.matmul.default, (x, laid)
         elif x.meta["val"].ndim == 2:

@@ -5,9 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from .graphs import aten
-
-SUMS = {aten.add.Tensor: 1.0, aten.sub.Tensor: -1.0}
+from .operators import SUMS, Kind, is_a
 
 
 class Addend(NamedTuple):
@@ -35,13 +33,18 @@ def operands(node: fx.Node) -> list[tuple[float, fx.Node]]:
     left, right = (*node.args, None, None)[:2]
     if node.op != "call_function" or node.kwargs or not isinstance(left, fx.Node):
         return []
-    if node.target in SUMS and isinstance(right, fx.Node):
-        return [(1.0, left), (SUMS[node.target], right)]
-    if node.target is aten.mul.Tensor and isinstance(right, (int, float)):
+    if is_a(node, SUMS) and isinstance(right, fx.Node):
+        return [(1.0, left), (sign(node), right)]
+    if is_a(node, Kind.MULTIPLY) and isinstance(right, (int, float)):
         return [(right, left)]
-    if node.target is aten.div.Tensor and isinstance(right, (int, float)):
+    if is_a(node, Kind.DIVIDE) and isinstance(right, (int, float)):
         return [(1 / right, left)]
-    return [(-1.0, left)] if node.target is aten.neg.default else []
+    return [(-1.0, left)] if is_a(node, Kind.NEGATE) else []
+
+
+def sign(node: fx.Node) -> float:
+    """Of the second operand of a sum."""
+    return -1.0 if is_a(node, Kind.SUBTRACT) else 1.0
 
 
 def keeps_shape(node: fx.Node) -> bool:

@@ -9,6 +9,7 @@ from torch import fx
 from .entry import CARRIES, MASK, POSITIONS, innermost, sizes
 from .errors import MethodError
 from .graphs import aten, operator_name
+from .operators import SUMS, Kind, argument, is_a, operand, schema
 from .sequence import Emit, first_real
 from .sites import Call, Site
 
@@ -17,13 +18,7 @@ if TYPE_CHECKING:
 
 ATTENTION = aten.scaled_dot_product_attention.default
 # operators through which positions stay positions: constants are added, padding is multiplied away
-KEEPS = CARRIES | {
-    aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.mul.Tensor, aten.masked_fill.Scalar,
-    aten.repeat.default,
-}  # fmt: skip
-ARANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
-LOOKUPS = {aten.embedding.default: 1, aten.index_select.default: 2}
-WAVES = {aten.cos.default, aten.sin.default}
+KEEPS = CARRIES | SUMS | Kind.MULTIPLY | Kind.MASKED | Kind.REPEAT
 CAUSAL, MOVED = "causal_length", "moved_positions"
 
 
@@ -72,16 +67,16 @@ def heads(node: fx.Node) -> tuple[tuple[Any, ...], int]:
 def repeated(node: fx.Node) -> tuple[fx.Node, int]:
     """(keys or values before grouped heads are repeated for the queries, how often they are)"""
     inner = node
-    while inner.target in (aten.reshape.default, aten.view.default, aten.contiguous.default, aten.clone.default):
-        inner = inner.args[0]
-    if inner.target is aten.expand.default and len(sizes(inner)) == 5 and sizes(inner.args[0])[2] == 1:
-        source, (batch, grouped, repeats, length, width) = inner.args[0], sizes(inner)
-        while len(sizes(source)) > 4 and source.target in (aten.slice.Tensor, aten.unsqueeze.default):
-            source = source.args[0]
+    while is_a(inner, Kind.SAME | Kind.RESHAPE):
+        inner = operand(inner)
+    if is_a(inner, Kind.BROADCAST) and len(sizes(inner)) == 5 and list(sizes(operand(inner)))[2:3] == [1]:
+        source, (batch, grouped, repeats, length, width) = operand(inner), sizes(inner)
+        while len(sizes(source)) > 4 and is_a(source, Kind.SLICE | Kind.RESHAPE):
+            source = operand(source)
         if list(map(str, sizes(source))) == list(map(str, (batch, grouped, length, width))):
             return source, repeats
-    if inner.target is aten.repeat_interleave.self_int and inner.args[2:] == (1,):
-        return inner.args[0], inner.args[1]
+    if inner.target is aten.repeat_interleave.self_int and argument(inner, "dim") == 1:
+        return operand(inner), argument(inner, "repeats")
     return node, 1
 
 
@@ -168,7 +163,7 @@ class Prefix:
             if MOVED in source.meta:
                 source.args = (source.args[0], max(moved, source.args[1]))
                 continue
-            from_table = reader.target in LOOKUPS or reader.target is aten.index.Tensor
+            from_table = is_a(reader, Kind.LOOKUP | Kind.PICK | Kind.INDEX)
             known = [user for user in source.users if user.meta.get(MOVED) == from_table]
             if known:
                 reader.replace_input_with(source, known[0])
@@ -183,7 +178,7 @@ class Prefix:
     def start(self, source: fx.Node, length: str, emit: Emit) -> fx.Node | None:
         """The first real token of each row, shaped to be taken from positions that count padding as well."""
         masks = [node for node in self.graph.find_nodes(op="placeholder") if node.name == MASK]
-        counts_padding = root(source).target in ARANGES and str(sizes(source)[0]) == "1" and len(sizes(source)) > 1
+        counts_padding = is_a(root(source), Kind.RANGE) and str(sizes(source)[0]) == "1" and len(sizes(source)) > 1
         if not masks or not counts_padding or list(map(str, sizes(masks[0])))[1:] != [length]:
             return None
         return emit(aten.view.default, (first_real(masks[0], emit), [-1] + [1] * (len(sizes(source)) - 1)), "start")
@@ -200,18 +195,20 @@ def position_reads(graph: fx.Graph, length: str) -> list[tuple[fx.Node, fx.Node]
     """(reader, positions) where positions of tokens become activations: as rows of a table, or as angles."""
     found: dict[tuple[fx.Node, fx.Node], None] = {}
     for node in graph.nodes:
-        if node.target in LOOKUPS and is_position(index := node.args[LOOKUPS[node.target]], length):
-            found[node, index] = None
-        elif node.target is aten.index.Tensor and node.args[0].op == "get_attr":
-            found |= {(node, i): None for i in node.args[1] if i is not None and is_position(i, length)}
-        elif node.target in WAVES:
+        if node.target in (aten.embedding.default, aten.index_select.default):
+            index = argument(node, "indices" if is_a(node, Kind.LOOKUP) else "index")
+            found |= {(node, index): None} if is_position(index, length) else {}
+        elif is_a(node, Kind.INDEX) and operand(node).op == "get_attr":
+            indices = argument(node, "indices")
+            found |= {(node, i): None for i in indices if i is not None and is_position(i, length)}
+        elif is_a(node, Kind.WAVE):
             found |= {(reader, i): None for reader, i in angles(node) if is_position(i, length)}
     return list(found)
 
 
 def root(node: fx.Node) -> fx.Node:
     """Where positions are counted."""
-    return root(node.args[0]) if node.target in KEEPS else node
+    return root(operand(node)) if is_a(node, KEEPS) else node
 
 
 def angles(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -231,16 +228,15 @@ def is_position(node: Any, length: str) -> bool:
     along = length in map(str, sizes(node))
     if node.op == "placeholder":
         return along and node.name == POSITIONS
-    if node.target in ARANGES or node.target is aten.cumsum.default:
+    if is_a(node, Kind.RANGE) or node.target is aten.cumsum.default:
         return along
-    if node.target is aten.slice.Tensor and node.args[0].op == "get_attr":
-        return along and str(node.args[0].target).endswith(POSITIONS)
+    if is_a(node, Kind.SLICE) and operand(node).op == "get_attr":
+        return along and str(operand(node).target).endswith(POSITIONS)
     others = [arg for arg in node.args[1:] if is_position(arg, length)]
-    return node.target in KEEPS and not others and is_position(node.args[0], length)
+    return is_a(node, KEEPS) and not others and is_position(operand(node), length)
 
 
 def bound(node: fx.Node) -> dict[str, Any]:
     """Arguments of an attention by name, with the defaults of those that may be left out."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False}
-    return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return {name: argument(node, name) for name in schema(node.target) if name in names or name in node.kwargs}

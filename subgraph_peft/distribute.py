@@ -19,6 +19,7 @@ from .errors import MethodError
 from .forms import At, Form
 from .graphs import aten, operator_name
 from .laws import LAWS, ONE, Scale
+from .operators import is_a
 from .values import Values
 
 NONLINEARITIES = {
@@ -69,7 +70,7 @@ class Distribution:
         equation = self.equation
         if node.op == "placeholder" or (equation.is_constant(node) and not equation.distributes(node)):
             return self.contract(node, x, scale, bias, at)
-        law = LAWS.get(node.target)
+        law = next((law for kinds, law in LAWS.items() if is_a(node, kinds)), None)
         result = law(self, node, x, scale, bias, at) if law else None
         if result is None:
             if self.values.is_dense(node):

@@ -11,7 +11,7 @@ from torch import fx
 
 from .borrowed import size_formula
 from .entry import EXTENDS
-from .entry_rules import RULES, Index, unread
+from .entry_rules import Index, rule_of
 from .graphs import sizes, viewed, written
 from .terms import AXES, Entry, Opaque, branches, constant, number, truth
 
@@ -82,6 +82,4 @@ class Reader:
             return sympy.Symbol(text, integer=True)
         if node.op == "get_attr":
             raise Opaque(f"reads the tensor {node.target}")
-        if node.target not in RULES:
-            raise unread(node)
-        return RULES[node.target](self, node, index)
+        return rule_of(node)(self, node, index)

@@ -11,6 +11,7 @@ from .borrowed import size_formula
 from .errors import MethodError
 from .graphs import aten, cone, evaluate, fixed_size, operator_name, sizes
 from .layout import TRANSPOSED
+from .operators import VIEWS, Kind, is_a, operand
 from .padding import MASK
 from .sites import Call, Site
 
@@ -20,13 +21,8 @@ if TYPE_CHECKING:
 TYPES, POSITIONS = "token_type_ids", "position_ids"
 EXTENDS = "extends"  # meta of a node that is a padding mask with virtual positions: the name of the input
 # operators through which a value per position stays that value, up to its shape and dtype
-CARRIES = {
-    aten.view.default, aten.reshape.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.clone.default,
-    aten.contiguous.default, aten.slice.Tensor, aten.unsqueeze.default, aten.squeeze.dim, aten.alias.default,
-    aten.flatten.using_ints, aten._to_copy.default, aten.type_as.default, aten.expand.default,
-    aten.pad.default, aten.constant_pad_nd.default,
-}  # fmt: skip
-SCALES = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.to.dtype, aten.to.dtype_layout, aten.to.device}
+CARRIES = VIEWS & ~Kind.TRANSPOSE | Kind.SLICE | Kind.PAD
+SCALES = Kind.MULTIPLY | Kind.DIVIDE | Kind.CAST
 
 
 @dataclass(frozen=True)
@@ -105,15 +101,15 @@ def entry(graph: fx.Graph) -> Entry:
 
 def origin(node: Any) -> fx.Node | None:
     """The placeholder whose values these are, up to shape and dtype."""
-    while isinstance(node, fx.Node) and node.target in CARRIES:
-        node = node.args[0]
+    while is_a(node, CARRIES):
+        node = operand(node)
     return node if isinstance(node, fx.Node) and node.op == "placeholder" else None
 
 
 def table_of(lookup: fx.Node) -> fx.Node | None:
     """The parameter that an embedding reads."""
     table = lookup.args[0]
-    while table.op == "call_function" and table.target in SCALES:
+    while is_a(table, SCALES):
         table = table.args[0]
     return table if table.op == "get_attr" else None
 
@@ -124,7 +120,7 @@ def scaled(lookup: fx.Node) -> fx.Node:
     while len(node.users) == 1 and innermost(user := next(iter(node.users))) == innermost(lookup) != "":
         others = [source for source in user.all_input_nodes if source is not node]
         if (
-            user.target not in SCALES
+            not is_a(user, SCALES)
             or user.args[0] is not node
             or any(leaf.op == "placeholder" for n in others for leaf in leaves(n))
         ):
@@ -140,7 +136,7 @@ def innermost(node: fx.Node) -> str:
 
 def leaves(node: fx.Node) -> set[fx.Node]:
     """Inputs and tensors whose values (not sizes) a node depends on."""
-    sources = cone(node, lambda current: current.target is not aten.sym_size.int)
+    sources = cone(node, lambda current: not is_a(current, Kind.SIZE))
     return {source for source in sources if source.op in ("placeholder", "get_attr")}
 
 

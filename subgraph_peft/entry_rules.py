@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import sympy
 import torch
@@ -10,7 +10,8 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from .entry import sizes
-from .graphs import argument, aten, operator_name
+from .graphs import aten, operator_name
+from .operators import Kind, argument, extent, is_a, operator_text, permutation, schema
 from .terms import Choice, Entry, Opaque, at_most, below, choice, differs, lift, number, truth
 
 if TYPE_CHECKING:
@@ -48,17 +49,12 @@ def reshaped(reader: "Reader", node: fx.Node, index: Index) -> Entry:
 
 
 def permuted(reader: "Reader", node: fx.Node, index: Index) -> Entry:
-    order = list(range(len(index)))
-    if node.target is aten.permute.default:
-        order = [dim % len(index) for dim in node.args[1]]
-    else:
-        a, b = node.args[1:]
-        order[a], order[b] = order[b], order[a]
+    order = permutation(node)
     return reader.entry(node.args[0], tuple(index[order.index(d)] for d in range(len(index))))
 
 
 def sliced(reader: "Reader", node: fx.Node, index: Index) -> Entry:
-    dim, start, step = (argument(node, name) for name in ("dim", "start", "step"))
+    dim, start, _, step = extent(node)
     dim, start = dim % len(index), reader.size(start or 0)
     return reader.entry(node.args[0], (*index[:dim], counted(start + step * index[dim]), *index[dim + 1 :]))
 
@@ -86,11 +82,8 @@ def counted(place: Entry) -> sympy.Expr:
 
 def counting(reader: "Reader", node: fx.Node, index: Index) -> Entry:
     """arange: start + step·i"""
-    start, step = sympy.Integer(0), sympy.Integer(1)
-    if node.target is not aten.arange.default:
-        start = reader.size(node.args[0])
-    if node.target is aten.arange.start_step and len(node.args) > 2:
-        step = reader.size(node.args[2])
+    given = schema(node.target)
+    start, step = (reader.size(argument(node, n) if n in given else i) for i, n in enumerate(("start", "step")))
     return start + step * index[0]
 
 
@@ -171,15 +164,6 @@ def summed(reader: "Reader", node: fx.Node, index: Index) -> Entry:
     return sympy.Integer(0)
 
 
-SAME = (
-    aten.expand.default, aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default,
-    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default, aten._to_copy.default,
-    aten.expand_as.default,
-)  # fmt: skip
-RESHAPED = (
-    aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default,
-    aten.squeeze.dims,
-)  # fmt: skip
 COMPARED: dict[str, Callable[..., Entry]] = {
     "le": at_most,
     "lt": below,
@@ -188,34 +172,44 @@ COMPARED: dict[str, Callable[..., Entry]] = {
     "ne": differs,
     "eq": lambda a, b: ~differs(a, b),
 }
-ARITHMETIC = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
 LOGIC = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
 
-RULES: dict[Any, Rule] = {
-    **dict.fromkeys(SAME, same),
-    **dict.fromkeys(RESHAPED, reshaped),
-    aten.repeat.default: repeated,
-    **dict.fromkeys((aten.transpose.int, aten.permute.default), permuted),
-    aten.slice.Tensor: sliced,
-    aten.select.int: selected,
-    aten.index.Tensor: indexed,
-    **dict.fromkeys((aten.arange.default, aten.arange.start, aten.arange.start_step), counting),
-    **dict.fromkeys((aten.ones.default, aten.new_ones.default, aten.ones_like.default), every(1)),
-    **dict.fromkeys((aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default), every(0)),
-    **dict.fromkeys(
-        (aten.full.default, aten.full_like.default, aten.new_full.default, aten.scalar_tensor.default), filled
-    ),
-    **{getattr(getattr(aten, n), kind): applied(f) for n, f in COMPARED.items() for kind in ("Tensor", "Scalar")},
-    **{getattr(getattr(aten, n), kind): applied(f) for n, f in ARITHMETIC.items() for kind in ("Tensor", "Scalar")},
-    aten.rsub.Scalar: applied(lambda a, b: b - a),
-    aten.neg.default: applied(operator.neg, 1),
-    **{getattr(aten, f"bitwise_{n}").Tensor: logical(f) for n, f in LOGIC.items()},
-    **{getattr(aten, f"logical_{n}").default: logical(f) for n, f in LOGIC.items()},
-    **{getattr(aten, f"__{n}__").Tensor: logical(f) for n, f in LOGIC.items()},
-    **dict.fromkeys((aten.bitwise_not.default, aten.logical_not.default), logical(operator.invert, 1)),
-    **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar), chosen),
-    **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), refilled),
-    **dict.fromkeys((aten.tril.default, aten.triu.default), triangle),
-    aten.diff.default: difference,
-    aten.cumsum.default: summed,
+OF_KINDS: dict[Kind, Rule] = {
+    Kind.SAME | Kind.CAST | Kind.BROADCAST: same,
+    Kind.RESHAPE: reshaped,
+    Kind.TRANSPOSE: permuted,
+    Kind.SLICE: sliced,
+    Kind.SELECT: selected,
+    Kind.INDEX: indexed,
+    Kind.RANGE: counting,
+    Kind.ADD: applied(operator.add),
+    Kind.SUBTRACT: applied(operator.sub),
+    Kind.MULTIPLY: applied(operator.mul),
+    Kind.NEGATE: applied(operator.neg, 1),
+    Kind.MASKED: refilled,
 }
+OF_NAMES: dict[str, Rule] = {
+    "repeat": repeated,
+    **dict.fromkeys(("ones", "new_ones", "ones_like"), every(1)),
+    **dict.fromkeys(("zeros", "new_zeros", "zeros_like"), every(0)),
+    **dict.fromkeys(("full", "full_like", "new_full", "scalar_tensor"), filled),
+    **{f"{n}.{kind}": applied(f) for n, f in COMPARED.items() for kind in ("Tensor", "Scalar")},
+    "rsub.Scalar": applied(lambda a, b: b - a),
+    **{f"bitwise_{n}.Tensor": logical(f) for n, f in LOGIC.items()},
+    **{f"logical_{n}": logical(f) for n, f in LOGIC.items()},
+    **{f"__{n}__.Tensor": logical(f) for n, f in LOGIC.items()},
+    **dict.fromkeys(("bitwise_not", "logical_not"), logical(operator.invert, 1)),
+    **dict.fromkeys(("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar"), chosen),
+    **dict.fromkeys(("tril", "triu"), triangle),
+    "diff": difference,
+    "cumsum": summed,
+}
+
+
+def rule_of(node: fx.Node) -> Rule:
+    """The rule of a node's operator. Raises Opaque where there is none."""
+    of_kind = (rule for kinds, rule in OF_KINDS.items() if is_a(node, kinds))
+    rule = OF_NAMES.get(operator_text(node.target)) or next(of_kind, None)
+    if rule is None:
+        raise unread(node)
+    return rule

@@ -7,23 +7,15 @@ from functools import lru_cache, partial
 import torch
 from torch import fx, nn
 
-from .addends import SUMS
 from .borrowed import HigherOrderOperator
 from .errors import MethodError
 from .graph_passes import EquationPass, optimised
 from .graphs import aten, cone, mode_argument, operator_name, sweep
 from .method import Method
-from .operators import Kind, is_a, permutation
+from .operators import ELEMENTWISE, MULTIPLES, SEEN, SUMS, Kind, argument, is_a, permutation
 from .rewriter import Rewriter
 
-VIEWS = {
-    aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default, aten.view.default,
-    aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten.slice.Tensor,
-    aten.select.int, aten.detach.default, aten.alias.default, aten.mT.default,
-}  # fmt: skip
-MULTIPLES = {aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
-ELEMENTWISE = {*SUMS, *MULTIPLES}
-MATMULS = {aten.matmul.default, aten.mm.default}
+VIEWS = SEEN & ~Kind.CAST  # a cast computes
 
 # (adapter, tensor); ("", "W") or ("", "b") is the weight or bias itself, ("", "x") and ("", "y") are activations
 Operand = tuple[str, str]
@@ -105,7 +97,7 @@ class Equation:
 
     def is_constant(self, node: fx.Node) -> bool:
         """A computed value without trainable tensors, worth keeping: not a view, and no larger than its operands."""
-        if node in self.trainable or node.op != "call_function" or node.target in VIEWS:
+        if node in self.trainable or node.op != "call_function" or is_a(node, VIEWS):
             return False
         return self.numel(node) <= sum(self.numel(leaf) for leaf in self.leaves(node))
 
@@ -118,14 +110,14 @@ class Equation:
         """Numbers that an activation meets in a constant matrix, and numbers that are kept for it alone."""
         parts = [part for part in node.args if isinstance(part, fx.Node)]
         shapes = [self.shape(part) for part in parts]
-        if node.op == "placeholder" or node.target in VIEWS:
+        if node.op == "placeholder" or is_a(node, VIEWS):
             return self.numel(node)
-        if node.target in SUMS:
+        if is_a(node, SUMS):
             distributed = shapes == [self.shape(node)] * 2 and not node.kwargs
-        elif node.target in MATMULS:
+        elif is_a(node, Kind.MATMUL):
             distributed = all(len(shape) == 2 for shape in shapes)
         else:
-            distributed = node.target in MULTIPLES and len(parts) == 1 and node.args[0] is parts[0]
+            distributed = is_a(node, MULTIPLES) and len(parts) == 1 and node.args[0] is parts[0]
         kept = 2 * self.numel(node)
         return min(kept, sum(map(self.cost, parts))) if distributed else kept
 
@@ -135,7 +127,7 @@ class Equation:
             return self.operands[node][0]
         stack = list(node.meta.get("nn_module_stack", {}).values())
         name = stack[-1][0].rpartition(".")[2] if stack else ""
-        return self.adapter(node.args[0]) if not name and node.target in VIEWS else name
+        return self.adapter(node.args[0]) if not name and is_a(node, VIEWS) else name
 
     def term(self, node: fx.Node) -> str:
         return self.operands[node][1] if node in self.operands else operator_name(node)
@@ -167,7 +159,7 @@ def pushed(add: Callable[..., fx.Node], node: fx.Node, through_sums: bool) -> fx
             return inner.args[0]
         sliced = view_of(add, inner.args[0], node, dimension=1 - node.args[1])
         return view_of(add, sliced, inner)
-    if inner.target in MATMULS and inner.meta["val"].ndim == 2:
+    if is_a(inner, Kind.MATMUL) and inner.meta["val"].ndim == 2:
         left, right = inner.args
         if left.meta["val"].ndim != 2 or right.meta["val"].ndim != 2:
             return None
@@ -180,7 +172,7 @@ def pushed(add: Callable[..., fx.Node], node: fx.Node, through_sums: bool) -> fx
         return add(aten.matmul.default, (left, right), like=inner)
     if inner.target is aten.cat.default and not turning:
         return part_of(inner, *node.args[1:])
-    if through_sums and inner.target in ELEMENTWISE and not inner.kwargs:
+    if through_sums and is_a(inner, ELEMENTWISE) and not inner.kwargs:
         sides = [seen(add, side, node) if isinstance(side, fx.Node) else side for side in inner.args]
         return add(inner.target, tuple(sides), like=inner)
     return None
@@ -188,7 +180,7 @@ def pushed(add: Callable[..., fx.Node], node: fx.Node, through_sums: bool) -> fx
 
 def part_of(joined: fx.Node, dimension: int, start: int, stop: int) -> fx.Node | None:
     """The one part of a concatenation that a slice is, if it is one."""
-    along = joined.args[1] if len(joined.args) > 1 else 0
+    along = argument(joined, "dim")
     at = 0
     for part in joined.args[0]:
         size = part.meta["val"].shape[along]
@@ -227,7 +219,7 @@ def is_slice(node: fx.Node) -> bool:
 
 def is_elementwise(node: fx.Node) -> bool:
     """Whether a value is an operand, seen through views, or computed from such entry by entry."""
-    return all(each.op == "placeholder" or each.target in (*VIEWS, *ELEMENTWISE) for each in cone(node))
+    return all(each.op == "placeholder" or is_a(each, VIEWS | ELEMENTWISE) for each in cone(node))
 
 
 def is_transpose(node: fx.Node) -> bool:

@@ -6,15 +6,11 @@ from torch import fx
 
 from .entry import CARRIES, MASK, POSITIONS, TYPES, Entry, origin, sizes, symbols
 from .errors import MethodError
-from .graphs import aten, operator_name
+from .graphs import operator_name
+from .operators import Kind, argument, is_a
 
-LOSSES = {aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default}
-EQUALITIES = {aten.eq.Scalar, aten.ne.Scalar}
 # operators that read the shape of ids only, or where the largest is
-HARMLESS = {
-    aten.sym_size.int, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.zeros_like.default,
-    aten.ones_like.default, aten.full_like.default, aten.argmax.default, *LOSSES,
-}  # fmt: skip
+HARMLESS = Kind.SIZE | Kind.FILL | Kind.ARGMAX | Kind.LOSS
 
 
 def fills(graph: fx.Graph, found: Entry) -> dict[fx.Node, Any]:
@@ -51,15 +47,15 @@ def dummy(found: Entry) -> int:
 
     Raises MethodError where the graph does something else with ids, such as giving them to a decoder.
     """
-    taken: set[Any] = {found.lookup.args[2]} if len(found.lookup.args) > 2 else set()
+    taken: set[Any] = {argument(found.lookup, "padding_idx")}
     stack = [found.ids]
     while stack:
         for user in stack.pop().users:
-            if user.target in CARRIES:
+            if is_a(user, CARRIES):
                 stack.append(user)
-            elif user.target in EQUALITIES:
-                taken.add(user.args[1])
-            elif user not in (found.lookup, found.lookup.graph.output_node()) and user.target not in HARMLESS:
+            elif is_a(user, Kind.EQUALITY):
+                taken.add(argument(user, "other"))
+            elif user not in (found.lookup, found.lookup.graph.output_node()) and not is_a(user, HARMLESS):
                 raise MethodError(
                     f"{operator_name(user)} at {user.name} reads token ids as numbers; virtual positions have none."
                 )
@@ -69,8 +65,8 @@ def dummy(found: Entry) -> int:
 def label_inputs(graph: fx.Graph, found: Entry) -> dict[fx.Node, int]:
     """Inputs that hold one label a position -> the label that the loss ignores."""
     labels: dict[fx.Node, int] = {}
-    for loss in (node for node in graph.nodes if node.target in LOSSES):
-        scores, target = loss.args[:2]
+    for loss in (node for node in graph.nodes if is_a(node, Kind.LOSS)):
+        scores, target = argument(loss, "self"), argument(loss, "target")
         if found.length not in {s for size in sizes(scores) for s in symbols(size)}:
             continue
         if 1 in found.dims(scores) and len(sizes(scores)) > 1:
@@ -85,5 +81,5 @@ def label_inputs(graph: fx.Graph, found: Entry) -> dict[fx.Node, int]:
                 f"The targets of {loss.name} are {what}; virtual positions need labels [batch, length] of their own, "
                 "which the loss can ignore. Capture the model with labels, or without the loss."
             )
-        labels[source] = loss.kwargs.get("ignore_index", loss.args[4] if len(loss.args) > 4 else -100)
+        labels[source] = argument(loss, "ignore_index")
     return labels

@@ -8,7 +8,7 @@ from torch import fx
 from .errors import MethodError
 from .graphs import aten
 from .layout import Layout
-from .operators import Kind, is_a
+from .operators import Kind, argument, is_a
 from .sites import Site, turned
 from .uses import Use, free_label
 
@@ -180,7 +180,7 @@ class GroupedMM(Form):
         if not vector.meta["stacked"]:
             return vector
         node = self.use.node
-        offsets = node.args[2] if len(node.args) > 2 else node.kwargs["offs"]
+        offsets = argument(node, "offs")
         rows = self.emit(aten.sym_size.int, (node.args[0], 0), "rows")
         device = node.meta["val"].device
         positions = self.emit(aten.arange.default, (rows,), "rows", {"device": device})

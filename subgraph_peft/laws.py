@@ -12,13 +12,11 @@ from typing import Any, Protocol
 
 from torch import fx
 
-from .addends import SUMS
-from .equation import MATMULS, Equation, is_elementwise
+from .equation import Equation, is_elementwise
 from .forms import At, Form
 from .graphs import aten
+from .operators import SUMS, Kind, argument, is_a, operand
 from .values import Values
-
-DIAGONALS = {aten.diag.default, aten.diag_embed.default}
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def sum_law(
     small = is_elementwise(node) and equation.numel(node) < context.values.full_size
     if small and not context.dropout.get(equation.adapter(node)) and not context.values.nonlinear:
         return None
-    minus = SUMS[node.target] < 0
+    minus = is_a(node, Kind.SUBTRACT)
     first = context.apply(left, x, scale, bias, at)
     second = context.apply(right, x, scale.times(-1.0) if minus and scale else scale, None, at)
     context.values.lowered.per_token += whole[0]
@@ -109,7 +107,7 @@ def product_law(
 
 
 def is_diagonal(equation: Equation, node: fx.Node) -> bool:
-    return node.target in DIAGONALS and len(equation.shape(node.args[0])) == 1
+    return is_a(node, Kind.DIAGONAL) and len(equation.shape(node.args[0])) == 1
 
 
 def multiple_law(
@@ -120,7 +118,7 @@ def multiple_law(
     x […, in], P [out, in], result […, out]; v [out, 1] scales rows, v [in] or [1, in] columns. So for P / t.
     """
     equation, (left, right) = context.equation, node.args[:2]
-    inverse = node.target is aten.div.Tensor
+    inverse = is_a(node, Kind.DIVIDE)
     if not isinstance(right, fx.Node):
         return context.apply(left, x, scale.times(float(right), inverse), bias, at)
     if not isinstance(left, fx.Node):
@@ -193,8 +191,8 @@ def blocks_law(
 
     x […, in], P [p, in], Q [q, in], result […, p + q]
     """
-    parts, dimension = node.args[0], node.args[1] if len(node.args) > 1 else 0
-    if dimension != 0 or len(context.equation.shape(node)) != 2 or context.form.features is None:
+    parts = operand(node)
+    if argument(node, "dim") != 0 or len(context.equation.shape(node)) != 2 or context.form.features is None:
         return None
     results = [context.apply(part, x, scale, None, at) for part in parts]
     return context.plus(context.emit(node, aten.cat.default, (results, context.form.features), "blocks"), bias)
@@ -210,12 +208,11 @@ def negative_law(
     return context.apply(node.args[0], x, scale.times(-1.0), bias, at)
 
 
-LAWS: Mapping[Any, Law] = {
-    **dict.fromkeys(SUMS, sum_law),
-    **dict.fromkeys(MATMULS, product_law),
-    **dict.fromkeys(DIAGONALS, diagonal_law),
-    aten.mul.Tensor: multiple_law,
-    aten.div.Tensor: multiple_law,
-    aten.neg.default: negative_law,
-    aten.cat.default: blocks_law,
+LAWS: Mapping[Kind, Law] = {
+    SUMS: sum_law,
+    Kind.MATMUL: product_law,
+    Kind.DIAGONAL: diagonal_law,
+    Kind.MULTIPLY | Kind.DIVIDE: multiple_law,
+    Kind.NEGATE: negative_law,
+    Kind.JOIN: blocks_law,
 }

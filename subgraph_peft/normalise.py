@@ -5,16 +5,10 @@ from torch import fx, nn
 
 from .borrowed import GUARDS_MODULE, get
 from .graphs import aten, attribute, sweep
+from .operators import Kind, is_a
 from .recompose import recompose
 from .recurrent import restore
 
-ASSERTIONS = {
-    aten._assert_tensor_metadata.default,
-    aten._assert_async.msg,
-    aten._assert_scalar.default,
-    aten.sym_constrain_range_for_size.default,
-    aten.sym_constrain_range.default,
-}
 GRAD_REGION = get("torch._higher_order_ops.wrap:wrap_with_set_grad_enabled")
 AUTOCAST_REGION = get("torch._higher_order_ops.wrap:wrap_with_autocast")
 
@@ -29,7 +23,7 @@ def normalise(root: fx.GraphModule) -> None:
     restore(root)
     inline_regions(root)
     for node in list(graph.nodes):
-        if node.target in ASSERTIONS or (node.op == "call_module" and str(node.target).startswith(GUARDS_MODULE)):
+        if is_a(node, Kind.ASSERTION) or (node.op == "call_module" and str(node.target).startswith(GUARDS_MODULE)):
             graph.erase_node(node)
     for node in graph.nodes:
         if node.op == "placeholder":

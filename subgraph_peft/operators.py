@@ -28,10 +28,11 @@ class Kind(Flag):
     UNBIND = auto()  # all places of one dimension, as a list
     INDEX = auto()  # places that a list of tensors names
     PICK = auto()  # places of one dimension that another tensor names
-    REORDER = auto()  # places of a dimension in another order, or in windows
-    REPEAT = auto()  # entries several times
+    REORDER = auto()  # places of a dimension in another order, each several times, or in windows
+    REPEAT = auto()  # all of it several times
     PAD = auto()  # with a border
-    JOIN = auto()  # a list of tensors, one after the other
+    JOIN = auto()  # a list of tensors, one after the other along a dimension
+    STACK = auto()  # a list of tensors, side by side
     BITS = auto()  # the same memory, read otherwise
     PIECE = auto()  # a part of a sparse, nested or dual tensor
 
@@ -43,7 +44,7 @@ class Kind(Flag):
     CONVOLUTION = auto()
     TRANSPOSED_CONVOLUTION = auto()
     LOOKUP = auto()  # rows of a table
-    STACKED = auto()  # b + x W of stacks
+    BADDBMM = auto()  # b + x W of stacks
     WHOLE = auto()  # layers that take their weights as a whole
     QUANTISED = auto()  # products of integers, or of floats of 8 bits
 
@@ -52,6 +53,7 @@ class Kind(Flag):
     MULTIPLY = auto()
     DIVIDE = auto()
     NEGATE = auto()
+    MASKED = auto()  # a number in some places
     WAVE = auto()  # cosine and sine
     EQUALITY = auto()  # with a number
     DIAGONAL = auto()  # a matrix of its diagonal
@@ -66,14 +68,15 @@ class Kind(Flag):
 
 K = Kind
 VIEWS = K.SAME | K.CAST | K.RESHAPE | K.TRANSPOSE | K.BROADCAST  # every entry of the first argument, and no other
+SEEN = VIEWS | K.SLICE | K.SELECT  # entries of the first argument, each where it can be told
 PARTS = K.SLICE | K.SELECT | K.SPLIT | K.UNBIND
 PICKED = K.INDEX | K.PICK | K.REORDER | K.REPEAT | K.PAD
-SHAPED = VIEWS | PARTS | PICKED | K.JOIN | K.BITS | K.PIECE  # entries of the first argument, however they are laid out
+SHAPED = VIEWS | PARTS | PICKED | K.JOIN | K.STACK | K.BITS | K.PIECE  # entries of the first argument, however they are laid out
 SUMS = K.ADD | K.SUBTRACT
 MULTIPLES = K.MULTIPLY | K.DIVIDE | K.NEGATE
 ELEMENTWISE = SUMS | MULTIPLES
 LAYERS = K.LINEAR | K.ADDMM | K.CONVOLUTION | K.TRANSPOSED_CONVOLUTION | K.LOOKUP  # have an argument that is a weight
-CONTRACTIONS = LAYERS | K.MATMUL | K.EINSUM | K.GROUPED | K.STACKED | K.WHOLE | K.QUANTISED
+CONTRACTIONS = LAYERS | K.MATMUL | K.EINSUM | K.GROUPED | K.BADDBMM | K.WHOLE | K.QUANTISED
 
 TABLE: dict[Kind, str] = {
     K.SAME: "alias detach contiguous clone positive lift lift_fresh pin_memory conj _conj conj_physical"
@@ -93,14 +96,16 @@ TABLE: dict[Kind, str] = {
     K.UNBIND: "unbind.int",
     K.INDEX: "index.Tensor _unsafe_index.Tensor",
     K.PICK: "index_select gather take take_along_dim masked_select",
-    K.REORDER: "flip fliplr flipud roll rot90 unfold diagonal linalg_diagonal as_strided",
-    K.REPEAT: "repeat tile repeat_interleave.self_int repeat_interleave.self_Tensor",
-    K.PAD: "pad constant_pad_nd slice_inverse",
-    K.JOIN: "cat concat concatenate stack hstack vstack dstack column_stack row_stack",
+    K.REORDER: "flip fliplr flipud roll rot90 unfold diagonal linalg_diagonal as_strided"
+    " repeat_interleave.self_int repeat_interleave.self_Tensor",
+    K.REPEAT: "repeat tile",
+    K.PAD: "pad constant_pad_nd",
+    K.JOIN: "cat concat concatenate",
+    K.STACK: "stack hstack vstack dstack column_stack row_stack",
     K.BITS: "view.dtype view_as_real view_as_complex real imag _neg_view",
     K.PIECE: "values _values indices _indices crow_indices col_indices ccol_indices row_indices coalesce _fw_primal"
     " _make_dual _unpack_dual _nested_get_values _nested_view_from_buffer _nested_view_from_jagged"
-    " _test_autograd_multiple_dispatch_view",
+    " _test_autograd_multiple_dispatch_view slice_inverse",
     K.LINEAR: "linear",
     K.ADDMM: "addmm",
     K.MATMUL: "matmul mm bmm",
@@ -110,13 +115,14 @@ TABLE: dict[Kind, str] = {
     K.TRANSPOSED_CONVOLUTION: "conv_transpose1d conv_transpose2d.input conv_transpose3d.input",
     K.LOOKUP: "embedding",
     K.WHOLE: "lstm.input gru.input rnn_tanh.input rnn_relu.input bilinear embedding_bag embedding_bag.padding_idx",
-    K.STACKED: "baddbmm",
+    K.BADDBMM: "baddbmm",
     K.QUANTISED: "_int_mm _scaled_mm",
     K.ADD: "add.Tensor add.Scalar",
     K.SUBTRACT: "sub.Tensor sub.Scalar",
     K.MULTIPLY: "mul.Tensor mul.Scalar",
     K.DIVIDE: "div.Tensor div.Scalar",
     K.NEGATE: "neg",
+    K.MASKED: "masked_fill.Scalar masked_fill.Tensor",
     K.WAVE: "cos sin",
     K.EQUALITY: "eq.Scalar ne.Scalar",
     K.DIAGONAL: "diag diag_embed",

@@ -7,9 +7,7 @@ import torch
 from torch import fx
 
 from .graphs import aten
-
-TRANSPOSES = {aten.t.default, aten.permute.default, aten.transpose.int}  # of a matrix: they can but swap its axes
-RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.clone.default}
+from .operators import Kind, arguments, is_a, operand, operator_text, permutation
 
 
 def batch_norm(*arguments: object) -> tuple:
@@ -21,14 +19,14 @@ def batch_norm_inference(x: object, w: object, b: object, mean: object, var: obj
 
 
 # operator with several results, of which the first is the layer's -> (the layer's operator, its arguments)
-LAYERS: dict[object, Callable[..., tuple]] = {
-    aten.native_dropout.default: lambda x, p, train: (aten.dropout.default, (x, p, train is not False)),
-    aten.native_layer_norm.default: lambda *arguments: (aten.layer_norm.default, arguments),
-    aten._native_batch_norm_legit_functional.default: batch_norm,
-    aten._native_batch_norm_legit.default: batch_norm,
-    aten.native_batch_norm.default: batch_norm,
-    aten.cudnn_batch_norm.default: batch_norm,
-    aten._native_batch_norm_legit_no_training.default: batch_norm_inference,
+LAYERS: dict[str, Callable[..., tuple]] = {
+    "native_dropout": lambda x, p, train: (aten.dropout.default, (x, p, train is not False)),
+    "native_layer_norm": lambda *arguments: (aten.layer_norm.default, arguments),
+    "_native_batch_norm_legit_functional": batch_norm,
+    "_native_batch_norm_legit": batch_norm,
+    "native_batch_norm": batch_norm,
+    "cudnn_batch_norm": batch_norm,
+    "_native_batch_norm_legit_no_training": batch_norm_inference,
 }
 CONVOLUTIONS = {
     (3, False): aten.conv1d.default, (4, False): aten.conv2d.default, (5, False): aten.conv3d.default,
@@ -44,7 +42,7 @@ def recompose(graph: fx.Graph) -> None:
     find what it saved changed.
     """
     for node in list(graph.nodes):
-        if node.target in LAYERS:
+        if operator_text(node.target) in LAYERS:
             layer(graph, node)
         elif node.target is aten.convolution.default:
             convolution(node)
@@ -59,9 +57,9 @@ def layer(graph: fx.Graph, node: fx.Node) -> None:
     if unknown or 0 not in results:
         return
     first = results.pop(0)
-    target, arguments = LAYERS[node.target](*node.args)
+    target, args = LAYERS[operator_text(node.target)](*arguments(node))
     with graph.inserting_before(node):
-        written = graph.call_function(target, arguments)
+        written = graph.call_function(target, args)
     written.meta = dict(first.meta)
     first.replace_all_uses_with(written)
     for at, result in results.items():
@@ -76,7 +74,7 @@ def layer(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def is_functional(node: fx.Node) -> bool:
-    return node.target is aten._native_batch_norm_legit_functional.default
+    return operator_text(node.target) == "_native_batch_norm_legit_functional"
 
 
 def convolution(node: fx.Node) -> None:
@@ -92,13 +90,13 @@ def product(node: fx.Node) -> None:
     """x [b, n, k] times b copies of one matrix [k, m]: the product with the matrix."""
     x, copies = node.args
     matrix = copies
-    while matrix.target in RESHAPES and same_matrices(matrix, matrix.args[0]):
-        matrix = matrix.args[0]
-    source = matrix.args[0] if matrix.target is aten.expand.default else None
+    while is_a(matrix, Kind.SAME | Kind.RESHAPE) and same_matrices(matrix, operand(matrix)):
+        matrix = operand(matrix)
+    source = operand(matrix) if is_a(matrix, Kind.BROADCAST) else None
     if source is not None and same_matrices(matrix, source) and source.meta["val"].ndim == 2:
-        transposed = source.target in TRANSPOSES
+        transposed = is_a(source, Kind.TRANSPOSE) and permutation(source) == (1, 0)
         node.target = aten.linear.default if transposed else aten.matmul.default
-        node.args = (x, source.args[0] if transposed else source)
+        node.args = (x, operand(source) if transposed else source)
 
 
 def same_matrices(a: fx.Node, b: fx.Node) -> bool:

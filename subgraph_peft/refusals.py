@@ -13,7 +13,8 @@ from torch.nn.parameter import is_lazy
 
 from .borrowed import holds_packed_weights, is_traceable_wrapper_subclass, pytree
 from .errors import CaptureError
-from .graphs import aten, cone
+from .graphs import cone
+from .operators import CONTRACTIONS, is_a
 
 UNWRAP = "capture its .module, and wrap program.module instead"
 UNSHARD = "capture the model before it is sharded, and shard program.module instead"
@@ -26,13 +27,6 @@ WRAPPERS = {
     "ScriptModule": ("is a TorchScript module", "capture the Python model that it was made from"),
 }
 UNQUANTISED = "Load the model unquantised: an adapter cannot be folded into quantised weights"
-# operator -> positions of its operands that may be weights
-CONTRACTIONS = {
-    aten.linear.default: (1,), aten.addmm.default: (1, 2), aten.mm.default: (0, 1), aten.matmul.default: (0, 1),
-    aten.bmm.default: (0, 1), aten.baddbmm.default: (1, 2), aten.einsum.default: (1,), aten.embedding.default: (0,),
-    aten.conv1d.default: (1,), aten.conv2d.default: (1,), aten.conv3d.default: (1,), aten.convolution.default: (1,),
-    aten._int_mm.default: (0, 1), aten._scaled_mm.default: (0, 1),
-}  # fmt: skip
 # what a failed trace says -> what to do
 ADVICE = {
     r"data-dependent|GuardOnDataDependent|Could not guard|DynamicControlFlow|bool\(\)|\.item\(\)": (
@@ -110,11 +104,9 @@ def check_graph(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "placeholder" or activations.intersection(node.all_input_nodes):
             activations.add(node)
-        for position in CONTRACTIONS.get(node.target, ()):
-            operands = pytree.tree_leaves(node.args[position] if position < len(node.args) else ())
-            for operand in operands:
-                if isinstance(operand, fx.Node) and operand not in activations:
-                    check_weight(node, operand)
+        for operand in node.all_input_nodes if is_a(node, CONTRACTIONS) else ():
+            if operand not in activations:
+                check_weight(node, operand)
 
 
 def check_weight(node: fx.Node, weight: fx.Node) -> None:

@@ -11,6 +11,7 @@ from .entry import EXTENDS, MASK, POSITIONS, entry, sizes
 from .errors import MethodError
 from .fills import fills
 from .graphs import aten, flat_outputs, operator_name
+from .operators import Kind, is_a, operand
 from .picks import END, carriers, check, picks
 
 Emit = Callable[..., fx.Node]
@@ -132,8 +133,9 @@ class Extension:
         dim, first, last = picked
         emit = self.emitter(node)
         if self.start is None:
-            bounds = (first + self.n,) if node.target is aten.select.int else (first + self.n, last + self.n)
-            node.args = (node.args[0], dim, *bounds)
+            bounds = (first + self.n,) if is_a(node, Kind.SELECT) else (first + self.n, last + self.n)
+            node.target = aten.select.int if is_a(node, Kind.SELECT) else aten.slice.Tensor
+            node.args, node.kwargs = (operand(node), dim, *bounds), {}
             return
         where = f"{node.name} = {operator_name(node)}(…, {', '.join(map(str, node.args[1:]))})"
         if dim != 1 or (first, last) != (0, 1):
@@ -144,8 +146,8 @@ class Extension:
             )
         rows = self.arange(self.batch, "rows", emit)
         at = emit(aten.squeeze.dim, (emit(aten.add.Tensor, (self.start, self.n), "first_real"), 1), "first_real")
-        first_token = self.put(aten.index.Tensor, (node.args[0], [rows, at]), "first_token", node, emit)
-        if node.target is aten.slice.Tensor:
+        first_token = self.put(aten.index.Tensor, (operand(node), [rows, at]), "first_token", node, emit)
+        if is_a(node, Kind.SLICE):
             first_token = self.put(aten.unsqueeze.default, (first_token, 1), "first_token", node, emit)
         node.replace_all_uses_with(first_token)
         self.graph.erase_node(node)

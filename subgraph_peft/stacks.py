@@ -9,9 +9,9 @@ from torch import fx
 from .borrowed import make_fx
 from .equation import Equation, Operand
 from .graphs import sweep
+from .operators import Kind, is_a, operand
 
-NO_OPS = {torch.ops.aten.expand.default, torch.ops.aten.view.default, torch.ops.aten.clone.default,
-          torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default}  # fmt: skip
+NO_OPS = Kind.SAME | Kind.RESHAPE | Kind.BROADCAST  # where they keep the shape
 
 
 def stacked(equation: Equation, shared: frozenset[Operand]) -> set[fx.Node]:
@@ -42,8 +42,8 @@ def lift(node: fx.Node, batched: tuple[bool, ...], stack: int) -> fx.Graph:
     over = torch.func.vmap(operator, in_dims=tuple(0 if own else None for own in batched))
     graph = make_fx(over)(*examples).graph
     for inner in list(graph.nodes):
-        if inner.target in NO_OPS and inner.meta["val"].shape == inner.args[0].meta["val"].shape:
-            inner.replace_all_uses_with(inner.args[0])
+        if is_a(inner, NO_OPS) and inner.meta["val"].shape == operand(inner).meta["val"].shape:
+            inner.replace_all_uses_with(operand(inner))
     sweep(graph)
     return graph
 

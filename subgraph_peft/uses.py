@@ -12,9 +12,7 @@ from torch import fx
 
 from .graphs import fixed_size, operator_name
 from .layout import MATRIX, TRANSPOSED, Layout, convolution, transposed_convolution
-from .operators import VIEWS, Kind, argument, arguments, dimensions, extent, is_a, operand, permutation
-
-SEEN = VIEWS | Kind.SLICE | Kind.SELECT | Kind.INDEX  # what a weight is still seen through
+from .operators import SEEN, VIEWS, Kind, argument, arguments, dimensions, extent, is_a, operand, permutation
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def step(node: fx.Node, source: fx.Node, view: View) -> View | None:
     """What is seen of a weight after a view of `source`, or None where the node is no such."""
     if is_a(node, Kind.SAME | Kind.CAST):
         return view
-    if view.picked is not None or not is_a(node, SEEN) or operand(node) is not source:
+    if view.picked is not None or not is_a(node, SEEN | Kind.INDEX) or operand(node) is not source:
         return None
     before, after = source.meta["val"].shape, getattr(node.meta.get("val"), "shape", ())
     if is_a(node, Kind.TRANSPOSE):

@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import fx
 
-from .equation import MATMULS, VIEWS, Equation, Operand
+from .equation import VIEWS, Equation, Operand
 from .errors import MethodError
 from .graphs import aten, flat_outputs, operator_name
+from .operators import Kind, is_a
 from .records import Lowered
 from .rewriter import copied
 from .stacks import lift, stacked
@@ -82,7 +83,7 @@ class Values:
         """In which a node is computed: a product with a matrix of the weight's size in that matrix's dtype, as a call
         of the weight is, so that no matrix is widened each step; all else in `dtype`."""
         sizes = {source: self.equation.numel(source) for source in node.all_input_nodes}
-        full = [source for source, size in sizes.items() if node.target in MATMULS and size >= self.full_size > 1]
+        full = [source for source, size in sizes.items() if is_a(node, Kind.MATMUL) and size >= self.full_size > 1]
         dtypes = [self.of(source).meta["dtype"] for source in full]
         return dtypes[0] if dtypes else self.dtype
 
@@ -99,7 +100,7 @@ class Values:
     def check_linear(self, node: fx.Node) -> None:
         """A tensor that a nonlinearity follows has to meet the activation alone."""
         operands = [self.equation.operands[leaf] for leaf in self.equation.leaves(node)]
-        if node.target not in VIEWS and (found := [operand for operand in operands if operand in self.nonlinear]):
+        if not is_a(node, VIEWS) and (found := [operand for operand in operands if operand in self.nonlinear]):
             adapter, tensor = found[0]
             raise MethodError(
                 f"{adapter}: a nonlinearity follows {tensor}, but {operator_name(node)} needs {tensor} in a matrix of "
@@ -120,7 +121,7 @@ class Values:
 
     def is_dense(self, node: fx.Node) -> bool:
         """A computed matrix of the weight's own size that changes each step."""
-        computed = node.op == "call_function" and node.target not in VIEWS
+        computed = node.op == "call_function" and not is_a(node, VIEWS)
         return computed and node in self.equation.trainable and self.equation.numel(node) >= self.full_size > 1
 
     def note(self, reason: str) -> None:
@@ -130,6 +131,6 @@ class Values:
 
 def flops(equation: Equation, node: fx.Node) -> int:
     """Multiply-adds ×2 of a product, one per element of anything else; views are free."""
-    if node.target in MATMULS:
+    if is_a(node, Kind.MATMUL):
         return 2 * equation.numel(node) * equation.shape(node.args[0])[-1]
-    return 0 if node.target in VIEWS else equation.numel(node)
+    return 0 if is_a(node, VIEWS) else equation.numel(node)

@@ -3,10 +3,11 @@ from typing import ClassVar
 
 from torch import fx
 
-from subgraph_peft.addends import SUMS, Addend, addends, keeps_shape
-from subgraph_peft.equation import MATMULS, is_elementwise
+from subgraph_peft.addends import Addend, addends, keeps_shape
+from subgraph_peft.equation import is_elementwise
 from subgraph_peft.graph_passes import EquationOwner, EquationPass
 from subgraph_peft.graphs import aten
+from subgraph_peft.operators import SUMS, Kind, is_a
 from subgraph_peft.rewriter import Rewriter
 
 
@@ -22,7 +23,7 @@ class Changes(EquationPass):
     after: ClassVar[tuple[str, ...]] = ("gram",)
 
     def apply(self, rewrite: Rewriter, owner: EquationOwner) -> None:
-        for node in reversed([node for node in rewrite.graph.nodes if node.target in SUMS]):
+        for node in reversed([node for node in rewrite.graph.nodes if is_a(node, SUMS)]):
             for trained, start in pairs(owner, terms(node)):
                 whole, rest = start.within, start.within.args[0]
                 rewrite.replace_all({whole: rest, trained.term: change(rewrite, trained.term, start.term)})
@@ -53,7 +54,7 @@ def pairs(equation: EquationOwner, found: list[Addend]) -> Iterator[tuple[Addend
 
 
 def is_narrow(term: fx.Node) -> bool:
-    if term.target not in MATMULS or term.meta["val"].ndim != 2 or len(term.users) > 1:
+    if not is_a(term, Kind.MATMUL) or term.meta["val"].ndim != 2 or len(term.users) > 1:
         return False
     return term.args[0].meta["val"].shape[1] < min(term.meta["val"].shape) and all(map(is_elementwise, term.args))
 

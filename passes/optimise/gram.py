@@ -7,9 +7,9 @@ import torch
 from torch import fx
 
 from subgraph_peft.addends import addends, keeps_shape
-from subgraph_peft.equation import MATMULS
 from subgraph_peft.graph_passes import EquationOwner, EquationPass
 from subgraph_peft.graphs import aten
+from subgraph_peft.operators import Kind, arguments, is_a
 from subgraph_peft.rewriter import Rewriter
 
 TINY = torch.finfo(torch.float32).tiny
@@ -43,10 +43,10 @@ class Product:
 
 def is_row_norm(node: fx.Node) -> bool:
     """‖V‖ of every row of a matrix V."""
-    if node.target is not aten.linalg_vector_norm.default or node.args[0].meta["val"].ndim != 2 or node.kwargs:
+    if node.target is not aten.linalg_vector_norm.default:
         return False
-    order, dims, *rest = (*node.args[1:], *(2, None, False)[len(node.args) - 1 :])
-    return order == 2 and dims in ([1], [-1]) and rest in ([], [False])
+    V, order, dims, keeps, dtype = arguments(node)
+    return V.meta["val"].ndim == 2 and order == 2 and dims in ([1], [-1]) and not keeps and dtype is None
 
 
 def terms(equation: EquationOwner, V: fx.Node) -> tuple[fx.Node, list[Product]] | None:
@@ -59,7 +59,7 @@ def terms(equation: EquationOwner, V: fx.Node) -> tuple[fx.Node, list[Product]] 
         return keeps_shape(node) and (node in equation.trainable or equation.distributes(node))
 
     for scale, term, _ in addends(V, opens):
-        narrow = term.target in MATMULS and term.args[0].meta["val"].shape[1] < min(term.meta["val"].shape)
+        narrow = is_a(term, Kind.MATMUL) and term.args[0].meta["val"].shape[1] < min(term.meta["val"].shape)
         if term not in equation.trainable and scale == 1.0 and not (narrow and equation.distributes(term)):
             constants.append(term)
         elif narrow:

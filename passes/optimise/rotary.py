@@ -6,6 +6,7 @@ from torch import fx
 
 from subgraph_peft.graph_passes import ProgramOwner, ProgramPass
 from subgraph_peft.graphs import aten
+from subgraph_peft.operators import arguments
 from subgraph_peft.rewriter import Rewriter
 
 
@@ -28,7 +29,7 @@ class Rotary(ProgramPass):
 
 def turned(node: fx.Node) -> fx.Node | None:
     """x of [−x₂, x₁] along the last dimension, whose halves x₁ and x₂ are."""
-    parts, along = node.args[0], node.args[1] if len(node.args) > 1 else 0
+    parts, along = arguments(node)
     if len(parts) != 2 or parts[0].target is not aten.neg.default:
         return None
     second, first = parts[0].args[0], parts[1]

@@ -2,9 +2,10 @@ from typing import ClassVar, NamedTuple
 
 from torch import fx
 
-from subgraph_peft.addends import SUMS, Addend, addends
+from subgraph_peft.addends import Addend, addends
 from subgraph_peft.graph_passes import ProgramOwner, ProgramPass
 from subgraph_peft.graphs import aten
+from subgraph_peft.operators import SUMS, is_a
 from subgraph_peft.rewriter import Rewriter
 
 from .factors import NARROW, factor, held_like, is_added
@@ -33,7 +34,7 @@ class Sums(ProgramPass):
 
 
 def is_sum(node: fx.Node) -> bool:
-    own = is_added(node) and node.target in SUMS and not node.kwargs
+    own = is_added(node) and is_a(node, SUMS) and not node.kwargs
     return own and all(isinstance(term, fx.Node) for term in node.args)
 
 

@@ -7,6 +7,7 @@ from torch import fx
 from subgraph_peft.borrowed import OpOverload
 from subgraph_peft.graph_passes import ProgramOwner, ProgramPass
 from subgraph_peft.graphs import aten, is_effect, is_random, mode_argument, written
+from subgraph_peft.operators import Kind, extent, is_a
 from subgraph_peft.rewriter import Rewriter
 
 
@@ -38,8 +39,9 @@ def source(node: fx.Node) -> fx.Node | None:
     value = node.args[0] if node.args else None
     if not isinstance(value, fx.Node) or node.kwargs:
         return None
-    if node.target is aten.slice.Tensor and (len(node.args) == 4 or node.args[4:] == (1,)):
-        return value if node.args[2:4] == (0, sys.maxsize) else None
+    if is_a(node, Kind.SLICE):
+        _, start, stop, step = extent(node)
+        return value if (start or 0, step) == (0, 1) and stop in (None, sys.maxsize) else None
     if node.target is aten.to.dtype and len(node.args) == 2:
         dtype, held = node.args[1], value.meta.get("val")
         whole = isinstance(held, torch.Tensor) and not held.is_floating_point() and held.dtype == dtype
