@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from .borrowed import holds_packed_weights, is_traceable_wrapper_subclass, pytree
+from .borrowed import holds_packed_weights, is_traceable_wrapper_subclass
 from .errors import CaptureError
 from .graphs import cone
 from .operators import CONTRACTIONS, is_a
