@@ -1,7 +1,8 @@
 """Is the suite sharp? `python -m tests.faults [word …]` plants faults in a copy of the tree, one at a time, and runs
 the test files that should catch each. Without words all of them; else those whose name has one of the words.
 
-Prints caught or missed for each; ends with code 1 where one was missed, or where its text is not found exactly once.
+First these files have to pass without a fault. Prints the first test that caught each; ends with code 1 where one was
+missed, or where its text is not found exactly once.
 """
 
 import os
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,41 +213,50 @@ def file_of(fault: Fault, tree: Path) -> Path:
     return next(iter(counts))
 
 
-def is_caught(fault: Fault, tree: Path) -> bool:
-    """Whether a test fails with the fault in the tree, which is as before then."""
+def failing(tree: Path, tests: Iterable[str]) -> str | None:
+    """The first test of these files that fails in the tree."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
+    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    files = [f"tests/{name}.py" for name in tests]
+    done = subprocess.run([*command, *files], cwd=tree, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    lines = (line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR ")))
+    return next(lines, "a test") if done.returncode else None
+
+
+def catcher(fault: Fault, tree: Path) -> str | None:
+    """The first test that fails with the fault in the tree, which is as before then. Raises LookupError."""
     path = file_of(fault, tree)
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
     try:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
-        environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-        files = [f"tests/{name}.py" for name in fault.tests]
-        done = subprocess.run([*command, *files], cwd=tree, env=environment, capture_output=True, text=True)
+        return failing(tree, fault.tests)
     finally:
         path.write_text(text, encoding="utf-8")
-    if done.returncode not in (0, 1):
-        raise RuntimeError(f"{fault.name}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.returncode == 1
 
 
 def main(words: Sequence[str]) -> int:
     chosen = [fault for fault in FAULTS if not words or any(word in fault.name for word in words)]
-    bad = 0
+    caught = 0
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch) / "tree"
         ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "*.egg-info", "build")
         shutil.copytree(ROOT, tree, ignore=ignored)
         for name in ("passes", "export"):  # so that the copy is whole, whatever is installed
             (tree / "subgraph_peft" / name).symlink_to(tree / name)
+        if red := failing(tree, dict.fromkeys(name for fault in chosen for name in fault.tests)):
+            print(f"{red} fails without a fault")
+            return 1
         for fault in chosen:
             try:
-                verdict = "caught" if is_caught(fault, tree) else "MISSED"
+                test = catcher(fault, tree)
+                caught += test is not None
+                print(f"{fault.name}: {f'caught by {test}' if test else 'MISSED'}", flush=True)
             except LookupError as error:
-                verdict = f"NOT FOUND: {error}"
-            bad += verdict != "caught"
-            print(f"{fault.name}: {verdict}", flush=True)
-    print(f"{len(chosen) - bad} of {len(chosen)} faults were caught")
-    return 1 if bad else 0
+                print(f"NOT FOUND: {error}", flush=True)
+    print(f"{caught} of {len(chosen)} faults were caught")
+    return 0 if caught == len(chosen) else 1
 
 
 if __name__ == "__main__":
