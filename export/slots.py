@@ -31,7 +31,8 @@ from subgraph_peft.program import Program
 from subgraph_peft.rewrite import resolve_ties
 from subgraph_peft.rewriter import META
 from subgraph_peft.selectors import Where, select
-from subgraph_peft.sites import VECTORS, Site, find, turned
+from subgraph_peft.site import VECTORS, Site
+from subgraph_peft.sites import find, turned
 from subgraph_peft.uses import step, whole
 
 from .inference import STAMP, Inference

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from .rewrite import rewrite
     from .saved import read, write
     from .schedule import schedule
-    from .sites import Site, sites
+    from .site import Site
+    from .sites import sites
     from .step_optimizer import parameter_groups
     from .switches import optimise
     from .train import train

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from .method import Method, Tensor
-from .sites import VECTORS, Site
+from .site import VECTORS, Site
 from .stacks import over_stack
 
 

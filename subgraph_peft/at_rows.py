@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt
 
 from .errors import MethodError, suggestion
 from .method import Layer, Method, Tensor, Wrapper
-from .sites import Site
+from .site import Site
 
 
 class RowBlocks(Wrapper):

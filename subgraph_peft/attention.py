@@ -1,7 +1,7 @@
 """Keys and values put before those of attention: K' = [P_k; K], V' = [P_v; V] at scaled_dot_product_attention."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -11,10 +11,7 @@ from .errors import MethodError
 from .graphs import aten, operator_name
 from .operators import SUMS, Kind, argument, is_a, operand, schema
 from .sequence import Emit, first_real
-from .sites import Call, Site
-
-if TYPE_CHECKING:
-    from .program import Program
+from .site import Call, Site
 
 ATTENTION = aten.scaled_dot_product_attention.default
 # operators through which positions stay positions: constants are added, padding is multiplied away
@@ -22,16 +19,15 @@ KEEPS = CARRIES | SUMS | Kind.MULTIPLY | Kind.MASKED | Kind.REPEAT
 CAUSAL, MOVED = "causal_length", "moved_positions"
 
 
-def attention_sites(program: "Program") -> Iterator[Site]:
+def attention_sites(graph: fx.Graph, source: str) -> Iterator[Site]:
     """Every scaled_dot_product_attention, named after its module; its shape is that of one key, [heads, width].
 
-    Raises MethodError where the graph has none.
+    Raises MethodError where the graph of `source` has none.
     """
-    graph = program.captured.graphs()[0]
     found = attentions(graph)
     if not found:
         raise MethodError(
-            f"{program.source} computes its attention without scaled_dot_product_attention. Load the model with "
+            f"{source} computes its attention without scaled_dot_product_attention. Load the model with "
             'attn_implementation="sdpa" and capture it again; models that add their own biases to the scores (DeBERTa, '
             "Bloom) have no such form."
         )

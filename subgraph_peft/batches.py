@@ -9,7 +9,7 @@ import torch
 
 from .errors import MethodError, MethodWarning, first_line
 from .method import Method
-from .sites import Site
+from .site import Site
 
 Values = dict[str, torch.Tensor]
 Load = Callable[[Site], torch.Tensor]

@@ -8,7 +8,7 @@ from itertools import combinations
 from .adapter import Adapter
 from .errors import MethodError
 from .method import Method
-from .sites import Site
+from .site import Site
 from .text import layered
 from .variants import with_options
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from .errors import CacheWarning, MethodError
 from .files import replacing
 from .method import Method, spell
-from .sites import Site
+from .site import Site
 
 FORMAT = 1
 SUM = "crc32"

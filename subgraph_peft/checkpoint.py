@@ -25,7 +25,8 @@ from .method import Method, spell
 from .places import candidates
 from .program import Program
 from .rewrite import resolve_ties
-from .sites import Site, find
+from .site import Site
+from .sites import find
 
 CONFIG, TENSORS = "adapter.json", "adapter.safetensors"
 FORMAT = 1

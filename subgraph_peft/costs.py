@@ -3,7 +3,7 @@
 from .adapter import Adapter
 from .at_rows import RowBlocks
 from .program import Program
-from .sites import Site
+from .site import Site
 from .text import Table, grouped
 
 COLUMNS = (

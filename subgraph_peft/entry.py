@@ -1,8 +1,8 @@
 """Where a sequence of token ids becomes activations: the lookup of the main input, its length, its table."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -13,10 +13,7 @@ from .graphs import aten, cone, evaluate, fixed_size, operator_name, sizes
 from .layout import TRANSPOSED
 from .operators import VIEWS, Kind, is_a, operand
 from .padding import MASK
-from .sites import Call, Site
-
-if TYPE_CHECKING:
-    from .program import Program
+from .site import Call, Site
 
 TYPES, POSITIONS = "token_type_ids", "position_ids"
 EXTENDS = "extends"  # meta of a node that is a padding mask with virtual positions: the name of the input
@@ -48,10 +45,8 @@ class Entry:
         return any(str(s) != self.length and self.length in symbols(s) for s in sizes(node))
 
 
-def sequence_sites(program: "Program") -> Iterator[Site]:
+def sequence_sites(graph: fx.Graph) -> Iterator[Site]:
     """The table of the token embedding of the model's main input. Raises MethodError where there is not one."""
-    captured = program.captured
-    graph = captured.graphs()[0]
     found = entry(graph)
     table = table_of(found.lookup)
     yield Site(
@@ -140,10 +135,9 @@ def leaves(node: fx.Node) -> set[fx.Node]:
     return {source for source in sources if source.op in ("placeholder", "get_attr")}
 
 
-def rows(program: "Program", site: Site, W: torch.Tensor) -> torch.Tensor:
+def rows(graph: fx.Graph, tensors: Mapping[str, torch.Tensor], W: torch.Tensor) -> torch.Tensor:
     """What the module that holds the table W [vocabulary, d] gives for every id: its rows, scaled where it scales."""
-    found = entry(program.captured.graphs()[0])
-    tensors = dict(program.tensors())
+    found = entry(graph)
     given = evaluate(found.embedded, lambda leaf: tensors[str(leaf.target)].detach(), {found.lookup: W})
     return given.to(W.dtype)
 

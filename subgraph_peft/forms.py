@@ -9,7 +9,8 @@ from .errors import MethodError
 from .graphs import aten
 from .layout import Layout
 from .operators import Kind, argument, is_a
-from .sites import Site, turned
+from .site import Site
+from .sites import turned
 from .uses import Use, free_label
 
 Emit = Callable[..., fx.Node]

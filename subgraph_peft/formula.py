@@ -9,7 +9,7 @@ import torch
 
 from .errors import MethodError
 from .method import Method, Tensor
-from .sites import Site
+from .site import Site
 
 SUM, PRODUCT, ATOM = 1, 2, 3
 NAMES = {

@@ -21,7 +21,7 @@ from .program import Program
 from .records import Constant, Lowered
 from .rewriter import Rewriter
 from .runners import renew
-from .sites import PLACES
+from .site import PLACES
 
 
 @uncollected()

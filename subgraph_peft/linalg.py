@@ -4,7 +4,7 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .errors import MethodError
-from .sites import Site
+from .site import Site
 from .subspace import OVERSAMPLING, subspace
 
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, SerializationInfo, ValidationError, model_serializer, model_validator
 
 from .errors import MethodError, suggestion
-from .sites import Site
+from .site import Site
 
 Init = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
 

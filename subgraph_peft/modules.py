@@ -9,7 +9,8 @@ from .errors import MethodError
 from .graphs import fixed_size, operator_name
 from .partition import Region, regions
 from .program import Program
-from .sites import Call, Site, find
+from .site import Call, Site
+from .sites import find
 
 
 def module_sites(program: Program) -> Iterator[Site]:

@@ -9,7 +9,8 @@ from .modules import module_sites, unfit
 from .patterns import patterns
 from .program import Program
 from .selectors import Where
-from .sites import VECTORS, Site, find
+from .site import VECTORS, Site
+from .sites import find
 
 
 def candidates(program: Program, method: Method) -> list[Site]:
@@ -28,9 +29,9 @@ def found(program: Program, method: Method) -> Iterator[Site]:
     if method.defines("output"):
         yield from module_sites(program)
     if method.defines("embeddings"):
-        yield from sequence_sites(program)
+        yield from sequence_sites(program.captured.graphs()[0])
     if method.defines("keys_values"):
-        yield from attention_sites(program)
+        yield from attention_sites(program.captured.graphs()[0], program.source)
 
 
 def unusable(program: Program, method: Method, where: Where) -> str | None:

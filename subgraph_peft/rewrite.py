@@ -21,7 +21,7 @@ from .method import Method
 from .places import candidates, unusable, what
 from .program import Program
 from .selectors import Where, describe, select
-from .sites import Site
+from .site import Site
 from .starts import first_values
 from .variants import Patterns, variants
 

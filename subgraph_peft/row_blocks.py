@@ -2,16 +2,13 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from torch import fx
 
 from .graphs import fixed_size
 from .operators import VIEWS, Kind, dimensions, is_a, operand, permutation
+from .site import Site
 from .uses import Use, running, slice_of
-
-if TYPE_CHECKING:
-    from .sites import Site
 
 Rows = tuple[tuple[int, int], ...]
 # what the blocks of a weight are called, by the end of its name and their number
@@ -25,7 +22,7 @@ NAMES = (
 GATES = {"lstm": 4, "gru": 3}
 
 
-def blocks_of(site: "Site", found: Sequence[Use]) -> tuple[tuple[str, int, int], ...]:
+def blocks_of(site: Site, found: Sequence[Use]) -> tuple[tuple[str, int, int], ...]:
     """(name, start, stop) of the row blocks into which every use takes the result apart."""
     if site.layout.stack is not None and site.kind != "grouped_mm" or len(site.layout.out) > 1:
         return ()
@@ -47,7 +44,7 @@ def names(weight: str, count: int) -> Sequence[str]:
     return next(known, [str(i) for i in range(count)])
 
 
-def rows_of(site: "Site", use: Use) -> Rows | None:
+def rows_of(site: Site, use: Use) -> Rows | None:
     """(start, stop) of the blocks at one use."""
     out = site.out_features
     if use.form in GATES and re.search(r"weight_[ih]h_l\d", site.name):

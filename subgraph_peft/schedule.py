@@ -13,7 +13,7 @@ from .constants import refresh
 from .errors import CheckpointError, MethodError
 from .method import Layer, Method
 from .program import Program
-from .sites import Site
+from .site import Site
 
 
 @dataclass

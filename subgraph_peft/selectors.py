@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from .errors import SelectorError, nearest
 from .patterns import Pattern, expand_braces, patterns
-from .sites import Site
+from .site import Site
 
 Where = str | Sequence[str] | Callable[[Site], bool]
 

@@ -15,7 +15,7 @@ from .errors import MethodError
 from .internals import Home
 from .method import Method, Tensor, initial, starting
 from .program import Program
-from .sites import PLACES, VECTORS, Site
+from .site import PLACES, VECTORS, Site
 
 
 @torch.no_grad()
@@ -101,4 +101,6 @@ def current_weight(
         return torch.empty(0, 0, device=home.device, dtype=torch.promote_types(torch.float32, home.dtype))
     part = "bias" if site.kind in VECTORS else "weight"
     current = there.get((part, site.name), Target(part, site.name, site, ())).evaluate(tensors)
-    return current if site.kind != "sequence" else rows(program, site, current.T).T
+    if site.kind != "sequence":
+        return current
+    return rows(program.captured.graphs()[0], dict(program.tensors()), current.T).T

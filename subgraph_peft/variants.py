@@ -6,7 +6,7 @@ from typing import Any
 from .errors import MethodError, SelectorError, nearest
 from .method import Method, Wrapper
 from .patterns import Pattern
-from .sites import Site
+from .site import Site
 
 FREE = {"r", "alpha", "dropout"}  # options that a schedule takes site by site
 Patterns = Mapping[str, Mapping[str, Any]]

@@ -13,7 +13,7 @@ from .errors import MethodError
 from .expression import Expression
 from .formula import IN, NAMES, OUT, PRODUCT, Symbol, equations, generic_site, lift
 from .method import Method, Tensor, zeros
-from .sites import Site
+from .site import Site
 
 WRITTEN = "method"  # as a configuration spells it
 LARGEST = 2**33  # numbers of one tensor

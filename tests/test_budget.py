@@ -11,7 +11,7 @@ from subgraph_peft.passes import SSL
 from subgraph_peft import budget
 from subgraph_peft.adapter import Adapter
 from subgraph_peft.method import Method
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 
 def site(kind: str, layer: int, width: int) -> Site:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 import subgraph_peft as sp
 from subgraph_peft.checkpoint import restore
 from subgraph_peft.graphs import show
-from subgraph_peft.sites import VECTORS
+from subgraph_peft.site import VECTORS
 from tests.methods import METHODS, WEIGHT_METHODS
 
 SITES = ["wide", "tall", "bare", "conv1d"]

@@ -10,7 +10,7 @@ from subgraph_peft.adapter import Adapter, identifier
 from subgraph_peft.errors import CheckpointError, MethodError
 from subgraph_peft.method import Method
 from subgraph_peft.program import Program
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 from .folder import MODULES, Layout, Slot
 from .options import ModuleOptions, Options

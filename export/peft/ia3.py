@@ -8,7 +8,7 @@ from subgraph_peft.passes import IA3
 
 from subgraph_peft.method import Method
 from subgraph_peft.program import Program
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 from .form import Keys, ModuleForm
 from .options import ABOUT, ModuleOptions

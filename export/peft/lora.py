@@ -11,7 +11,7 @@ from subgraph_peft.passes import DoRA, LoRA, PiSSA, RsLoRA
 from subgraph_peft.errors import MethodError
 from subgraph_peft.method import Method
 from subgraph_peft.program import Program
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 from .folder import Layout
 from .form import Keys, ModuleForm, one

@@ -9,7 +9,7 @@ import torch
 from subgraph_peft.adapter import Adapter
 from subgraph_peft.checkpoint import entry, read_adapter
 from subgraph_peft.program import Program
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 from .folder import CONFIG, MODULES, WRAPPER, Layout, Slot
 from .form import Form

@@ -9,7 +9,7 @@ from subgraph_peft.passes import DoRA, LoRA, PiSSA
 from subgraph_peft.adapter import Adapter
 from subgraph_peft.method import Method, Wrapper
 from subgraph_peft.program import Program
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -13,7 +13,7 @@ from subgraph_peft.method import Method
 from subgraph_peft.picks import carriers, picks
 from subgraph_peft.places import candidates
 from subgraph_peft.program import Program
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 from .folder import WRAPPER, Layout, Slot
 from .form import Form, one

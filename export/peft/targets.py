@@ -6,7 +6,8 @@ from typing import Any
 
 from subgraph_peft.errors import CheckpointError, nearest
 from subgraph_peft.program import Program
-from subgraph_peft.sites import Site, find
+from subgraph_peft.site import Site
+from subgraph_peft.sites import find
 
 from .options import ModuleOptions
 

@@ -5,7 +5,7 @@ from pydantic import Field
 from subgraph_peft.passes.extension.lora import LoRA
 
 from subgraph_peft.method import Method, Tensor, Wrapper, trainable
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 
 class DoRA(Wrapper):

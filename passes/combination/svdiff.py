@@ -5,7 +5,7 @@ from pydantic import Field
 
 from subgraph_peft.linalg import svd
 from subgraph_peft.method import Method, Tensor, frozen, trainable, zeros
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 
 class SVDiff(Method):

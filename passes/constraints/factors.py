@@ -2,7 +2,7 @@
 
 from subgraph_peft.errors import MethodError
 from subgraph_peft.method import Tensor, Wrapper
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 
 class FactorWrapper(Wrapper):

@@ -6,7 +6,7 @@ from subgraph_peft.passes.constraints.gram import orthonormality, size
 
 from subgraph_peft.errors import MethodError
 from subgraph_peft.method import Method, Tensor, normal, trainable
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 if TYPE_CHECKING:
     from subgraph_peft.schedule import SiteStep, Step

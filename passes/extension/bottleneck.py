@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 
 from subgraph_peft.method import Method, Tensor, normal, trainable, zeros
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 NONLINEAR = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 

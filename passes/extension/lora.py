@@ -4,7 +4,7 @@ import torch
 from pydantic import Field, PositiveInt
 
 from subgraph_peft.method import Method, Tensor, kaiming_uniform, trainable, zeros
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 
 class LoRA(Method):

@@ -7,7 +7,7 @@ from subgraph_peft.passes.extension.lora import LoRA
 from subgraph_peft.errors import MethodError
 from subgraph_peft.linalg import svd
 from subgraph_peft.method import Tensor, frozen, trainable
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 if TYPE_CHECKING:
     from subgraph_peft.schedule import Step

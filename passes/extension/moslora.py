@@ -4,7 +4,7 @@ import torch
 from subgraph_peft.passes.extension.lora import LoRA
 
 from subgraph_peft.method import Tensor, kaiming_uniform, trainable
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 
 class MoSLoRA(LoRA):

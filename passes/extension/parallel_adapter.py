@@ -5,7 +5,7 @@ from pydantic import Field
 from subgraph_peft.passes.extension.bottleneck import Bottleneck
 
 from subgraph_peft.method import Tensor, kaiming_uniform, trainable
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 
 class ParallelAdapter(Bottleneck):

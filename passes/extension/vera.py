@@ -7,7 +7,7 @@ import torch
 from pydantic import Field, PositiveInt
 
 from subgraph_peft.method import Method, Tensor, frozen, trainable, zeros
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 
 class VeRA(Method):

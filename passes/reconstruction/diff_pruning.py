@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from subgraph_peft.errors import MethodError
 from subgraph_peft.method import Init, Method, Tensor, frozen, trainable
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 if TYPE_CHECKING:
     from subgraph_peft.schedule import Step

@@ -4,7 +4,7 @@ import torch
 from pydantic import Field
 
 from subgraph_peft.method import Method, Tensor, ones, trainable
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 
 class IA3(Method):

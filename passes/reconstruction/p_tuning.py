@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 
 from subgraph_peft.method import Init, Method, Tensor, normal, trainable
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 LAYERS = 2
 

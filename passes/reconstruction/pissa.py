@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from subgraph_peft.errors import MethodError
 from subgraph_peft.linalg import check_rank, svd
 from subgraph_peft.method import Method, Tensor, frozen, trainable
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 
 class PiSSA(Method):

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt
 from subgraph_peft.passes.reconstruction.p_tuning import linear, uniform
 
 from subgraph_peft.method import Method, Tensor, normal, trainable, zeros
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 
 class PrefixTuning(Method):

@@ -5,7 +5,7 @@ from pydantic import Field, PositiveInt
 
 from subgraph_peft.errors import MethodError
 from subgraph_peft.method import Method, Tensor, normal, trainable
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 
 class PromptTuning(Method):

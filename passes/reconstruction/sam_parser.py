@@ -4,7 +4,7 @@ import torch
 
 from subgraph_peft.linalg import svd
 from subgraph_peft.method import Method, Tensor, frozen, trainable
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 
 class SAMParser(Method):

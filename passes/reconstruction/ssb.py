@@ -3,7 +3,7 @@ from typing import ClassVar
 import torch
 
 from subgraph_peft.method import Method, Tensor, ones, trainable
-from subgraph_peft.sites import Site
+from subgraph_peft.site import Site
 
 
 class SSB(Method):
