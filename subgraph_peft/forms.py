@@ -33,10 +33,12 @@ class At:
 class Form:
     """y = op(x, W) + b at one call. `emit(target, args, term)` adds a node.
 
-    `apply` puts another matrix in the place of W, or one factor of a product. `features` is their dimension in the
-    result, None where they are several; x and y have the same dimensions but for their sizes (`keeps_dimensions`).
+    `forms` are those of a `Use` that it applies. `apply` puts another matrix in the place of W, or one factor of a
+    product. `features` is their dimension in the result, None where they are several; x and y have the same dimensions
+    but for their sizes (`keeps_dimensions`).
     """
 
+    forms: tuple[str, ...] = ()
     scales_input = True
     drops_input = True
     keeps_dimensions = True
@@ -98,12 +100,16 @@ class Form:
 class Linear(Form):
     """y = x Wᵀ + b; addmm and matmul with W_stored [in, out] too"""
 
+    forms = ("linear", "addmm", "matmul")
+
 
 class Contraction(Form):
     """y = einsum(x, W): rows and columns of W may be several dimensions, and it may be a stack of matrices.
 
     A product goes through z, which has the rank r in the place of the rows.
     """
+
+    forms = ("einsum",)
 
     keeps_dimensions = False
 
@@ -164,6 +170,8 @@ class Contraction(Form):
 class GroupedMM(Form):
     """y = x Wₑᵀ for each row of x, sorted by expert e: W stacked, the last row of each expert in `offsets`"""
 
+    forms = ("grouped_mm",)
+
     def apply(self, x: fx.Node, matrix: fx.Node, bias: fx.Node | None, term: str, at: At) -> fx.Node:
         if not matrix.meta["stacked"]:
             return super().apply(x, matrix, bias, term, at)
@@ -194,6 +202,8 @@ class GroupedMM(Form):
 class Convolution(Form):
     """y = conv(x, K) + b, W = K reshaped to [out, in·kernel]; later factors are convolutions with a kernel of one."""
 
+    forms = ("conv1d", "conv2d", "conv3d")
+
     scales_input = False
     features = 1
 
@@ -223,6 +233,8 @@ class Convolution(Form):
 class TransposedConvolution(Convolution):
     """y = conv_transpose(x, K) + b, W [out, in·kernel] of K [in, out, kernel…]"""
 
+    forms = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+
     def first(self, matrix: fx.Node, term: str) -> fx.Node:
         channels, _, *kernel = self.site.shape
         unfolded = self.emit(aten.reshape.default, (matrix, [-1, channels, *kernel]), f"{term}_kernel")
@@ -231,6 +243,8 @@ class TransposedConvolution(Convolution):
 
 class Embedding(Form):
     """y = Wᵀ[ids] with the table stored as [vocabulary, out], by embedding or index: a one-hot input times Wᵀ"""
+
+    forms = ("embedding",)
 
     scales_input = False
     drops_input = False
@@ -245,16 +259,8 @@ class Embedding(Form):
 
 
 POINTWISE: Mapping[int, object] = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
-FORMS: dict[str, type[Form]] = {
-    "linear": Linear,
-    "addmm": Linear,
-    "matmul": Linear,
-    "einsum": Contraction,
-    "grouped_mm": GroupedMM,
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), Convolution),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), TransposedConvolution),
-    "embedding": Embedding,
-}
+CLASSES = (Linear, Contraction, GroupedMM, Convolution, TransposedConvolution, Embedding)
+FORMS: dict[str, type[Form]] = {form: each for each in CLASSES for form in each.forms}
 
 
 def form_class(site: Site, use: Use) -> type[Form] | None:
