@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, SerializationInfo, ValidationError, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, SerializationInfo, ValidationError, model_serializer
 
 from .errors import MethodError, suggestion
 from .site import Site
@@ -214,15 +214,6 @@ class Wrapper(Method):
     """A method that is a function of another weight method, as DoRA is: option `of` names the inner one."""
 
     of: Method
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_inner(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "of" in data and not isinstance(data["of"], Method):
-            from .registry import read
-
-            data = {**data, "of": read(data["of"])}
-        return data
 
     def model_post_init(self, context: Any) -> None:
         if not self.of.defines("weight") or not self.of.foldable():

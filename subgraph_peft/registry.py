@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
 from .errors import MethodError, suggestion
 from .method import Method
 from .plugins import Plugins
@@ -38,5 +40,19 @@ def read(spelled: Any) -> Method:
         return method_class(spelled)()
     if isinstance(spelled, Mapping) and len(spelled) == 1:
         name, options = next(iter(spelled.items()))
-        return define(options or {}) if name == WRITTEN else method_class(name)(**(options or {}))
+        if name == WRITTEN:
+            return define(options or {})
+        cls = method_class(name)
+        return cls(**with_methods(cls, options or {}))
     raise MethodError(f"A method is written as a name or {{name: {{options}}}}, not {spelled!r}.")
+
+
+def with_methods(cls: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a method, those that are methods themselves read."""
+    if not isinstance(options, Mapping):
+        raise MethodError(f"{cls.name}: its options are written as {{name: value}}, not {options!r}.")
+    return {name: read(value) if is_method(cls.model_fields.get(name)) else value for name, value in options.items()}
+
+
+def is_method(field: FieldInfo | None) -> bool:
+    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Method)

@@ -610,3 +610,15 @@ def test_the_schema_describes_definitions():
     assert {"name", "tensors", "weight", "options", "where", "as"} <= set(options["properties"])
     assert options["required"] == ["name", "tensors"] and options["additionalProperties"] is False
     assert {"shape", "init", "lr"} <= set(document["$defs"]["Declared"]["properties"])
+
+
+@pytest.mark.parametrize(("spelled", "message"), [
+    ({"lora": 3}, "lora: its options are written as {name: value}, not 3"),
+    ({"dora": {"of": {"lora": [8]}}}, r"lora: its options are written as {name: value}, not \[8\]"),
+    ({"dora": {"of": "lroa"}}, "Unknown method 'lroa'. Did you mean 'lora'"),
+    ({"dora": {"of": {"lora": {"rr": 2}}}}, "lora: unknown option 'rr'. Did you mean 'r'"),
+])  # fmt: skip
+def test_a_method_inside_another_is_read_as_one_by_itself(spelled, message):
+    assert registry.read({"dora": {"of": {"dora": {"of": {"lora": {"r": 2}}}}}}).of.of.r == 2
+    with pytest.raises(sp.MethodError, match=message):
+        registry.read(spelled)
