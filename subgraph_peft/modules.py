@@ -20,9 +20,8 @@ def module_sites(program: Program) -> Iterator[Site]:
     for path, calls in regions(graph).items():
         if not path or path in layers:
             continue
-        try:
-            found = [ends(region, path) for region in calls.values()]
-        except MethodError:
+        found = [pair(region) for region in calls.values()]
+        if None in found:
             continue
         x, y = found[0]
         shape = tuple(fixed_size(node.meta["val"].shape[-1]) for node in (y, x))
@@ -49,25 +48,38 @@ def unfit(program: Program, wanted: Callable[[str], bool]) -> str | None:
     return None
 
 
-def ends(region: Region, path: str) -> tuple[fx.Node, fx.Node]:
-    """(x, y) of one call: its result y, and the activation x with y's leading dimensions that it reads first.
-
-    Raises MethodError where there is no such pair.
-    """
-    results = [n for n in region if is_activation(n) and any(user not in region for user in n.users)]
-    if len(results) != 1:
-        names = ", ".join(node.name for node in results) or "none"
-        raise MethodError(f"The module {path} has no single result to rewrite (found: {names}).")
-    y = results[0]
-    leading = [str(size) for size in y.meta["val"].shape[:-1]]
+def pair(region: Region) -> tuple[fx.Node, fx.Node] | None:
+    """(x, y) of one call: its one result y, and the activation x with y's leading dimensions that it reads first."""
+    ys = results(region)
+    if len(ys) != 1:
+        return None
+    leading = leading_sizes(ys[0])
     for node in region:
         for source in node.all_input_nodes:
             outside = source not in region and source.op != "get_attr" and is_activation(source)
-            if outside and [str(size) for size in source.meta["val"].shape[:-1]] == leading:
-                return source, y
-    raise MethodError(
-        f"The module {path} reads no activation of its result's leading dimensions [{', '.join(leading)}]."
-    )
+            if outside and leading_sizes(source) == leading:
+                return source, ys[0]
+    return None
+
+
+def ends(region: Region, path: str) -> tuple[fx.Node, fx.Node]:
+    """The `pair` of one call. Raises MethodError where there is none."""
+    if found := pair(region):
+        return found
+    ys = results(region)
+    if len(ys) != 1:
+        names = ", ".join(node.name for node in ys) or "none"
+        raise MethodError(f"The module {path} has no single result to rewrite (found: {names}).")
+    leading = ", ".join(leading_sizes(ys[0]))
+    raise MethodError(f"The module {path} reads no activation of its result's leading dimensions [{leading}].")
+
+
+def results(region: Region) -> list[fx.Node]:
+    return [n for n in region if is_activation(n) and any(user not in region for user in n.users)]
+
+
+def leading_sizes(node: fx.Node) -> list[str]:
+    return [str(size) for size in node.meta["val"].shape[:-1]]
 
 
 def is_activation(node: fx.Node) -> bool:
