@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import Literal
 
@@ -20,7 +20,7 @@ from .graphs import aten, cone, flat_outputs
 from .method import Method
 from .places import candidates, unusable, what
 from .program import Program
-from .selectors import Where, describe, select
+from .selectors import Selection, Where, describe, select
 from .site import Site
 from .starts import first_values
 from .variants import Patterns, variants
@@ -63,6 +63,30 @@ def rewrite(
     check_arguments(program, method)
     captured = base_of(program)
     trained = named_parameters(captured, trainable) | {n for n, p in program.parameters(trainable=True)}
+    selection, whole = choose_sites(captured, method, where, exclude, kinds, trained)
+    adapter = make_adapter(program, method, selection, whole, name, patterns or {}, budget)
+    check_stacks(adapter)
+    captured = resolve_ties(captured, adapter.sites, tied)
+    dtype = adapter_dtype(program, dtype)
+    if clash := trained & {site.name for a in program.adapters for site in a.sites if site.kind != "sequence"}:
+        raise MethodError(
+            f"{sorted(clash)[0]} has an adapter already and cannot be trained in full beside it; "
+            "leave it out of `trainable`."
+        )
+    added = first_values(program, adapter, captured.home, dtype, seed, cache)
+    kept = values_to_keep(program, trained, dtype)
+    result = generate(captured, (*program.adapters, adapter), {**kept, **added}, dtype)
+    if method.defines("embeddings") or method.defines("keys_values"):
+        check_example(result, adapter)
+    warn_of_detached(result, adapter)
+    return replace(result, history=(*program.history, adapter.name))
+
+
+def choose_sites(
+    captured: Program, method: Method, where: Where, exclude: str | Sequence[str], kinds: Sequence[str] | None,
+    trained: Set[str],
+) -> tuple[Selection, set[str]]:  # fmt: skip
+    """What is selected, and the names of those sites among it that are trained in full and so get no adapter."""
     everything = candidates(captured, method)
     if not everything:
         raise MethodError(f"{method.name} rewrites {what(method)}; {captured.source} has none.")
@@ -73,19 +97,27 @@ def rewrite(
             raise SelectorError(f"{error} {why}") from None
         raise
     whole = {site.name for site in selection.sites if site.name in trained and site.kind != "sequence"}
-    sites = tuple(site for site in selection.sites if site.name not in whole)
-    if not sites:
+    if len(whole) == len(selection.sites):
         raise SelectorError(
             f"Every site that {describe(where)} selects is trained in full: {selection.sites[0].name} …"
         )
+    return selection, whole
+
+
+def make_adapter(
+    program: Program, method: Method, selection: Selection, whole: Set[str], name: str | None, patterns: Patterns,
+    budget: str | float | None,
+) -> Adapter:  # fmt: skip
+    """The method at the sites of a selection but for those trained as a `whole`, within a budget if there is one."""
     taken = {adapter.name for adapter in program.adapters}
+    sites = tuple(site for site in selection.sites if site.name not in whole)
     left_out = (
         *((site.name, reason) for site, reason in selection.left_out),
         *((site.name, "trained in full") for site in selection.sites if site.name in whole),
     )
 
     def make(method: Method, sites: Sequence[Site]) -> Adapter:
-        own = dict(variants(method, patterns or {}, selection.sites))
+        own = dict(variants(method, patterns, selection.sites))
         own |= {s.name: at_blocks(own.get(s.name, method), s, selection.blocks[s.name]) for s in sites
                 if s.name in selection.blocks}  # fmt: skip
         names = {site.name for site in sites}
@@ -93,36 +125,22 @@ def rewrite(
         return Adapter(unique(name or method.name, taken), method, tuple(sites), left_out, own)
 
     if budget is None:
-        adapter = make(method, sites)
-    else:
-        adapter, text = choose(budget, program.counts()[1], method, sites, make)
-        over = [(site.name, "over the budget") for site in sites if not adapter.on(site.name)]
-        adapter = replace(adapter, left_out=(*left_out, *over), chosen=text)
-    check_stacks(adapter)
-    captured = resolve_ties(captured, adapter.sites, tied)
-    dtype = adapter_dtype(program, dtype)
+        return make(method, sites)
+    adapter, text = choose(budget, program.counts()[1], method, sites, make)
+    over = [(site.name, "over the budget") for site in sites if not adapter.on(site.name)]
+    return replace(adapter, left_out=(*left_out, *over), chosen=text)
+
+
+def values_to_keep(program: Program, trained: Set[str], dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    """Copies of what the program has beside its base: trained parameters, tensors of adapters, and what is `trained` in
+    full from now on, in `dtype`."""
     tensors = dict(program.tensors())
-    if clash := trained & {site.name for a in program.adapters for site in a.sites if site.kind != "sequence"}:
-        raise MethodError(
-            f"{sorted(clash)[0]} has an adapter already and cannot be trained in full beside it; "
-            "leave it out of `trainable`."
-        )
-    added = first_values(program, adapter, captured.home, dtype, seed, cache)
-    kept = {n: p.detach().clone() for n, p in program.parameters(trainable=True)}
-    kept |= {
-        path: tensors[path].detach().clone()
-        for a in program.adapters
-        for _, _, path in a.all_paths()
-        if path not in kept
-    }
+    paths = [n for n, _ in program.parameters(trainable=True)]
+    paths += [path for adapter in program.adapters for _, _, path in adapter.all_paths()]
+    kept = {path: tensors[path].detach().clone() for path in dict.fromkeys(paths)}
     for path in trained & set(tensors):
         kept.setdefault(path, tensors[path].detach().to(dtype, copy=True))
-    old = {n: nn.Parameter(v, requires_grad=tensors[n].requires_grad or n in trained) for n, v in kept.items()}
-    result = generate(captured, (*program.adapters, adapter), {**old, **added}, dtype)
-    if method.defines("embeddings") or method.defines("keys_values"):
-        check_example(result, adapter)
-    warn_of_detached(result, adapter)
-    return replace(result, history=(*program.history, adapter.name))
+    return {n: nn.Parameter(v, requires_grad=tensors[n].requires_grad or n in trained) for n, v in kept.items()}
 
 
 def check_stacks(adapter: Adapter) -> None:
