@@ -28,7 +28,7 @@ from .report import ExportReport, Verification
 from .runtime import session
 from .slots import NONE, slots_of, weights_of
 from .translate import describe, quiet, translate
-from .updates import updates
+from .updates import Updates, updates
 from .verification import bound_of, compare
 
 
@@ -82,17 +82,10 @@ def to_onnx(
     target = Path(path)
     program.need_values("export", ExportError)
     dtype = chosen(program, dtype)
-    if quantize not in (None, 4, 8):
-        raise ExportError(f"Weights are quantised to 4 or 8 bits, not {quantize!r}.")
-    if quantize and dtype not in (torch.float32, torch.float16):
-        raise ExportError(f"onnxruntime quantises float32 and float16 weights; {program.source} is in {dtype}.")
-    if merge not in ("run", "load"):
-        raise ExportError(f"An adapter is merged at every 'run' or on 'load', not {merge!r}.")
+    check_options(program, target, dtype, quantize, merge)
     opened = slots_of(program, slots, merge == "load") if slots else NONE
     update = updates(program) if slots and program.adapters else None
     base = opened.base or program
-    if target.is_dir():
-        raise ExportError(f"{target} is a folder; name a file in it, such as {target / 'model.onnx'}.")
     with replacing_set(target, ExportError, gone=[data_name(target)]) as folder:
         reference = program_reference(base, example)
         cut = opened.open(inference(base, outputs))
@@ -109,13 +102,7 @@ def to_onnx(
             with opened.defaults(model, cut):
                 write(model, folder / target.name, external_data)
             try:
-                running = session(folder / target.name)
-                allowed = bound_of(running, reference.dtype) if bound is None else bound
-                found = compare(running, cases, allowed)
-                if update is None:
-                    return found
-                adapters = Adapters(running)
-                return found & compare(running, adapted, allowed, adapters.held(adapters.fitted(update.values)))
+                return verified(folder / target.name, reference.dtype, bound, cases, adapted, update)
             except ExportError as error:
                 asked = " and ".join(f"{name}=" for name, value in options.items() if value)
                 advice = f"The file without {asked} gives what torch does: leave it out. " if asked else ""
@@ -143,6 +130,35 @@ def to_onnx(
         identity=identity,
         slots=weights_of(cut.samples),
     )
+
+
+def check_options(program: Program, target: Path, dtype: torch.dtype, quantize: object, merge: object) -> None:
+    """Raises ExportError for options that no file can have."""
+    if quantize not in (None, 4, 8):
+        raise ExportError(f"Weights are quantised to 4 or 8 bits, not {quantize!r}.")
+    if quantize and dtype not in (torch.float32, torch.float16):
+        raise ExportError(f"onnxruntime quantises float32 and float16 weights; {program.source} is in {dtype}.")
+    if merge not in ("run", "load"):
+        raise ExportError(f"An adapter is merged at every 'run' or on 'load', not {merge!r}.")
+    if target.is_dir():
+        raise ExportError(f"{target} is a folder; name a file in it, such as {target / 'model.onnx'}.")
+
+
+def verified(
+    path: Path, dtype: torch.dtype, bound: float | None, cases: Sequence[Case], adapted: Sequence[Case],
+    update: Updates | None,
+) -> Verification:  # fmt: skip
+    """What onnxruntime gives for the cases, and with the update in the slots for those `adapted`, beside torch.
+
+    Raises ExportError where they differ.
+    """
+    running = session(path)
+    allowed = bound_of(running, dtype) if bound is None else bound
+    found = compare(running, cases, allowed)
+    if update is None:
+        return found
+    adapters = Adapters(running)
+    return found & compare(running, adapted, allowed, adapters.held(adapters.fitted(update.values)))
 
 
 def chosen(program: Program, dtype: torch.dtype | str | None) -> torch.dtype:

@@ -30,9 +30,8 @@ def fold(program: Program, *, dtype: torch.dtype | None = None, retain: float = 
     Raises FoldError for non-finite tensors, lost updates and differing outputs.
     """
     folding = [a for a in program.adapters if folds(program, a)]
-    trained = [
-        n for n, _ in program.parameters(trainable=True) if n in dict(program.captured.module.named_parameters())
-    ]
+    of_base = {name for name, _ in program.captured.parameters()}
+    trained = [name for name, _ in program.parameters(trainable=True) if name in of_base]
     if not folding and not trained:
         return program
     home = program.home
@@ -44,9 +43,31 @@ def fold(program: Program, *, dtype: torch.dtype | None = None, retain: float = 
             f"Convert the model to {dtype} before it is captured, or fold into {home.dtype}."
         )
     check_finite(program)
-    held = dict(program.tensors())
     base = base_of(program) if dtype == home.dtype else widened(base_of(program), dtype)
-    tensors = dict(base.tensors())
+    tensors, report = fold_values(program, folding, trained, dict(base.tensors()))
+    check_retained(report, dtype, retain)
+    result = replace(base, module=rebuild(base, tensors))
+    remaining = tuple(a for a in program.adapters if a not in folding)
+    if remaining:
+        held = dict(program.tensors())
+        wide = next(iter(held[path].dtype for a in remaining for _, _, path in a.all_paths()))
+        own = {path: nn.Parameter(held[path].detach().clone()) for a in remaining for _, _, path in a.all_paths()}
+        result = generate(result, remaining, own, wide)
+        result.module.requires_grad_(False)
+    result.module.eval()
+    error = check_fold(program, result, dtype) if verify else None
+    summary = FoldReport(
+        dtype, report, error, {a.name: spell(a.method) for a in folding}, tuple(a.name for a in remaining)
+    )
+    before = program.captured.before or program.captured
+    return replace(result, folded=summary, before=before, history=(*program.history, "fold"))
+
+
+def fold_values(
+    program: Program, folding: list[Adapter], trained: list[str], base: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, SiteFold]]:
+    """(tensors of the base with φ(W) and what was `trained` in full in their dtype, what each folded weight kept)"""
+    held, tensors = dict(program.tensors()), dict(base)
     for name in trained:
         tensors[name] = nn.Parameter(held[name].detach().to(tensors[name].dtype, copy=True), requires_grad=False)
     report: dict[str, SiteFold] = {}
@@ -60,6 +81,11 @@ def fold(program: Program, *, dtype: torch.dtype | None = None, retain: float = 
                 raise FoldError(f"Folding {name} gives values that are not finite in {stored.dtype}.")
             report[name] = kept(original.to(value.dtype), value, stored.to(value.dtype))
             tensors[name] = nn.Parameter(stored, requires_grad=False)
+    return tensors, report
+
+
+def check_retained(report: dict[str, SiteFold], dtype: torch.dtype, retain: float) -> None:
+    """Raises FoldError where the dtype keeps too little of an update."""
     lost = {name: entry for name, entry in report.items() if entry.retained < retain}
     if lost:
         name, entry = min(lost.items(), key=lambda item: item[1].retained)
@@ -68,28 +94,20 @@ def fold(program: Program, *, dtype: torch.dtype | None = None, retain: float = 
             f"{entry.relative_delta:.2%}; {len(lost)} of {len(report)} sites are under {retain:.0%}). Fold into "
             f"torch.float32, or accept the loss with retain={max(0.0, entry.retained - 0.01):.2f}."
         )
-    folded_base = replace(base, module=rebuild(base, tensors))
-    remaining = tuple(a for a in program.adapters if a not in folding)
-    result = folded_base
-    if remaining:
-        wide = next(iter(held[path].dtype for a in remaining for _, _, path in a.all_paths()))
-        own = {path: nn.Parameter(held[path].detach().clone()) for a in remaining for _, _, path in a.all_paths()}
-        result = generate(folded_base, remaining, own, wide)
-        result.module.requires_grad_(False)
-    result.module.eval()
-    error = compare(program, result) if verify else None
-    if error is not None and not error <= OUTPUT_BOUND[home.dtype] and dtype != home.dtype:
-        error = compare(unfolded_in(dtype, program), result)
-    if error is not None and not error <= OUTPUT_BOUND[home.dtype]:
+
+
+def check_fold(program: Program, folded: Program, dtype: torch.dtype) -> float:
+    """The difference of their outputs on the example inputs. Raises FoldError where it is no rounding."""
+    bound = OUTPUT_BOUND[program.home.dtype]
+    error = compare(program, folded)
+    if not error <= bound and dtype != program.home.dtype:
+        error = compare(unfolded_in(dtype, program), folded)
+    if not error <= bound:
         raise FoldError(
             f"The folded program differs from the unfolded one by {error:.2e} of the largest output on the example "
             "inputs. This is a defect of the equation or of the rewrite; verify=False folds anyway."
         )
-    summary = FoldReport(
-        dtype, report, error, {a.name: spell(a.method) for a in folding}, tuple(a.name for a in remaining)
-    )
-    before = program.captured.before or program.captured
-    return replace(result, folded=summary, before=before, history=(*program.history, "fold"))
+    return error
 
 
 def folds(program: Program, adapter: Adapter) -> bool:
