@@ -1,13 +1,17 @@
 """Layouts: which dimensions of a stored weight are rows and columns of its matrix W [out, in]."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
 
 from .graphs import aten
+
+Step = tuple[Any, ...]  # an operator, and its arguments behind the value
+Value = TypeVar("Value", torch.Tensor, fx.Node)
 
 
 @dataclass(frozen=True)
@@ -43,42 +47,37 @@ class Layout:
         depth = () if self.stack is None else (shape[self.stack],)
         return (*depth, self.rows(shape), self.columns(shape))
 
+    def reading(self, shape: tuple[int, ...]) -> list[Step]:
+        """Operators that make of the stored tensor its matrix or matrices."""
+        if self.order == (1, 0):
+            return [(aten.t.default,)]
+        sizes = self.sizes(shape)
+        ordered, wanted = tuple(sizes[d] for d in self.order), self.matrix_shape(shape)
+        return [*reshaped(shape, sizes), *permuted(self.order), *reshaped(ordered, wanted)]
+
+    def writing(self, shape: tuple[int, ...]) -> list[Step]:
+        """Inverse of `reading`: operators that make of the matrix the stored tensor."""
+        if self.order == (1, 0):
+            return [(aten.t.default,)]
+        sizes = self.sizes(shape)
+        ordered, back = tuple(sizes[d] for d in self.order), tuple(self.order.index(d) for d in range(len(sizes)))
+        return [*reshaped(self.matrix_shape(shape), ordered), *permuted(back), *reshaped(sizes, shape)]
+
     def matrix(self, stored: torch.Tensor) -> torch.Tensor:
         """The stored tensor as its matrix or matrices (a view where strides allow)."""
-        shape = tuple(stored.shape)
-        return stored.reshape(self.sizes(shape)).permute(self.order).reshape(self.matrix_shape(shape))
+        return through(self.reading(tuple(stored.shape)), stored, computed)
 
     def stored(self, matrix: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """Inverse of `matrix`: contiguous, in the shape of the parameter."""
-        sizes = self.sizes(shape)
-        back = [self.order.index(d) for d in range(len(sizes))]
-        return matrix.reshape([sizes[d] for d in self.order]).permute(back).reshape(shape).contiguous()
+        return through(self.writing(shape), matrix, computed).contiguous()
 
     def emit_matrix(self, stored: fx.Node, shape: tuple[int, ...], emit: Callable[..., fx.Node], term: str) -> fx.Node:
         """Nodes of `matrix`."""
-        if self.order == (1, 0):
-            return emit(aten.t.default, (stored,), term)
-        sizes, node = self.sizes(shape), stored
-        if sizes != shape:
-            node = emit(aten.reshape.default, (node, list(sizes)), term)
-        if self.order != tuple(sorted(self.order)):
-            node = emit(aten.permute.default, (node, list(self.order)), term)
-        wanted = self.matrix_shape(shape)
-        return node if tuple(sizes[d] for d in self.order) == wanted else emit(
-            aten.reshape.default, (node, list(wanted)), term
-        )  # fmt: skip
+        return through(self.reading(shape), stored, lambda target, args: emit(target, args, term))
 
     def emit_stored(self, matrix: fx.Node, shape: tuple[int, ...], emit: Callable[..., fx.Node], term: str) -> fx.Node:
         """Nodes of `stored`."""
-        if self.order == (1, 0):
-            return emit(aten.t.default, (matrix,), term)
-        sizes = self.sizes(shape)
-        ordered, node = tuple(sizes[d] for d in self.order), matrix
-        if ordered != self.matrix_shape(shape):
-            node = emit(aten.reshape.default, (node, list(ordered)), term)
-        if self.order != tuple(sorted(self.order)):
-            node = emit(aten.permute.default, (node, [self.order.index(d) for d in range(len(sizes))]), term)
-        return node if sizes == shape else emit(aten.reshape.default, (node, list(shape)), term)
+        return through(self.writing(shape), matrix, lambda target, args: emit(target, args, term))
 
     def text(self, names: tuple[str, str] = ("out", "in")) -> str:
         """`[out, in]`, `[experts, in, out]`, …"""
@@ -88,6 +87,25 @@ class Layout:
         if self.groups > 1:
             named = {0: names[1], **{d - 1: name for d, name in named.items() if d > 1}}
         return "[" + ", ".join(named[d] for d in sorted(named)) + "]"
+
+
+def reshaped(shape: tuple[int, ...], wanted: tuple[int, ...]) -> list[Step]:
+    return [] if shape == wanted else [(aten.reshape.default, list(wanted))]
+
+
+def permuted(order: tuple[int, ...]) -> list[Step]:
+    return [] if order == tuple(sorted(order)) else [(aten.permute.default, list(order))]
+
+
+def through(steps: Sequence[Step], value: Value, apply: Callable[[Callable, tuple], Value]) -> Value:
+    """The value after all steps, each applied to a tensor or emitted after a node."""
+    for target, *args in steps:
+        value = apply(target, (value, *args))
+    return value
+
+
+def computed(target: Callable[..., torch.Tensor], args: tuple[Any, ...]) -> torch.Tensor:
+    return target(*args)
 
 
 MATRIX, TRANSPOSED = Layout(), Layout((1,), (0,))
