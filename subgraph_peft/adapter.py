@@ -106,12 +106,17 @@ class Target:
         """(adapter, tensor) of those that all sites share."""
         return frozenset((adapter.name, tensor) for adapter, _ in self.chain for tensor in adapter.shared)
 
+    def read(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The parameter as equations see it: W [out, in] (or [stack, out, in]) or b, without gradient, in `dtype` or in
+        its own where wider."""
+        stored = tensors[self.name].detach()
+        value = stored.to(torch.promote_types(dtype, stored.dtype))
+        return self.site.matrix(value) if self.part == "weight" else value
+
     def evaluate(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix [out, in] (or [stack, out, in]) or the bias under the chain, computed in `dtype`, or in the
         parameter's where wider."""
-        stored = tensors[self.name].detach()
-        value = stored.to(torch.promote_types(dtype, stored.dtype))
-        value = self.site.matrix(value) if self.part == "weight" else value
+        value = self.read(tensors, dtype)
         for adapter, site in self.chain:
             given = {name: tensors[path].detach().to(value) for name, path in adapter.paths(site).items()}
             value = adapter.evaluate(site, self.part, value, given)

@@ -132,9 +132,8 @@ def analyze_site(
 
 def update(target: Target, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """W and ΔW [out, in]: their difference is taken in float64, so that ΔW keeps its own precision."""
-    stored = tensors[target.name].detach()
-    wide = torch.promote_types(stored.dtype, torch.float32)
-    W = target.site.matrix(stored.double())
+    wide = torch.promote_types(tensors[target.name].dtype, torch.float32)
+    W = target.read(tensors, torch.float64)
     delta = target.evaluate(tensors, torch.float64) - W
     if not torch.isfinite(delta).all():
         raise AnalysisError(

@@ -28,13 +28,12 @@ def refresh(module: GraphModel, constants: Mapping[str, Constant]) -> None:
 def evaluate_constant(constant: Constant, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Computed in float32 or wider; held in the model's dtype when it is as large as the weight."""
     target, equation = constant.target, constant.equation
-    stored = tensors[target.name].detach()
-    wide = torch.promote_types(torch.float32, stored.dtype)
+    dtype = tensors[target.name].dtype
+    wide = torch.promote_types(torch.float32, dtype)
 
     def read(operand: fx.Node) -> torch.Tensor:
         adapter, tensor = equation.operands[operand]
-        held = (tensors[target.path(adapter, tensor)].detach() if adapter else stored).to(wide)
-        return target.site.matrix(held) if tensor == "W" and not adapter else held
+        return tensors[target.path(adapter, tensor)].detach().to(wide) if adapter else target.read(tensors)
 
     if target.part == "weight" and target.site.stack:
         varying = stacked(equation, target.shared)
@@ -46,4 +45,4 @@ def evaluate_constant(constant: Constant, tensors: Mapping[str, torch.Tensor]) -
         result = evaluate(constant.node, read)
     size = target.site.out_features * target.site.in_features
     full = target.part == "weight" and equation.numel(constant.node) >= size
-    return result.to(stored.dtype if full else wide).contiguous()
+    return result.to(dtype if full else wide).contiguous()
