@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from subgraph_peft import shards
-from subgraph_peft.borrowed import uncompiled
-from subgraph_peft.errors import CheckpointError
-from subgraph_peft.files import replacing_folder
-from subgraph_peft.merged import LAID_OUT, assign, edit_config
+from subgraph_peft.base.borrowed import uncompiled
+from subgraph_peft.base.errors import CheckpointError
+from subgraph_peft.base.files import replacing_folder
+from subgraph_peft.store import shards
+from subgraph_peft.store.merged_folder import LAID_OUT, assign, edit_config
 
 from .delta import Delta, read_delta
 

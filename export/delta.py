@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from subgraph_peft.errors import CheckpointError, ExportError
-from subgraph_peft.files import replacing
-from subgraph_peft.hashes import digest, sampled
-from subgraph_peft.merged import check_plain, same
-from subgraph_peft.program import Program
-from subgraph_peft.shards import Shard
+from subgraph_peft.base.errors import CheckpointError, ExportError
+from subgraph_peft.base.files import replacing
+from subgraph_peft.base.hashes import digest, sampled
+from subgraph_peft.program.program import Program
+from subgraph_peft.store.merged_folder import check_plain, same
+from subgraph_peft.store.shards import Shard
 
 HEADER, FORMAT = "subgraph_peft_delta", 1
 

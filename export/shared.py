@@ -5,10 +5,10 @@ import copy
 import torch
 from torch import nn
 
-from subgraph_peft.borrowed import uncompiled
-from subgraph_peft.errors import ExportError
-from subgraph_peft.merged import set_parameter
-from subgraph_peft.program import Program
+from subgraph_peft.base.borrowed import uncompiled
+from subgraph_peft.base.errors import ExportError
+from subgraph_peft.program.program import Program
+from subgraph_peft.store.merged_folder import set_parameter
 
 
 def over(program: Program, model: nn.Module) -> nn.Module:

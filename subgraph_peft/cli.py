@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .console import announce, print_rows, print_table, refusals, together
-from .errors import ConfigError
+from .base.errors import ConfigError
+from .pipeline.console import announce, print_rows, print_table, refusals, together
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,8 +39,8 @@ def run(pipeline: Config, set_: Set = [], output: Output = None) -> None:  # noq
 
     On several GPUs: torchrun --nproc_per_node=GPUS -m subgraph_peft.cli run PIPELINE
     """
-    from .run import run as run_
-    from .stages import configured
+    from .pipeline.command_state import configured
+    from .pipeline.run import run as run_
 
     with together():
         config = configured(pipeline, set_, output)
@@ -51,8 +51,8 @@ def run(pipeline: Config, set_: Set = [], output: Output = None) -> None:  # noq
 @app.command()
 def train(pipeline: Config, set_: Set = [], output: Output = None) -> None:  # noqa: B006
     """Run a pipeline up to its training; the adapter is saved. Under torchrun too."""
-    from .run import run as run_
-    from .stages import configured
+    from .pipeline.command_state import configured
+    from .pipeline.run import run as run_
 
     with together():
         config = configured(pipeline, set_, output).until("train")
@@ -71,13 +71,13 @@ def inspect(
     """Dry run: each site, what matched it, what the method will cost. Nothing is trained or written."""
     import tempfile
 
-    from . import catalogue
-    from .costs import rewrite_table
-    from .graph_diff import summarised
-    from .run import prepare
-    from .sites import site_table, sites
-    from .stages import configured
-    from .steps import Capture, Optimise, Rewrite
+    from .compiler.costs import rewrite_table
+    from .method import catalogue
+    from .pipeline.builtin_passes import Capture, Optimise, Rewrite
+    from .pipeline.command_state import configured
+    from .pipeline.graph_diff import summarised
+    from .pipeline.run import prepare
+    from .program.sites import site_table, sites
 
     with refusals(), tempfile.TemporaryDirectory() as scratch:
         config = configured(pipeline, set_, output)
@@ -106,9 +106,9 @@ Adapter = Annotated[Path | None, typer.Option("--adapter", help="adapter folder;
 @app.command()
 def fold(pipeline: Config, set_: Set = [], output: Output = None, adapter: Adapter = None) -> None:  # noqa: B006
     """Fold a trained adapter into plain weights and write them to OUTPUT/merged."""
-    from .fold import fold_table
-    from .merged import save_merged
-    from .stages import configured, fold_pass, with_adapter
+    from .compiler.fold import fold_table
+    from .pipeline.command_state import configured, fold_pass, with_adapter
+    from .store.merged_folder import save_merged
 
     with refusals():
         config = configured(pipeline, set_, output)
@@ -123,9 +123,9 @@ def fold(pipeline: Config, set_: Set = [], output: Output = None, adapter: Adapt
 def export(pipeline: Config, set_: Set = [], output: Output = None, adapter: Adapter = None) -> None:  # noqa: B006
     """Fold a trained adapter and write the merged model as ONNX, checked in onnxruntime: what the pipeline's `export`
     and `decoder` passes say; with --set export.slots=true the base and an onnxruntime adapter."""
-    from .deploy import Deploy
-    from .deploy import Export as ExportPass
-    from .stages import configured, fold_pass, with_adapter
+    from .pipeline.command_state import configured, fold_pass, with_adapter
+    from .pipeline.deploy import Deploy
+    from .pipeline.deploy import Export as ExportPass
 
     with refusals():
         config = configured(pipeline, set_, output)
@@ -151,8 +151,9 @@ def verify(
     file: Annotated[Path | None, typer.Option("--adapter-file", help="onnxruntime adapter in the file's slots")] = None,
 ) -> None:
     """Compare an ONNX file with the pipeline's torch model, adapter folded in, in onnxruntime."""
-    from .export import verify as verify_
-    from .stages import configured, fold_pass, with_adapter
+    from subgraph_peft.export import verify as verify_
+
+    from .pipeline.command_state import configured, fold_pass, with_adapter
 
     with refusals():
         config = configured(against, set_, output)
@@ -176,8 +177,9 @@ def generate(
     """Continue a prompt in onnxruntime; an encoder-decoder answers it."""
     from transformers import TextStreamer
 
-    from .export import Generator
-    from .sources import ModelSpec, load_tokenizer
+    from subgraph_peft.export import Generator
+
+    from .pipeline.models import ModelSpec, load_tokenizer
 
     with refusals():
         tokenizer = load_tokenizer(ModelSpec(transformers=str(folder), task="causal-lm"))
@@ -208,11 +210,11 @@ def analyze(
     site: Annotated[str | None, typer.Option("--site", help="weight whose φ(i, j) is drawn")] = None,
 ) -> None:
     """What training did to each weight: spectra, amplification, inside and outside the base's subspace, similarity."""
-    from .analysis import findings, tables
-    from .analysis_report import write_analysis
-    from .analyze import analyze as analyze_
-    from .checkpoint import load
-    from .stages import adapter_folder, configured, run_folder, with_adapter
+    from .analysis.analyze import analyze as analyze_
+    from .analysis.report import write_analysis
+    from .analysis.results import findings, tables
+    from .pipeline.command_state import adapter_folder, configured, run_folder, with_adapter
+    from .store.adapter_file import load
 
     with refusals():
         run = run_folder(what)
@@ -248,9 +250,9 @@ def convert(
     set_: Set = [],  # noqa: B006
 ) -> None:
     """Turn an adapter of this package into one of huggingface/peft, or one of peft into one of this package."""
-    from .config import shipped_configs
-    from .export.peft import convert as convert_
-    from .stages import adapter_folder, configured, run_folder, with_model
+    from .pipeline import convert as convert_
+    from .pipeline.command_state import adapter_folder, configured, run_folder, with_model
+    from .pipeline.config import shipped_configs
 
     with refusals():
         folder = adapter_folder(source)
@@ -271,7 +273,7 @@ def apply(
     output: Annotated[Path, typer.Argument(help="folder to write")],
 ) -> None:
     """Write a copy of the model folder BASE with the tensors of DELTA in their places, without loading the model."""
-    from .export import apply_delta
+    from subgraph_peft.export import apply_delta
 
     with refusals():
         changed = apply_delta(delta, base, output)
@@ -284,8 +286,8 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="after a pipeline file: one method")] = None,
 ) -> None:
     """The catalogue of methods, printed from their equations; with a pipeline file, the methods it defines too."""
-    from . import catalogue, registry
-    from .config import load_config
+    from .method import catalogue, registry
+    from .pipeline.config import load_config
 
     with refusals():
         is_file = what is not None and what.endswith((".yaml", ".yml"))
@@ -306,7 +308,7 @@ def methods(
 @app.command()
 def schema() -> None:
     """The JSON schema of pipeline files, for editors."""
-    from .config import schema as schema_
+    from .pipeline.config import schema as schema_
 
     sys.stdout.write(json.dumps(schema_(), indent=1, ensure_ascii=False) + "\n")
 
@@ -316,7 +318,7 @@ def quickstart(
     output: Annotated[Path, typer.Option("--output", "-o", help="results folder")] = Path("runs/quickstart"),
 ) -> None:
     """MiniLM, five methods, one table: minutes on a CPU, no downloads."""
-    from . import quickstart as quickstart_
+    from .pipeline import quickstart as quickstart_
 
     with refusals():
         rows, best = quickstart_.quickstart(output, announce)

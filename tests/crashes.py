@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from subgraph_peft import files
+from subgraph_peft.base import files
 
 CHANGES = ("replace", "rename", "link", "unlink", "rmdir", "mkdir", "open", "fsync", "chmod")
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from .models import Made
+from tests.models import Made
 
 VOCABULARY = 96
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

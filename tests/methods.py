@@ -1,5 +1,6 @@
 """The methods under test, each with options that show every term of its equation."""
 
+from subgraph_peft.method.method import Method
 from subgraph_peft.passes import (
     IA3,
     SSB,
@@ -28,8 +29,6 @@ from subgraph_peft.passes import (
     TriLoRA,
     VeRA,
 )
-
-from subgraph_peft.method import Method
 
 WEIGHT_METHODS: dict[str, Method] = {
     "lora": LoRA(r=2, alpha=5.0),

@@ -5,12 +5,12 @@ from functools import cache
 
 import torch
 import transformers
-from subgraph_peft.passes.reconstruction.p_tuning import PTuning
-from subgraph_peft.passes.reconstruction.prefix_tuning import PrefixTuning
-from subgraph_peft.passes.reconstruction.prompt_tuning import PromptTuning
 from torch import nn
 
 import subgraph_peft as sp
+from subgraph_peft.passes.reconstruction.p_tuning import PTuning
+from subgraph_peft.passes.reconstruction.prefix_tuning import PrefixTuning
+from subgraph_peft.passes.reconstruction.prompt_tuning import PromptTuning
 from tests import models
 from tests.models import BATCH, ENCODER, LENGTH, VOCABULARY, made
 

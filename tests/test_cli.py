@@ -166,7 +166,7 @@ def test_wrong_usage_is_exit_code_2():
 # a run whose own process gets SIGINT right after its first checkpoint
 INTERRUPTED = """
 import signal
-from subgraph_peft import resume
+from subgraph_peft.training import resume
 from subgraph_peft.cli import main
 
 write = resume.write

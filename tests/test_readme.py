@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import subgraph_peft as sp
-from subgraph_peft.catalogue import markdown
-from subgraph_peft.config import load_config
+from subgraph_peft.method.catalogue import markdown
+from subgraph_peft.pipeline.config import load_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -17,7 +17,7 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_table_of_methods_is_the_catalogue():
-    assert markdown() in README, "print it anew: subgraph_peft.catalogue.markdown()"
+    assert markdown() in README, "print it anew: subgraph_peft.method.catalogue.markdown()"
 
 
 def test_the_method_in_ten_lines_works(tmp_path):

@@ -6,12 +6,12 @@ from importlib.resources import files
 
 import pytest
 import torch
-from subgraph_peft.passes import LoRA
 from torch import nn
 
 import subgraph_peft as sp
 from subgraph_peft import export, passes
-from subgraph_peft.checkpoint import restore
+from subgraph_peft.passes import LoRA
+from subgraph_peft.store.adapter_file import restore
 
 VERBS = ("save", "load", "write", "read", "write_to", "take", "unflatten", "promise", "penalty", "schedule", "optimise")
 

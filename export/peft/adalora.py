@@ -5,17 +5,17 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+
+from subgraph_peft.base.errors import CheckpointError
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Method
 from subgraph_peft.passes import AdaLoRA
+from subgraph_peft.program.program import Program
 
-from subgraph_peft.errors import CheckpointError
-from subgraph_peft.method import Method
-from subgraph_peft.program import Program
-from subgraph_peft.site import Site
-
+from ..pieces import Piece, number
 from .folder import MODULES, Layout, Slot
 from .form import Keys, ModuleForm, one
 from .lora import LoRAOptions
-from .pieces import Piece, number
 
 # our option -> peft's
 NAMES = {

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from subgraph_peft.adapter import Adapter, targets
-from subgraph_peft.checkpoint import trained, written
-from subgraph_peft.errors import CheckpointError, MethodError
-from subgraph_peft.program import Program
-from subgraph_peft.tasks import TASKS, task_of
+from subgraph_peft.base.errors import CheckpointError, MethodError
+from subgraph_peft.method.adapter import Adapter, targets
+from subgraph_peft.program.program import Program
+from subgraph_peft.store.adapter_file import trained, written
+from subgraph_peft.training.tasks import TASKS, task_of
 
 from .folder import MODULES, Slot
 from .form import Form

@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from subgraph_peft.adapter import Adapter
-from subgraph_peft.errors import CheckpointError
-from subgraph_peft.files import replacing_set, settle
+from subgraph_peft.base.errors import CheckpointError
+from subgraph_peft.base.files import replacing_set, settle
+from subgraph_peft.method.adapter import Adapter
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MODULES, WRAPPER = "base_model.model.", "base_model."

@@ -6,15 +6,15 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from subgraph_peft.adapter import Adapter, identifier
-from subgraph_peft.errors import CheckpointError, MethodError
-from subgraph_peft.method import Method
-from subgraph_peft.program import Program
-from subgraph_peft.site import Site
+from subgraph_peft.base.errors import CheckpointError, MethodError
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.adapter import Adapter, identifier
+from subgraph_peft.method.method import Method
+from subgraph_peft.program.program import Program
 
+from ..pieces import Piece
 from .folder import MODULES, Layout, Slot
 from .options import ModuleOptions, Options
-from .pieces import Piece
 from .targets import shortest, targeted
 
 Value = TypeVar("Value", bound=Hashable)

@@ -4,15 +4,14 @@ import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Method
 from subgraph_peft.passes import IA3
+from subgraph_peft.program.program import Program
 
-from subgraph_peft.method import Method
-from subgraph_peft.program import Program
-from subgraph_peft.site import Site
-
+from ..pieces import Piece
 from .form import Keys, ModuleForm
 from .options import ABOUT, ModuleOptions
-from .pieces import Piece
 from .targets import exactly, shortest
 
 

@@ -6,17 +6,17 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
+
+from subgraph_peft.base.errors import MethodError
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Method
 from subgraph_peft.passes import DoRA, LoRA, PiSSA, RsLoRA
+from subgraph_peft.program.program import Program
 
-from subgraph_peft.errors import MethodError
-from subgraph_peft.method import Method
-from subgraph_peft.program import Program
-from subgraph_peft.site import Site
-
+from ..pieces import Piece, number
 from .folder import Layout
 from .form import Keys, ModuleForm, one
 from .options import ABOUT, CONVERT, ModuleOptions
-from .pieces import Piece, number
 from .targets import pattern_of
 
 CONVOLUTIONS = ("conv1d", "conv2d")

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from subgraph_peft.errors import CheckpointError
+from subgraph_peft.base.errors import CheckpointError
 
 # what is about files and sessions, not about the adapter's function
 ABOUT = frozenset({"auto_mapping", "peft_version", "revision", "inference_mode", "base_model_name_or_path"})

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from subgraph_peft.adapter import Adapter
-from subgraph_peft.checkpoint import entry, read_adapter
-from subgraph_peft.program import Program
-from subgraph_peft.site import Site
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.adapter import Adapter
+from subgraph_peft.program.program import Program
+from subgraph_peft.store.adapter_file import entry, read_adapter
 
 from .folder import CONFIG, MODULES, WRAPPER, Layout, Slot
 from .form import Form

@@ -4,21 +4,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+
+from subgraph_peft.base.errors import CheckpointError, MethodError
+from subgraph_peft.compiler.places import candidates
+from subgraph_peft.compiler.virtual_positions import carriers, picks
+from subgraph_peft.graph.site import Site
+from subgraph_peft.graph.token_embedding import entry
+from subgraph_peft.method.adapter import Adapter
+from subgraph_peft.method.method import Method
 from subgraph_peft.passes import PrefixTuning, PromptTuning, PTuning
+from subgraph_peft.program.program import Program
 
-from subgraph_peft.adapter import Adapter
-from subgraph_peft.entry import entry
-from subgraph_peft.errors import CheckpointError, MethodError
-from subgraph_peft.method import Method
-from subgraph_peft.picks import carriers, picks
-from subgraph_peft.places import candidates
-from subgraph_peft.program import Program
-from subgraph_peft.site import Site
-
+from ..pieces import Piece
 from .folder import WRAPPER, Layout, Slot
 from .form import Form, one
 from .options import ABOUT, Options
-from .pieces import Piece
 
 KEY = "prompt_embeddings"
 SEQUENCE_TO_SEQUENCE = "SEQ_2_SEQ_LM"

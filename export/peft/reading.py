@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from subgraph_peft.checkpoint import assembled, check_fit
-from subgraph_peft.errors import CheckpointError, suggestion
-from subgraph_peft.program import Program
-from subgraph_peft.rewrite import adapter_dtype, resolve_ties
+from subgraph_peft.base.errors import CheckpointError, suggestion
+from subgraph_peft.compiler.rewrite import adapter_dtype, resolve_ties
+from subgraph_peft.program.program import Program
+from subgraph_peft.store.adapter_file import assembled, check_fit
 
 from . import beside
 from .folder import CONFIG, TENSORS, Layout, read_folder

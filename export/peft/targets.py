@@ -4,10 +4,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from subgraph_peft.errors import CheckpointError, nearest
-from subgraph_peft.program import Program
-from subgraph_peft.site import Site
-from subgraph_peft.sites import find
+from subgraph_peft.base.errors import CheckpointError, nearest
+from subgraph_peft.graph.site import Site
+from subgraph_peft.program.program import Program
+from subgraph_peft.program.sites import find
 
 from .options import ModuleOptions
 

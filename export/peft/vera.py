@@ -3,17 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+from subgraph_peft.base.errors import MethodError
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Method
 from subgraph_peft.passes import VeRA
+from subgraph_peft.program.program import Program
 
-from subgraph_peft.errors import MethodError
-from subgraph_peft.method import Method
-from subgraph_peft.program import Program
-from subgraph_peft.site import Site
-
+from ..pieces import Piece
 from .folder import WRAPPER
 from .form import Keys, ModuleForm, one
 from .options import ABOUT, ModuleOptions
-from .pieces import Piece
 
 
 class VeRAOptions(ModuleOptions):

@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from subgraph_peft.adapter import Adapter
-from subgraph_peft.errors import CheckpointError, MethodError
-from subgraph_peft.fold import check_finite
-from subgraph_peft.program import Program
+from subgraph_peft.base.errors import CheckpointError, MethodError
+from subgraph_peft.compiler.fold import check_finite
+from subgraph_peft.method.adapter import Adapter
+from subgraph_peft.program.program import Program
 
+from ..pieces import pieces
 from . import beside
 from .folder import write_folder
 from .forms import FORMS, OWN
 from .lowrank import lora_pieces
 from .own import written_own
-from .pieces import pieces
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from subgraph_peft.passes.extension.lora import LoRA
 
-from subgraph_peft.method import Method, Tensor, Wrapper, trainable
-from subgraph_peft.site import Site
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Method, Tensor, Wrapper, trainable
+
+from ..extension.lora import LoRA
 
 
 class DoRA(Wrapper):

@@ -3,9 +3,9 @@ from typing import ClassVar
 import torch
 from pydantic import Field, PositiveInt
 
-from subgraph_peft.linalg import cayley, check_rank, svd
-from subgraph_peft.method import Method, Tensor, frozen, ones, trainable, zeros
-from subgraph_peft.site import Site
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Method, Tensor, frozen, ones, trainable, zeros
+from subgraph_peft.method.svd import cayley, check_rank, svd
 
 
 class SpectralRotational(Method):

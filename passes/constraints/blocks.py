@@ -1,9 +1,9 @@
 from typing import ClassVar
 
-from subgraph_peft.passes.extension.lora import LoRA
+from subgraph_peft.method.method import Method
+from subgraph_peft.method.row_block_method import RowBlocks
 
-from subgraph_peft.at_rows import RowBlocks
-from subgraph_peft.method import Method
+from ..extension.lora import LoRA
 
 
 class Blocks(RowBlocks):

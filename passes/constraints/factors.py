@@ -1,8 +1,8 @@
 """Methods that constrain the factors A and B of another method."""
 
-from subgraph_peft.errors import MethodError
-from subgraph_peft.method import Tensor, Wrapper
-from subgraph_peft.site import Site
+from subgraph_peft.base.errors import MethodError
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Tensor, Wrapper
 
 
 class FactorWrapper(Wrapper):

@@ -1,8 +1,9 @@
 from typing import ClassVar
 
 import torch
-from subgraph_peft.passes.constraints.gram import orthogonality, orthonormality, size
-from subgraph_peft.passes.constraints.mpc_o import MPCo
+
+from .gram import orthogonality, orthonormality, size
+from .mpc_o import MPCo
 
 
 class MPCd(MPCo):

@@ -2,12 +2,13 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from subgraph_peft.passes.constraints.factors import FactorWrapper
-from subgraph_peft.passes.extension.lora import LoRA
 
-from subgraph_peft.errors import MethodError
-from subgraph_peft.method import Method
-from subgraph_peft.site import Site
+from subgraph_peft.base.errors import MethodError
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Method
+
+from ..extension.lora import LoRA
+from .factors import FactorWrapper
 
 
 class MPCn(FactorWrapper):

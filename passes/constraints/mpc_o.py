@@ -2,11 +2,12 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field, NonNegativeFloat
-from subgraph_peft.passes.constraints.factors import FactorWrapper
-from subgraph_peft.passes.constraints.gram import Form, orthonormality, size
-from subgraph_peft.passes.extension.lora import LoRA
 
-from subgraph_peft.method import Method
+from subgraph_peft.method.method import Method
+
+from ..extension.lora import LoRA
+from .factors import FactorWrapper
+from .gram import Form, orthonormality, size
 
 
 class MPCo(FactorWrapper):

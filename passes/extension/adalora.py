@@ -2,14 +2,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
-from subgraph_peft.passes.constraints.gram import orthonormality, size
 
-from subgraph_peft.errors import MethodError
-from subgraph_peft.method import Method, Tensor, normal, trainable
-from subgraph_peft.site import Site
+from subgraph_peft.base.errors import MethodError
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Method, Tensor, normal, trainable
+
+from ..constraints.gram import orthonormality, size
 
 if TYPE_CHECKING:
-    from subgraph_peft.schedule import SiteStep, Step
+    from subgraph_peft.method.steps import SiteStep, Step
 
 
 class AdaLoRA(Method):

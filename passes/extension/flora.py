@@ -3,10 +3,11 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
-from subgraph_peft.passes.extension.lora import LoRA
 
-from subgraph_peft.method import Tensor, kaiming_uniform, trainable, zeros
-from subgraph_peft.site import Site
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Tensor, kaiming_uniform, trainable, zeros
+
+from .lora import LoRA
 
 
 class FLoRA(LoRA):

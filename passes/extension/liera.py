@@ -2,7 +2,8 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from subgraph_peft.passes.extension.lora import LoRA
+
+from .lora import LoRA
 
 
 class LieRA(LoRA):

@@ -3,8 +3,8 @@ from typing import ClassVar
 import torch
 from pydantic import Field, PositiveInt
 
-from subgraph_peft.method import Method, Tensor, kaiming_uniform, trainable, zeros
-from subgraph_peft.site import Site
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Method, Tensor, kaiming_uniform, trainable, zeros
 
 
 class LoRA(Method):

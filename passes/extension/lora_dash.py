@@ -2,15 +2,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
-from subgraph_peft.passes.extension.lora import LoRA
 
-from subgraph_peft.errors import MethodError
-from subgraph_peft.linalg import svd
-from subgraph_peft.method import Tensor, frozen, trainable
-from subgraph_peft.site import Site
+from subgraph_peft.base.errors import MethodError
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Tensor, frozen, trainable
+from subgraph_peft.method.svd import svd
+
+from .lora import LoRA
 
 if TYPE_CHECKING:
-    from subgraph_peft.schedule import Step
+    from subgraph_peft.method.steps import Step
 
 
 class LoRADash(LoRA):

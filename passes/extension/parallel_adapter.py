@@ -2,10 +2,11 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from subgraph_peft.passes.extension.bottleneck import Bottleneck
 
-from subgraph_peft.method import Tensor, kaiming_uniform, trainable
-from subgraph_peft.site import Site
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Tensor, kaiming_uniform, trainable
+
+from .bottleneck import Bottleneck
 
 
 class ParallelAdapter(Bottleneck):

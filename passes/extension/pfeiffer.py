@@ -1,7 +1,8 @@
 from typing import ClassVar
 
 import torch
-from subgraph_peft.passes.extension.bottleneck import Bottleneck
+
+from .bottleneck import Bottleneck
 
 
 class Pfeiffer(Bottleneck):

@@ -1,7 +1,8 @@
 from typing import ClassVar
 
 import torch
-from subgraph_peft.passes.extension.lora import LoRA
+
+from .lora import LoRA
 
 
 class RsLoRA(LoRA):

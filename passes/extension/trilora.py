@@ -1,10 +1,11 @@
 from typing import ClassVar
 
 import torch
-from subgraph_peft.passes.extension.lora import LoRA
 
-from subgraph_peft.method import Tensor, kaiming_uniform, trainable, zeros
-from subgraph_peft.site import Site
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Tensor, kaiming_uniform, trainable, zeros
+
+from .lora import LoRA
 
 
 class TriLoRA(LoRA):

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from pydantic import Field, PositiveInt
 
-from subgraph_peft.method import Method, Tensor, frozen, trainable, zeros
-from subgraph_peft.site import Site
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Method, Tensor, frozen, trainable, zeros
 
 
 class VeRA(Method):

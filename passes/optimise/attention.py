@@ -1,8 +1,8 @@
 from typing import ClassVar
 
-from subgraph_peft.graph_passes import ProgramOwner, ProgramPass
-from subgraph_peft.kernels import accelerate
-from subgraph_peft.rewriter import Rewriter
+from subgraph_peft.graph.passes import ProgramOwner, ProgramPass
+from subgraph_peft.graph.rewriter import Rewriter
+from subgraph_peft.program.kernels import accelerate
 
 
 class Attention(ProgramPass):

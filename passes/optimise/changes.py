@@ -3,12 +3,12 @@ from typing import ClassVar
 
 from torch import fx
 
-from subgraph_peft.addends import Addend, addends, keeps_shape
-from subgraph_peft.equation import is_elementwise
-from subgraph_peft.graph_passes import EquationOwner, EquationPass
-from subgraph_peft.graphs import aten
-from subgraph_peft.operators import SUMS, Kind, is_a
-from subgraph_peft.rewriter import Rewriter
+from subgraph_peft.graph.addends import Addend, addends, keeps_shape
+from subgraph_peft.graph.edit import aten
+from subgraph_peft.graph.operators import SUMS, Kind, is_a
+from subgraph_peft.graph.passes import EquationOwner, EquationPass
+from subgraph_peft.graph.rewriter import Rewriter
+from subgraph_peft.method.equation import is_elementwise
 
 
 class Changes(EquationPass):

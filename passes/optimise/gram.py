@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from subgraph_peft.addends import addends, keeps_shape
-from subgraph_peft.graph_passes import EquationOwner, EquationPass
-from subgraph_peft.graphs import aten
-from subgraph_peft.operators import Kind, arguments, is_a
-from subgraph_peft.rewriter import Rewriter
+from subgraph_peft.graph.addends import addends, keeps_shape
+from subgraph_peft.graph.edit import aten
+from subgraph_peft.graph.operators import Kind, arguments, is_a
+from subgraph_peft.graph.passes import EquationOwner, EquationPass
+from subgraph_peft.graph.rewriter import Rewriter
 
 TINY = torch.finfo(torch.float32).tiny
 

@@ -4,10 +4,10 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from subgraph_peft.graph_passes import ProgramOwner, ProgramPass
-from subgraph_peft.graphs import aten
-from subgraph_peft.operators import arguments
-from subgraph_peft.rewriter import Rewriter
+from subgraph_peft.graph.edit import aten
+from subgraph_peft.graph.operators import arguments
+from subgraph_peft.graph.passes import ProgramOwner, ProgramPass
+from subgraph_peft.graph.rewriter import Rewriter
 
 
 class Rotary(ProgramPass):

@@ -2,9 +2,9 @@ from typing import ClassVar
 
 from torch import fx
 
-from subgraph_peft.graph_passes import ProgramOwner, ProgramPass
-from subgraph_peft.graphs import aten
-from subgraph_peft.rewriter import Rewriter
+from subgraph_peft.graph.edit import aten
+from subgraph_peft.graph.passes import ProgramOwner, ProgramPass
+from subgraph_peft.graph.rewriter import Rewriter
 
 from .factors import factor, held_like
 

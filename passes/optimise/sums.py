@@ -2,11 +2,11 @@ from typing import ClassVar, NamedTuple
 
 from torch import fx
 
-from subgraph_peft.addends import Addend, addends
-from subgraph_peft.graph_passes import ProgramOwner, ProgramPass
-from subgraph_peft.graphs import aten
-from subgraph_peft.operators import SUMS, is_a
-from subgraph_peft.rewriter import Rewriter
+from subgraph_peft.graph.addends import Addend, addends
+from subgraph_peft.graph.edit import aten
+from subgraph_peft.graph.operators import SUMS, is_a
+from subgraph_peft.graph.passes import ProgramOwner, ProgramPass
+from subgraph_peft.graph.rewriter import Rewriter
 
 from .factors import NARROW, factor, held_like, is_added
 

@@ -4,11 +4,11 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from subgraph_peft.borrowed import OpOverload
-from subgraph_peft.graph_passes import ProgramOwner, ProgramPass
-from subgraph_peft.graphs import aten, is_effect, is_random, mode_argument, written
-from subgraph_peft.operators import Kind, extent, is_a
-from subgraph_peft.rewriter import Rewriter
+from subgraph_peft.base.borrowed import OpOverload
+from subgraph_peft.graph.edit import aten, is_effect, is_random, mode_argument, written
+from subgraph_peft.graph.operators import Kind, extent, is_a
+from subgraph_peft.graph.passes import ProgramOwner, ProgramPass
+from subgraph_peft.graph.rewriter import Rewriter
 
 
 class Tidy(ProgramPass):

@@ -4,12 +4,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from subgraph_peft.errors import MethodError
-from subgraph_peft.method import Init, Method, Tensor, frozen, trainable
-from subgraph_peft.site import Site
+from subgraph_peft.base.errors import MethodError
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Init, Method, Tensor, frozen, trainable
 
 if TYPE_CHECKING:
-    from subgraph_peft.schedule import Step
+    from subgraph_peft.method.steps import Step
 
 FIXED = 1e4  # a gate's noise once it is decided: σ(±1e4) is 1 or 0
 

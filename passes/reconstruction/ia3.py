@@ -3,8 +3,8 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from subgraph_peft.method import Method, Tensor, ones, trainable
-from subgraph_peft.site import Site
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Method, Tensor, ones, trainable
 
 
 class IA3(Method):

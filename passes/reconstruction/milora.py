@@ -1,7 +1,8 @@
 from typing import ClassVar, Literal
 
 from pydantic import Field
-from subgraph_peft.passes.reconstruction.pissa import PiSSA
+
+from .pissa import PiSSA
 
 
 class MiLoRA(PiSSA):

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 
-from subgraph_peft.method import Init, Method, Tensor, normal, trainable
-from subgraph_peft.site import Site
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Init, Method, Tensor, normal, trainable
 
 LAYERS = 2
 

@@ -4,10 +4,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from subgraph_peft.errors import MethodError
-from subgraph_peft.linalg import check_rank, svd
-from subgraph_peft.method import Method, Tensor, frozen, trainable
-from subgraph_peft.site import Site
+from subgraph_peft.base.errors import MethodError
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Method, Tensor, frozen, trainable
+from subgraph_peft.method.svd import check_rank, svd
 
 
 class PiSSA(Method):

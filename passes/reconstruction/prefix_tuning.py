@@ -5,10 +5,11 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt
-from subgraph_peft.passes.reconstruction.p_tuning import linear, uniform
 
-from subgraph_peft.method import Method, Tensor, normal, trainable, zeros
-from subgraph_peft.site import Site
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Method, Tensor, normal, trainable, zeros
+
+from .p_tuning import linear, uniform
 
 
 class PrefixTuning(Method):

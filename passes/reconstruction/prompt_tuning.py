@@ -3,9 +3,9 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field, PositiveInt
 
-from subgraph_peft.errors import MethodError
-from subgraph_peft.method import Method, Tensor, normal, trainable
-from subgraph_peft.site import Site
+from subgraph_peft.base.errors import MethodError
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Method, Tensor, normal, trainable
 
 
 class PromptTuning(Method):

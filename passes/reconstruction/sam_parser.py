@@ -2,9 +2,9 @@ from typing import ClassVar
 
 import torch
 
-from subgraph_peft.linalg import svd
-from subgraph_peft.method import Method, Tensor, frozen, trainable
-from subgraph_peft.site import Site
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Method, Tensor, frozen, trainable
+from subgraph_peft.method.svd import svd
 
 
 class SAMParser(Method):

@@ -2,8 +2,8 @@ from typing import ClassVar
 
 import torch
 
-from subgraph_peft.method import Method, Tensor, ones, trainable
-from subgraph_peft.site import Site
+from subgraph_peft.graph.site import Site
+from subgraph_peft.method.method import Method, Tensor, ones, trainable
 
 
 class SSB(Method):

@@ -32,10 +32,9 @@ from rich.console import Console
 from rich.table import Table
 
 import subgraph_peft as sp
-from subgraph_peft.files import write_json
-
-from .fresh import in_new_process
-from .sides import CASES, METHODS, SIDES, Side
+from subgraph_peft.base.files import write_json
+from tests.benchmarks.fresh import in_new_process
+from tests.benchmarks.sides import CASES, METHODS, SIDES, Side
 
 # measure -> (row, factor to its unit, format)
 ROWS = {

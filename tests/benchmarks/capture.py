@@ -20,14 +20,13 @@ import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
-from subgraph_peft.passes import LoRA
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 import subgraph_peft as sp
-
-from .fresh import MIB, peak
+from subgraph_peft.passes import LoRA
+from tests.benchmarks.fresh import MIB, peak
 
 Built = tuple[nn.Module, dict[str, torch.Tensor]]
 

@@ -20,11 +20,11 @@ import onnx
 import torch
 from rich.console import Console
 from rich.table import Table
-from subgraph_peft.passes import LoRA
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import subgraph_peft as sp
 from subgraph_peft import export
+from subgraph_peft.passes import LoRA
 
 FORMS: dict[str, dict[str, Any]] = {
     "as captured": {},

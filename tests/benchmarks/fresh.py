@@ -14,7 +14,7 @@ import psutil
 import torch
 from transformers.utils import logging
 
-from .sides import CASES, SIDES
+from tests.benchmarks.sides import CASES, SIDES
 
 MIB = 2**20
 

@@ -27,17 +27,16 @@ import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
-from subgraph_peft.passes import LoRA
 from torch import nn
 
 import subgraph_peft as sp
-from subgraph_peft import processes
-from subgraph_peft.distributed import average_gradients, start
-from subgraph_peft.files import write_json
-from subgraph_peft.sharded import held_bytes, sharded
-
-from .attach import machine
-from .sides import ALPHA, ATTENTION_AND_MLP, CASES, RANK
+from subgraph_peft.base import processes
+from subgraph_peft.base.files import write_json
+from subgraph_peft.passes import LoRA
+from subgraph_peft.training.distributed import average_gradients, start
+from subgraph_peft.training.sharded import held_bytes, sharded
+from tests.benchmarks.attach import machine
+from tests.benchmarks.sides import ALPHA, ATTENTION_AND_MLP, CASES, RANK
 
 COMPARED, WARM, TIMED = 10, 3, 20  # steps: losses, then tokens/s
 Batch = dict[str, torch.Tensor]

@@ -31,15 +31,14 @@ import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
-from subgraph_peft.passes import LoRA
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import subgraph_peft as sp
 from subgraph_peft import export
-from subgraph_peft.files import write_json
-
-from .attach import machine
-from .sides import ALPHA, LABELS, RANK
+from subgraph_peft.base.files import write_json
+from subgraph_peft.passes import LoRA
+from tests.benchmarks.attach import machine
+from tests.benchmarks.sides import ALPHA, LABELS, RANK
 
 PARTS = ("latency", "export")
 LINEARS = [f"*.{name}" for name in ("query", "key", "value", "dense")]

@@ -10,11 +10,11 @@ from typing import Any
 
 import peft
 import torch
-from subgraph_peft.passes import DoRA, LoRA
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
 
 import subgraph_peft as sp
+from subgraph_peft.passes import DoRA, LoRA
 
 LABELS, RANK, ALPHA = 8, 16, 16.0
 METHODS = {"lora": (LoRA(r=RANK, alpha=ALPHA), False), "dora": (DoRA(of=LoRA(r=RANK, alpha=ALPHA)), True)}

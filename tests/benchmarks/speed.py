@@ -28,16 +28,15 @@ import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
-from subgraph_peft.passes import IA3, SSB, SSL, DoRA, LoRA
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import subgraph_peft as sp
-from subgraph_peft.files import write_json
-from subgraph_peft.graph_passes import optimisations
-
-from .attach import machine
-from .sides import ATTENTION_AND_MLP, LABELS
+from subgraph_peft.base.files import write_json
+from subgraph_peft.graph.passes import optimisations
+from subgraph_peft.passes import IA3, SSB, SSL, DoRA, LoRA
+from tests.benchmarks.attach import machine
+from tests.benchmarks.sides import ATTENTION_AND_MLP, LABELS
 
 RANK, ALPHA, MIB = 16, 16.0, 2**20
 OFF = dict.fromkeys(optimisations(), False)

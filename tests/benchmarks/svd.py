@@ -28,18 +28,17 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from subgraph_peft.passes import LoRA, PiSSA
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
 import subgraph_peft as sp
-from subgraph_peft.files import write_json
-from subgraph_peft.linalg import svd
-
-from .attach import machine
-from .fresh import MIB
-from .sides import ATTENTION_AND_MLP
+from subgraph_peft.base.files import write_json
+from subgraph_peft.method.svd import svd
+from subgraph_peft.passes import LoRA, PiSSA
+from tests.benchmarks.attach import machine
+from tests.benchmarks.fresh import MIB
+from tests.benchmarks.sides import ATTENTION_AND_MLP
 
 ITERATIONS = (1, 2, 4, 8, 16, None)
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -21,7 +21,11 @@ import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
-from subgraph_peft.passes import (
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+import subgraph_peft as sp
+from subgraph_peft.base.files import write_json
+from subgraph_peft.passes import (  # fmt: skip
     IA3,
     SSB,
     SSL,
@@ -53,12 +57,8 @@ from subgraph_peft.passes import (
     SVDiff,
     TriLoRA,
     VeRA,
-)  # fmt: skip
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
-import subgraph_peft as sp
-from subgraph_peft.files import write_json
-from subgraph_peft.step_optimizer import parameter_groups
+)
+from subgraph_peft.training.step_optimizer import parameter_groups
 
 LINEARS = "*.layer.*.{query,key,value,dense}"
 SCALED = "*.layer.*.{key,value,intermediate.dense}"

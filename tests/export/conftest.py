@@ -11,13 +11,13 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from subgraph_peft.export import exporter
-from subgraph_peft.export.inference import Inference
-from subgraph_peft.export.translate import translate
-from subgraph_peft.export.walk import graph_values
 
 import subgraph_peft as sp
 from subgraph_peft import export
+from subgraph_peft.export.onnx import exporter
+from subgraph_peft.export.onnx.inference import Inference
+from subgraph_peft.export.onnx.translate import translate
+from subgraph_peft.export.onnx.walk import graph_values
 from tests.models import captured
 
 

@@ -6,13 +6,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from subgraph_peft.export.slots import version
-from subgraph_peft.passes import LoRA
 
 import subgraph_peft as sp
 from subgraph_peft import export
+from subgraph_peft.export.onnx.slots import version
+from subgraph_peft.passes import LoRA
 from tests import models
-from tests.export.conftest import captured, shake
+from tests.export.conftest import shake
+from tests.models import captured
 
 A, B = "first.weight.lora_A", "first.weight.lora_B"  # of [10, 6]
 

@@ -8,11 +8,12 @@ import onnx
 import pytest
 import torch
 import transformers
-from subgraph_peft.export import decoder, shared
-from subgraph_peft.passes import LoRA, PrefixTuning
 
 import subgraph_peft as sp
 from subgraph_peft import export
+from subgraph_peft.export import shared
+from subgraph_peft.export.serving import decoder
+from subgraph_peft.passes import LoRA, PrefixTuning
 from tests import decoders, models
 from tests.export.conftest import shake
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 import transformers
 import yaml
-from subgraph_peft.passes import Houlsby, LoRA, PiSSA
 from typer.testing import CliRunner
 
 import subgraph_peft as sp
 from subgraph_peft import export
 from subgraph_peft.cli import app
+from subgraph_peft.passes import Houlsby, LoRA, PiSSA
 from tests import decoders
 from tests.export.conftest import shake
 from tests.export.test_generator import NEW, genai_tokens, prompts, reference, words

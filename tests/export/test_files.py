@@ -10,12 +10,13 @@ from pathlib import Path
 
 import onnx
 import pytest
-from subgraph_peft.export import exporter, files
-from subgraph_peft.passes import LoRA
 
 import subgraph_peft as sp
 from subgraph_peft import export
-from tests.export.conftest import captured, shake
+from subgraph_peft.export.onnx import exporter, files
+from subgraph_peft.passes import LoRA
+from tests.export.conftest import shake
+from tests.models import captured
 
 
 def contents(folder: Path) -> dict[str, bytes]:

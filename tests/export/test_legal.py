@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from subgraph_peft.export import to_onnx
 from torch import nn
 
 import subgraph_peft as sp
+from subgraph_peft.export import to_onnx
 
 
 class Masked(nn.Module):

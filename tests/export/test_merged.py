@@ -5,11 +5,12 @@ from collections import Counter
 
 import pytest
 import torch
-from subgraph_peft.passes import DoRA, LoRA, ParallelAdapter, PiSSA
 
 import subgraph_peft as sp
 from subgraph_peft import export
-from tests.export.conftest import Exported, captured, shake
+from subgraph_peft.passes import DoRA, LoRA, ParallelAdapter, PiSSA
+from tests.export.conftest import Exported, shake
+from tests.models import captured
 
 SITES = {
     "bert": "*.attention.self.{query,value}", "gpt2": "*.attn.c_attn", "tied_llama": "*.{q_proj,down_proj}",

@@ -11,15 +11,15 @@ import pytest
 import torch
 from onnx_ir.passes.common import ShapeInferencePass
 from onnxruntime import InferenceSession, SessionOptions
-from subgraph_peft.export import files, fuse, precision, quantize, weights
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import subgraph_peft as sp
 from subgraph_peft import export
+from subgraph_peft.export.onnx import files, fuse, precision, quantize, weights
 from tests import models
-from tests.export.conftest import captured
-from tests.test_train import collate, examples
+from tests.models import captured
+from tests.training.test_train import collate, examples
 
 
 def operators(path) -> Counter:

@@ -10,6 +10,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+import subgraph_peft as sp
+from subgraph_peft import export
+from subgraph_peft.method.method import Method
 from subgraph_peft.passes import (
     SSL,
     AdaLoRA,
@@ -25,14 +31,9 @@ from subgraph_peft.passes import (
     SVDiff,
     VeRA,
 )
-from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
-
-import subgraph_peft as sp
-from subgraph_peft import export
-from subgraph_peft.method import Method
 from tests import models
-from tests.export.conftest import captured, shake
+from tests.export.conftest import shake
+from tests.models import captured
 
 WHERE = {"bert": "*.{query,value,dense}", "gpt2": "*.{c_attn,c_fc}", "llama": "*.{q_proj,v_proj,up_proj}"}
 TRAINED = {"bert": "classifier", "gpt2": (), "llama": ()}

@@ -14,7 +14,7 @@ from torch import nn
 import subgraph_peft as sp
 from subgraph_peft import export
 from tests import models
-from tests.export.conftest import captured
+from tests.models import captured
 
 NAMES = ["bert", "gpt2", "tied_llama", "conv", "mlp"]
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from subgraph_peft.export import exporter
-from subgraph_peft.export.axes import axis_names, other_sizes, resize
-from subgraph_peft.export.verification import difference
 from torch import nn
 
 import subgraph_peft as sp
 from subgraph_peft import export
+from subgraph_peft.export.onnx import exporter
+from subgraph_peft.export.onnx.axes import axis_names, other_sizes, resize
+from subgraph_peft.export.onnx.verification import difference
 from tests import models
-from tests.export.conftest import captured
+from tests.models import captured
 
 INF, NAN = float("inf"), float("nan")
 

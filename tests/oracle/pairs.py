@@ -6,11 +6,11 @@ from functools import cache
 
 import peft
 import torch
-from subgraph_peft.passes import IA3, DoRA, LoRA, PiSSA, RsLoRA
 from torch import nn
 
 import subgraph_peft as sp
-from subgraph_peft.constants import refresh
+from subgraph_peft.compiler.constants import refresh
+from subgraph_peft.passes import IA3, DoRA, LoRA, PiSSA, RsLoRA
 from tests.models import MODELS
 
 RANK, ALPHA, STEPS = 3, 5.0, 5

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from subgraph_peft.passes import SSB, DoRA, LoRA, PiSSA
 from torch import nn
 
 import subgraph_peft as sp
-from subgraph_peft.graphs import show
+from subgraph_peft.graph.edit import show
+from subgraph_peft.passes import SSB, DoRA, LoRA, PiSSA
 from tests.models import MODELS
-
-from .pairs import PLACES, captured, losses, paths
+from tests.oracle.pairs import PLACES, captured, losses, paths
 
 METHODS = [LoRA(r=3), PiSSA(r=3), SSB(), DoRA(of=PiSSA(r=3))]
 

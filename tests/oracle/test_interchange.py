@@ -14,9 +14,15 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
+from torch import nn
+from typer.testing import CliRunner
+
+import subgraph_peft as sp
+from subgraph_peft.cli import app
 from subgraph_peft.export import from_peft, to_peft
 from subgraph_peft.export.peft.options import ModuleOptions
 from subgraph_peft.export.peft.targets import means
+from subgraph_peft.method.adapter import targets
 from subgraph_peft.passes import (
     IA3,
     SSB,
@@ -38,15 +44,9 @@ from subgraph_peft.passes import (
     TriLoRA,
     VeRA,
 )
-from torch import nn
-from typer.testing import CliRunner
-
-import subgraph_peft as sp
-from subgraph_peft.cli import app
 from tests.models import LENGTH, MODELS
+from tests.oracle.pairs import PLACES, captured, pair
 from tests.test_cli import PIPELINE
-
-from .pairs import PLACES, captured, pair
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 BOUND = 1e-12
@@ -689,7 +689,7 @@ def test_truncation_states_its_error(tmp_path):
     for name, error in report.errors.items():
         owner = f"base_model.model.{name.removesuffix('.weight')}"
         written = tensors[f"{owner}.lora_B.weight"] @ tensors[f"{owner}.lora_A.weight"]
-        target = next(t for t in sp.adapter.targets(program.adapters) if t.name == name)
+        target = next(t for t in targets(program.adapters) if t.name == name)
         update = target.evaluate(held) - held[name]
         assert error == pytest.approx(((update - written).norm() / update.norm()).item(), rel=1e-9)
         assert error == pytest.approx((torch.linalg.svdvals(update)[6:].norm() / update.norm()).item(), rel=1e-9)

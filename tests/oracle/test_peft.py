@@ -5,8 +5,7 @@ import torch
 
 import subgraph_peft as sp
 from tests.models import MODELS
-
-from .pairs import METHODS, PLACES, Pair, losses, pair, take_factors
+from tests.oracle.pairs import METHODS, PLACES, Pair, losses, pair, take_factors
 
 CASES = [(model, method) for model in PLACES for method in METHODS]
 

@@ -4,9 +4,9 @@ from functools import cache
 
 import pytest
 import torch
-from subgraph_peft.passes import SSB, DoRA, LoRA
 
 import subgraph_peft as sp
+from subgraph_peft.passes import SSB, DoRA, LoRA
 from tests.models import deberta
 
 METHODS = [LoRA(r=3), DoRA(of=LoRA(r=3)), SSB()]

@@ -4,9 +4,9 @@ from functools import cache
 
 import pytest
 import torch
-from subgraph_peft.passes import DoRA, LoRA
 
 import subgraph_peft as sp
+from subgraph_peft.passes import DoRA, LoRA
 from tests.models import tied_llama
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

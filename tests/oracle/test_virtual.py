@@ -6,10 +6,10 @@ from collections.abc import Callable
 import peft
 import pytest
 import torch
-from subgraph_peft.passes.reconstruction.prefix_tuning import PrefixTuning
 from torch import nn
 
 import subgraph_peft as sp
+from subgraph_peft.passes.reconstruction.prefix_tuning import PrefixTuning
 from tests.models import LENGTH
 from tests.sequences import EXACT, HIDDEN, METHODS, N, adapt, gap, losses, model, tensor
 

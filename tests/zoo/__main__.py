@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from . import entries
-from .road import Row, walk
-from .table import as_json, text
+from tests.zoo import entries
+from tests.zoo.road import Row, walk
+from tests.zoo.table import as_json, text
 
 
 def main(

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..models import made
-from .entry import Entry
+from tests.models import made
+from tests.zoo.entry import Entry
 
 BATCH, LENGTH, CLASSES = 3, 7, 3
 

@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from subgraph_peft.export import to_onnx
-from subgraph_peft.export.axes import resize, sizes_of
-from subgraph_peft.export.inference import axes_of, flat_example
-from subgraph_peft.passes import SSB, DoRA, LoRA
 from torch import nn
 from torch.utils import _pytree as pytree
 
 import subgraph_peft as sp
-from subgraph_peft.compare import difference
-from subgraph_peft.errors import first_line
-from subgraph_peft.signature import export_arguments
-
-from .entry import STAGES, Entry, Inputs
+from subgraph_peft.base.compare import difference
+from subgraph_peft.base.errors import first_line
+from subgraph_peft.export import to_onnx
+from subgraph_peft.export.onnx.axes import resize, sizes_of
+from subgraph_peft.export.onnx.inference import axes_of, flat_example
+from subgraph_peft.graph.signature import export_arguments
+from subgraph_peft.passes import SSB, DoRA, LoRA
+from tests.zoo.entry import STAGES, Entry, Inputs
 
 YES, NOT_REACHED = "yes", "not reached"
 METHODS = {"lora": LoRA(r=2, alpha=4.0), "ssb": SSB(), "dora": DoRA(of=LoRA(r=2, alpha=4.0))}

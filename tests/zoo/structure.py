@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import BATCH, CLASSES, LENGTH, ids, images, labels, plain
+from tests.zoo.layers import BATCH, CLASSES, LENGTH, ids, images, labels, plain
 
 
 class Twice(nn.Module):

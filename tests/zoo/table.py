@@ -5,10 +5,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from subgraph_peft.text import Table
-
-from .entry import STAGES, Entry
-from .road import NOT_REACHED, YES, Row
+from subgraph_peft.base.text import Table
+from tests.zoo.entry import STAGES, Entry
+from tests.zoo.road import NOT_REACHED, YES, Row
 
 SHORT = {NOT_REACHED: "-", YES: YES}
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..models import made
-from .entry import Entry
+from tests.models import made
+from tests.zoo.entry import Entry
 
 BATCH, CLASSES = 3, 5
 INSTALLED = importlib.util.find_spec("timm") is not None

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 import transformers
 
-from ..models import BATCH, LENGTH, VOCABULARY, made, sequences
-from .entry import Entry, Inputs
+from tests.models import BATCH, LENGTH, VOCABULARY, made, sequences
+from tests.zoo.entry import Entry, Inputs
 
 HIDDEN, LAYERS, HEADS, INNER = 24, 2, 4, 40
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from ..models import BATCH, LENGTH, VOCABULARY
-from .entry import Entry, Inputs
-from .tiny import HEADS, HIDDEN, INNER, LAYERS, SPECIAL, images, labelled_images, tiny
+from tests.models import BATCH, LENGTH, VOCABULARY
+from tests.zoo.entry import Entry, Inputs
+from tests.zoo.tiny import HEADS, HIDDEN, INNER, LAYERS, SPECIAL, images, labelled_images, tiny
 
 VIT = {
     "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": INNER,

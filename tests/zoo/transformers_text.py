@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from ..models import BATCH, LENGTH, VOCABULARY, classification, generation, sequences
-from .entry import Entry, Inputs
-from .tiny import (
+from tests.models import BATCH, LENGTH, VOCABULARY, classification, generation, sequences
+from tests.zoo.entry import Entry, Inputs
+from tests.zoo.tiny import (
     HEADS,
     HIDDEN,
     INNER,

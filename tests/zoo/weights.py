@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from .layers import BATCH, CLASSES, LENGTH, ids, images, labels, plain
+from tests.zoo.layers import BATCH, CLASSES, LENGTH, ids, images, labels, plain
 
 
 def weight(*shape: int) -> nn.Parameter:

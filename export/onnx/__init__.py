@@ -1,0 +1,1 @@
+"""A program as one ONNX file, compared with torch before it appears."""

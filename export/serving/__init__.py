@@ -1,0 +1,1 @@
+"""What runs such files: bound sessions, adapters at run time, decoders, generation."""

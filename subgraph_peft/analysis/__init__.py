@@ -1,0 +1,1 @@
+"""Looking inside an update: spectra, overlaps, similarities."""

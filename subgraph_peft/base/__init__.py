@@ -1,0 +1,1 @@
+"""What knows no graph: errors, the one writer of files, text and tables, what is borrowed and patched."""

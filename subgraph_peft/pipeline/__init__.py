@@ -1,0 +1,1 @@
+"""Pipelines: configurations, passes, runs, data, models, reports."""

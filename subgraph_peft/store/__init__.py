@@ -1,0 +1,1 @@
+"""Programs and adapters as files, merged weights as model folders."""

@@ -1,0 +1,149 @@
+"""Programs as one safetensors file: tensors under their own names, graph and adapters as JSON in its header. Nothing is
+unpickled, and nothing that a file says runs: names and operators are checked before code is made of them."""
+
+import copyreg
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
+
+from ..base.borrowed import pytree
+from ..base.errors import CheckpointError, SubgraphPeftError
+from ..base.files import replacing
+from ..compiler.generate import base_of
+from ..graph.portable import decoded, encoded
+from ..method import registry
+from ..method.method import spell
+from ..program.internals import internals
+from ..program.module_file import Tensors, module_of, module_part, spec_of, spec_text, stored
+from ..program.pickling import HEADER, copies, header, reading
+from ..program.program import Program
+from ..program.records import FoldReport, SiteFold
+from .adapter_file import assembled, buffers, entry, read_adapter, trained
+
+FORMAT = 1
+
+
+def write(program: Program, path: str | os.PathLike) -> None:
+    """Write `program` to one file: its graph, its weights under their own names, its adapters, its example inputs.
+
+    Raises CheckpointError for a program on the meta device, an adapter whose method is not registered, what has no
+    written form, and a folder that cannot be written to.
+    """
+    tensors, text = program_parts(program)
+    with replacing(path, CheckpointError) as temporary:
+        save_file(tensors, temporary, metadata={HEADER: text})
+
+
+def read(path: str | os.PathLike, device: str | torch.device | None = None) -> Program:
+    """The program in a file that `write` wrote, on one device (by default the one it was on).
+
+    The source model is not needed, and transformers only where outputs are of its types. Outputs are bit-equal,
+    dimensions that varied vary, and the program can be rewritten, trained, folded and exported.
+
+    Raises CheckpointError for a damaged or foreign file, one that would run more than operators on tensors, a type or
+    operator that this process does not know, and a method that is not registered.
+    """
+    try:
+        with safe_open(Path(path), framework="pt") as file:
+            text = (file.metadata() or {}).get(HEADER)
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is missing or damaged: {error}.") from error
+    if text is None:
+        raise CheckpointError(f"{path} holds no program: it was not written by sp.write.")
+    return program_of(tensors, text, Path(path), device)
+
+
+def program_bytes(program: Program) -> bytes:
+    tensors, text = program_parts(program)
+    return save(tensors, {HEADER: text})
+
+
+def program_from(data: bytes) -> Program:
+    return program_of(copies(data), header(data), Path("this pickled program"), None)
+
+
+def program_parts(program: Program) -> tuple[Tensors, str]:
+    for adapter in program.adapters:
+        check_registered(adapter.name, [adapter.method, *(method for _, method in adapter.variants)])
+    tensors: Tensors = {}
+    base = base_of(program)
+    if program.base is not None:
+        for name, value in buffers(base).items():
+            value.copy_(program.base.module.get_buffer(name))
+    leaves, example = pytree.tree_flatten(dict(program.example))
+    own = dict(program.tensors())
+    paths = [path for a in program.adapters for path, tensor in a.declared().items() if tensor.saved]
+    changed = {*paths, *trained(program), *buffers(program)} if program.adapters else set()
+    changed = [name for name in own if name in changed]
+    described = {
+        "format": FORMAT,
+        "source": program.source,
+        "history": program.history,
+        "ties": [sorted(group) for group in program.ties],
+        "module": module_part(base.module, tensors),
+        "adapters": [entry(adapter) for adapter in program.adapters],
+        "changed": changed,
+        "requires_grad": [name for name, p in program.module.named_parameters() if p.requires_grad],
+        "training": program.module.training,
+        "folded": program.folded and {**asdict(program.folded), "dtype": encoded(program.folded.dtype)},
+        "example": spec_text(example),
+        "leaves": [None if isinstance(leaf, torch.Tensor) else encoded(leaf) for leaf in leaves],
+    }
+    tensors |= {f"adapters:{name}": stored(name, own[name]) for name in changed}
+    tensors |= {
+        f"example:{i}": stored(f"example input {i}", leaf)
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, torch.Tensor)
+    }
+    return tensors, json.dumps(described)
+
+
+def program_of(tensors: Tensors, text: str, path: Path, device: str | torch.device | None) -> Program:
+    described = json.loads(text)
+    if described.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {described.get('format')}; this version reads format {FORMAT}.")
+    with reading(path):
+        module = module_of(described["module"], tensors, device)
+        leaves = [
+            tensors[f"example:{i}"].to(internals(module).home.device) if f"example:{i}" in tensors else decoded(leaf)
+            for i, leaf in enumerate(described["leaves"])
+        ]
+        example = pytree.tree_unflatten(leaves, spec_of(described["example"]))
+    program = Program(module, example, described["source"], tuple(map(frozenset, described["ties"])))
+    if described["adapters"]:
+        adapters = tuple(read_adapter(program, item, path) for item in described["adapters"])
+        program = assembled(program, adapters, {name: tensors[f"adapters:{name}"] for name in described["changed"]})
+    for name, parameter in program.module.named_parameters():
+        parameter.requires_grad_(name in described["requires_grad"])
+    program.module.train(described["training"])
+    folded = described["folded"] and fold_report(described["folded"])
+    return replace(program, history=tuple(described["history"]), folded=folded)
+
+
+def check_registered(name: str, methods: list[Any]) -> None:
+    for method in methods:
+        try:
+            if spell(registry.read(spell(method))) == spell(method):
+                continue
+        except SubgraphPeftError:
+            pass
+        raise CheckpointError(
+            f"The adapter {name!r} is of {type(method).__name__}, which nothing would find when it is read: register "
+            f"it in the entry-point group {registry.GROUP}. A module alone, pickle.dumps(program.module), needs none."
+        )
+
+
+def fold_report(written: dict[str, Any]) -> FoldReport:
+    sites = {name: SiteFold(**kept) for name, kept in written["sites"].items()}
+    dtype, remaining = decoded(written["dtype"]), tuple(written["remaining"])
+    return FoldReport(**{**written, "dtype": dtype, "sites": sites, "remaining": remaining})
+
+
+copyreg.pickle(Program, lambda program: (program_from, (program_bytes(program),)))

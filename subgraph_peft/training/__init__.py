@@ -1,0 +1,1 @@
+"""Training a program: the step, the trainer, schedules and penalties, resuming, many GPUs."""
