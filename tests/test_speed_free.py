@@ -93,7 +93,7 @@ def test_the_collector_rests_during_a_trace_and_is_left_as_it_was(enabled, fails
 
 
 def test_verbs_import_nothing_heavy():
-    code = "import sys, torch; own = {*sys.modules}; import subgraph_peft as sp; sp.rewrite; print(*own ^ {*sys.modules})"
+    code = "import sys, torch; own = {*sys.modules}; import subgraph_peft as s; s.rewrite; print(*own ^ {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {
         "accelerate", "datasets", "matplotlib", "onnx", "onnxruntime", "onnxscript", "rich", "scipy", "sympy",
