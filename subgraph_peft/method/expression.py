@@ -1,12 +1,11 @@
-"""Equations as text. A small grammar is parsed and walked on tensors, symbols or numbers; nothing is run as Python.
+"""Equations as text. Python's own parser reads them; a whitelist of its nodes is walked on tensors, symbols or numbers,
+and nothing is run as Python.
 
-sum     = product {("+" | "-") product}             postfix = atom {".T" | "[:, None]" | "[None, :]"}
-product = unary {("*" | "/" | "@") unary}           atom    = number | name | function "(" arguments ")" | "(" sum ")"
-unary   = "-" unary | postfix ["**" unary]
-
-Precedence is Python's. `v[:, None]` is a vector as a column, `v[None, :]` as a row.
+    names, numbers, ( ), + - * / @ **, .T, [:, None] (a vector as a column), [None, :] (as a row), function(…)
 """
 
+import ast
+import keyword
 import math
 import operator
 import re
@@ -20,9 +19,9 @@ import torch.nn.functional as F
 from ..base.errors import MethodError, suggestion
 
 LENGTH, NESTING, SHOWN = 1000, 40, 100
-TOKEN = re.compile(
-    r"(?P<number>(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)|(?P<name>[A-Za-z_]\w*)|(?P<sign>\*\*|[-+*/@()\[\],:.])", re.A
-)
+WORD = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[A-Za-z_]\w*"
+TOKEN = re.compile(rf"(?P<word>{WORD})|[-+*/@()\[\],:. ]", re.A)
+SIGN = re.compile(r"\*\*|//|[-+*/@]")
 REFUSED = {
     **dict.fromkeys("'\"", "strings have no place"),
     **dict.fromkeys("=<>!", "an equation is its right-hand side, without comparison or assignment"),
@@ -81,9 +80,9 @@ def power(base: Any, exponent: Any) -> Any:
 
 
 OPERATORS = {
-    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "@": operator.matmul, "**": power,
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.MatMult: operator.matmul, ast.Pow: power,
 }  # fmt: skip
-LEVELS = (("+", "-"), ("*", "/", "@"))
 
 
 def vector(index: tuple[Any, ...]) -> Callable[[Any], Any]:
@@ -95,17 +94,7 @@ def vector(index: tuple[Any, ...]) -> Callable[[Any], Any]:
     return apply
 
 
-POSTFIXES = {
-    (".", "T"): lambda value: value.mT,
-    ("[", ":", ",", "None", "]"): vector((slice(None), None)),
-    ("[", "None", ",", ":", "]"): vector((None, slice(None))),
-}
-
-
-class Token(NamedTuple):
-    kind: str
-    text: str
-    column: int
+SUBSCRIPTS = {"[:,None]": vector((slice(None), None)), "[None,:]": vector((None, slice(None)))}
 
 
 class Step(NamedTuple):
@@ -157,146 +146,136 @@ def parse(text: str, names: Collection[str]) -> Expression:
     text = re.sub(r"\s", " ", text).strip()
     if len(text) > LENGTH:
         raise EquationError(f"The equation has {len(text)} characters; {LENGTH} are allowed.", text, LENGTH)
-    return Parser(text, names).run()
+    tree = parsed(text)
+    return Expression(text, tuple(Reader(text, names).step(node) for node in in_order(text, tree)))
 
 
-def tokens(text: str) -> list[Token]:
-    found, column = [], 0
+def parsed(text: str) -> ast.expr:
+    """The text is of ASCII characters once its tokens are read, so that columns are those of Python."""
+    known = plain(text)
+    try:
+        return ast.parse(known, mode="eval").body
+    except (RecursionError, MemoryError) as error:
+        raise EquationError(f"The equation is nested more than {NESTING} deep.", text, 0) from error
+    except SyntaxError as error:
+        raise misplaced(error, text) from error
+
+
+def plain(text: str) -> str:
+    """The text with words of Python, which may be names here (`in`), as others of their length."""
+    column, parts, after = 0, [], False
     while column < len(text):
-        if text[column] == " ":
-            column += 1
-            continue
         match = TOKEN.match(text, column)
         if match is None:
             why = REFUSED.get(text[column], "it has ASCII letters, digits, and + - * / @ ** ( ) [ ] , : .")
             raise EquationError(f"{text[column]!r} is not part of an equation: {why}.", text, column)
-        found.append(Token(match.lastgroup, match[0], column))
+        word = match["word"]
+        if word and after:
+            raise EquationError(f"An operator is expected, not {word!r}.", text, column)
+        after = bool(word) or match[0] in (")", "]") or (after and match[0] == " ")
+        parts.append("_" * len(word) if word and keyword.iskeyword(word) and word != "None" else match[0])
         column = match.end()
-    return [*found, Token("end", "", len(text))]
+    return "".join(parts)
 
 
-class Parser:
-    """Recursive descent; each rule appends its steps."""
+def misplaced(error: SyntaxError, text: str) -> EquationError:
+    column = (error.offset or len(text) + 1) - 1
+    if "nested" in error.msg:
+        return EquationError(f"The equation is nested more than {NESTING} deep.", text, column)
+    if re.search("never closed|unmatched|does not match", error.msg):
+        return EquationError(f"{error.msg[0].upper()}{error.msg[1:]}.", text, column)
+    match = TOKEN.match(text, column)
+    found = f"{match[0]!r} is not expected here" if match else "A value is expected, not the end"
+    return EquationError(f"{found}.", text, column)
+
+
+def in_order(text: str, tree: ast.expr) -> list[ast.expr]:
+    """The nodes in the order in which they are evaluated."""
+    pending, found = [(tree, 0)], []
+    while pending:
+        node, depth = pending.pop()
+        if depth > NESTING:
+            raise EquationError(f"The equation is nested more than {NESTING} deep.", text, node.col_offset)
+        found.append(node)
+        match node:
+            case ast.BinOp(left, _, right):
+                pending += [(left, depth), (right, depth + 1)]
+            case ast.UnaryOp(_, operand):
+                pending.append((operand, depth + 1))
+            case ast.Attribute(value) | ast.Subscript(value):
+                pending.append((value, depth))
+            case ast.Call(_, arguments):
+                pending += [(argument, depth + 1) for argument in arguments]
+    return found[::-1]
+
+
+class Reader:
+    """Steps of the nodes that an equation has."""
 
     def __init__(self, text: str, names: Collection[str]):
         self.text, self.names = text, names
-        self.tokens, self.position, self.depth = tokens(text), 0, 0
-        self.steps: list[Step] = []
 
-    @property
-    def here(self) -> Token:
-        return self.tokens[self.position]
+    def source(self, node: ast.expr) -> str:
+        return self.text[node.col_offset : node.end_col_offset]
 
-    def take(self) -> Token:
-        self.position += 1
-        return self.tokens[self.position - 1]
+    def refuse(self, what: str, column: int) -> EquationError:
+        return EquationError(what, self.text, column)
 
-    def refuse(self, what: str, at: Token | None = None) -> EquationError:
-        return EquationError(what, self.text, (at or self.here).column)
+    def step(self, node: ast.expr) -> Step:
+        match node:
+            case ast.BinOp(left, sign):
+                at = SIGN.search(self.text, left.end_col_offset)
+                if type(sign) not in OPERATORS:
+                    raise self.refuse(f"{at[0]!r} is not part of an equation.", at.start())
+                return Step(at[0], at.start(), 2, OPERATORS[type(sign)])
+            case ast.UnaryOp(ast.USub()):
+                return Step("-", node.col_offset, 1, operator.neg)
+            case ast.Attribute(value, attribute):
+                if attribute != "T":
+                    column = node.end_col_offset - len(attribute)
+                    raise self.refuse("The only attribute is .T, the transpose.", column)
+                return Step(".T", self.text.index(".", value.end_col_offset), 1, lambda value: value.mT)
+            case ast.Subscript(value):
+                column = self.text.index("[", value.end_col_offset)
+                form = self.text[column : node.end_col_offset].replace(" ", "")
+                if form not in SUBSCRIPTS:
+                    raise self.refuse("The only subscripts are [:, None] and [None, :].", column)
+                return Step(form, column, 1, SUBSCRIPTS[form])
+            case ast.Call(ast.Name(), arguments, []):
+                return self.call(self.source(node.func), node.col_offset, len(arguments))
+            case ast.Constant(int() | float() as value) if not isinstance(value, bool):
+                return self.number(node, value)
+            case ast.Name() | ast.Constant():
+                return self.name(self.source(node), node.col_offset)
+        raise self.refuse(f"{self.source(node)[:20]!r} is not part of an equation.", node.col_offset)
 
-    def expect(self, what: str, *texts: str) -> Token:
-        if self.here.text not in texts:
-            found = repr(self.here.text) if self.here.text else "the end"
-            raise self.refuse(f"{what} is expected, not {found}.")
-        return self.take()
+    def number(self, node: ast.expr, value: float) -> Step:
+        text = self.source(node)
+        if value > torch.finfo(torch.float32).max:
+            raise self.refuse(f"The number {text[:20]} is too large.", node.col_offset)
+        return Step(text, node.col_offset, 0, lambda: value)
 
-    def run(self) -> Expression:
-        self.binary()
-        self.expect("An operator", "")
-        return Expression(self.text, tuple(self.steps))
+    def name(self, name: str, column: int) -> Step:
+        if name in self.names:
+            return Step(name, column)
+        if name in FUNCTIONS:
+            raise self.refuse(f"{name} is a function: write {name}(…).", column)
+        hint = suggestion(name, self.names)
+        raise self.refuse(f"Unknown name {name!r}.{hint} Names: {', '.join(self.names)}.", column)
 
-    def binary(self, level: int = 0) -> None:
-        if level == len(LEVELS):
-            self.unary()
-            return
-        self.binary(level + 1)
-        while self.here.text in LEVELS[level]:
-            sign = self.take()
-            self.binary(level + 1)
-            self.steps.append(Step(sign.text, sign.column, 2, OPERATORS[sign.text]))
-
-    def unary(self) -> None:
-        self.depth += 1
-        if self.depth > NESTING:
-            raise self.refuse(f"The equation is nested more than {NESTING} deep.")
-        if self.here.text == "-":
-            sign = self.take()
-            self.unary()
-            self.steps.append(Step("-", sign.column, 1, operator.neg))
-        else:
-            self.postfix()
-            if self.here.text == "**":
-                sign = self.take()
-                self.unary()
-                self.steps.append(Step("**", sign.column, 2, power))
-        self.depth -= 1
-
-    def postfix(self) -> None:
-        self.atom()
-        while self.here.text in (".", "["):
-            first = self.here
-            form = next((form for form in POSTFIXES if self.follows(form)), None)
-            if form is None and first.text == ".":
-                raise self.refuse("The only attribute is .T, the transpose.", self.tokens[self.position + 1])
-            if form is None:
-                raise self.refuse("The only subscripts are [:, None] and [None, :].")
-            self.position += len(form)
-            self.steps.append(Step("".join(form), first.column, 1, POSTFIXES[form]))
-
-    def follows(self, form: tuple[str, ...]) -> bool:
-        return tuple(token.text for token in self.tokens[self.position : self.position + len(form)]) == form
-
-    def atom(self) -> None:
-        token = self.here
-        if token.kind == "number":
-            self.take()
-            self.number(token)
-        elif token.kind == "name":
-            self.take()
-            self.call(token) if self.here.text == "(" else self.name(token)
-        else:
-            self.expect("A value", "(")
-            self.binary()
-            self.expect("')'", ")")
-
-    def number(self, token: Token) -> None:
-        value = int(token.text) if token.text.isdecimal() else float(token.text)
-        if abs(value) > torch.finfo(torch.float32).max:
-            raise self.refuse(f"The number {token.text[:20]} is too large.", token)
-        self.steps.append(Step(token.text, token.column, 0, lambda: value))
-
-    def name(self, token: Token) -> None:
-        if token.text not in self.names:
-            if token.text in FUNCTIONS:
-                raise self.refuse(f"{token.text} is a function: write {token.text}(…).", token)
-            raise self.refuse(
-                f"Unknown name {token.text!r}.{suggestion(token.text, self.names)} Names: {', '.join(self.names)}.",
-                token,
-            )
-        self.steps.append(Step(token.text, token.column))
-
-    def call(self, token: Token) -> None:
-        if token.text not in FUNCTIONS:
-            hint = suggestion(token.text, FUNCTIONS)
-            known = f"{token.text!r} is no function: write a product as *." if token.text in self.names else ""
-            raise self.refuse(
-                known or f"Unknown function {token.text!r}.{hint} Functions: {', '.join(FUNCTIONS)}.", token
-            )
-        function, count = FUNCTIONS[token.text], 1
-        self.take()
-        self.binary()
-        while self.here.text == ",":
-            self.take()
-            self.binary()
-            count += 1
-        self.expect("',' or ')'", ")")
+    def call(self, name: str, column: int, count: int) -> Step:
+        if name not in FUNCTIONS:
+            hint = suggestion(name, FUNCTIONS)
+            known = f"{name!r} is no function: write a product as *." if name in self.names else ""
+            raise self.refuse(known or f"Unknown function {name!r}.{hint} Functions: {', '.join(FUNCTIONS)}.", column)
+        function = FUNCTIONS[name]
         least, most = function.arguments
         if not least <= count <= most:
             wanted = str(least) if least == most else f"{least} or {most}"
-            raise self.refuse(f"{token.text} takes {wanted} arguments, not {count}.", token)
+            raise self.refuse(f"{name} takes {wanted} arguments, not {count}.", column)
 
         def apply(*values: Any) -> Any:
             numbers = function.on_numbers and all(isinstance(value, int | float) for value in values)
             return function.on_numbers(*values) if numbers else function.on_tensors(*values)
 
-        self.steps.append(Step(token.text, token.column, count, apply))
+        return Step(name, column, count, apply)

@@ -244,13 +244,18 @@ def caret(error: sp.SubgraphPeftError) -> tuple[str, int]:
         ("W < A", "<", "comparison"),
         ("W + 'x'", "'", "strings have no place"),
         ('W + "x"', '"', "strings have no place"),
-        ("lambda W: W", "lambda", "Unknown name 'lambda'"),
+        ("lambda W: W", "W", "An operator is expected, not 'W'"),
         ("W if r else A", "if", "An operator is expected, not 'if'"),
-        ("[W for W in A]", "[", "A value is expected, not '\\['"),
-        ("(W, A)", ",", "'\\)' is expected, not ','"),
+        ("[W for W in A]", "for", "An operator is expected, not 'for'"),
+        ("[W, A]", "[", "is not part of an equation"),
+        ("norm(*W)", "*", "is not part of an equation"),
+        ("W.in", "in", "The only attribute is .T"),
+        ("W + None", "None", "Unknown name 'None'"),
+        ("W + in", "in", "Unknown name 'in'"),
+        ("(W, A)", "(", "is not part of an equation"),
         ("W + {A}", "{", "'{' is not part of an equation"),
         ("W ^ A", "^", "a power is"),
-        ("W // r", "/ r", "A value is expected, not '/'"),
+        ("W // r", "// r", "'//' is not part of an equation"),
         ("W % r", "%", "'%' is not part of an equation"),
         ("W + α * A", "α", "ASCII"),
         ("W × r", "×", "a product is"),
@@ -260,11 +265,11 @@ def caret(error: sp.SubgraphPeftError) -> tuple[str, int]:
         ("W; A", ";", "';' is not part of an equation"),
         ("W # A", "#", "'#' is not part of an equation"),
         ("W A", "A", "An operator is expected, not 'A'"),
-        ("(W + A", "", "'\\)' is expected, not the end"),
-        ("W + A)", ")", "An operator is expected, not '\\)'"),
+        ("(W + A", "(", "'\\(' was never closed"),
+        ("W + A)", ")", "Unmatched '\\)'"),
         ("W +", "", "A value is expected, not the end"),
         ("", "", "A value is expected, not the end"),
-        ("W + * A", "* A", "A value is expected, not '\\*'"),
+        ("W + * A", "* A", "'\\*' is not expected here"),
         ("norm(W, 1)", "norm", "norm takes 1 arguments, not 2"),
         ("clamp_min(W)", "clamp_min", "clamp_min takes 2 arguments, not 1"),
         ("sum(W, dim=1)", "=", "'=' is not part of an equation"),
@@ -286,6 +291,7 @@ def test_what_is_no_equation_is_refused_at_the_character(text, at, message):
             r"my_lora: option 'weight': '@' cannot be applied to a tensor \[out, 2\] and a tensor \[in, 2\]",
         ),
         ("W + (A @ B)", 7, r"'@' cannot be applied to a tensor \[2, in\] and a tensor \[out, 2\]"),
+        ("W + (A @ -B)", 7, r"'@' cannot be applied to a tensor \[2, in\] and a tensor \[out, 2\]"),
         ("W + 1 / (r - 2) * B @ A", 6, "'/' cannot be applied to the number 1 and the number 0: division by zero"),
         ("W + (-alpha) ** 0.5 * B @ A", 13, "the number -5.0 and the number 0.5: math domain error"),
         ("W + 9 ** 9 ** 9 ** 9 * B @ A", 11, "math range error"),
@@ -305,7 +311,7 @@ def test_what_does_not_fit_is_refused_at_the_operator(text, column, message):
 
 
 @pytest.mark.parametrize(
-    "text", ["(" * 500, "-" * 900 + "W", "W ** " * 150 + "W", "relu(" * 150, "W" * 1001, "W + " * 300]
+    "text", ["(" * 500, "-" * 900 + "W", "W ** " * 150 + "W", "relu(" * 150 + "W" + ")" * 150, "W" * 1001, "W + " * 300]
 )
 def test_long_and_deep_text_is_refused(text):
     with pytest.raises(EquationError, match="nested more than|characters; 1000 are allowed") as caught:
