@@ -19,6 +19,7 @@ from .base.errors import SubgraphPeftError as SubgraphPeftError
 from .base.errors import TrainError as TrainError
 from .base.errors import TrainWarning as TrainWarning
 from .base.errors import VersionError as VersionError
+from .base.text import Table as Table
 from .compiler.fold import fold as fold
 from .compiler.rewrite import rewrite as rewrite
 from .compiler.switches import optimise as optimise
@@ -35,6 +36,8 @@ from .method.method import normal as normal
 from .method.method import ones as ones
 from .method.method import trainable as trainable
 from .method.method import zeros as zeros
+from .pipeline.passes import Pass as Pass
+from .pipeline.passes import State as State
 from .pipeline.pipeline import Pipeline as Pipeline
 from .program.kernels import kernels as kernels
 from .program.kernels import promise as promise
