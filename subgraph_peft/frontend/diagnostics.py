@@ -121,7 +121,8 @@ def check_weight(node: fx.Node, weight: fx.Node) -> None:
 
 
 def named(path: str, module: nn.Module) -> str:
-    return f"{path or 'The model'} ({type(module).__name__})"
+    kind = repr(module).partition("(")[0]  # what it calls itself: several quantised layers are named as the plain one
+    return f"{path or 'The model'} ({kind})"
 
 
 def refuse(model: nn.Module, path: str, text: str) -> None:

@@ -20,7 +20,7 @@ import subgraph_peft as sp
 from subgraph_peft import export
 from subgraph_peft.cli import app
 from subgraph_peft.export.serving.sampling import Sampler
-from subgraph_peft.pipeline import builtin_passes
+from subgraph_peft.pipeline import builtin_passes, deploy
 from subgraph_peft.store import merged_folder as saving
 from tests import decoders
 from tests.export.test_decoder import folded
@@ -298,7 +298,7 @@ def test_a_pipeline_ends_in_a_folder_that_answers(tmp_path, monkeypatch):
 
         monkeypatch.setattr(module, name, called)
 
-    counted(saving, "save_merged")
+    counted(deploy, "save_merged")
     counted(builtin_passes, "fold")
     rows = [{"text": f"w{i} w{i + 1} w{i + 2}", "answer": f"w{i + 3} w{i + 4}"} for i in range(3, 60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
