@@ -48,12 +48,15 @@ def replacing(path: str | os.PathLike, error: type[SubgraphPeftError]) -> Iterat
     target = Path(path)
     temporary: Path | None = None
     with written(target, error):
+        if target.is_dir():
+            raise error(f"{target} is a folder; name a file in it.")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = hidden(target, target.suffix)
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            fresh = mode_of(temporary)
             yield temporary
-            keep_mode(temporary, target)
+            set_mode(temporary, target, fresh)
             sync(temporary)
             os.replace(temporary, target)
             sync(target.parent)
@@ -108,19 +111,20 @@ def replacing_folder(
 
     Raises `error` where the folder cannot be made or written to, and where a former one holds anything else.
     """
-    target = Path(path)
-    if target.is_file():
-        raise error(f"{target} is a file; name a folder.")
-    for read in inputs:
-        if read.resolve().is_relative_to(target.resolve()):
-            raise error(f"{read} is read here, and {target} would be replaced; name a new folder.")
-    with written(target, error):
+    with written(Path(path), error):
+        target = linked(Path(path))
+        if target.is_file() or not target.name:
+            raise error(f"{target} is {'a file' if target.name else 'no name of a folder'}; name a folder.")
+        for read in inputs:
+            if read.resolve().is_relative_to(target.resolve()):
+                raise error(f"{read} is read here, and {target} would be replaced; name a new folder.")
         target.parent.mkdir(parents=True, exist_ok=True)
         with scratch(target) as folder:
             yield folder
             check_former(target, folder, error, earlier)
             settle(target, error)
-            keep_mode(folder, target)
+            set_modes(folder, target)
+            set_mode(folder, target, mode_of(folder))
             sync_tree(folder)
             take_place(folder, target)
             sync(target.parent)
@@ -135,8 +139,8 @@ def settle(path: str | os.PathLike, error: type[SubgraphPeftError]) -> None:
             apply(commit, target.parent)
         if (failed := marked(target, UNDO)).is_dir():
             undo(failed, target.parent)
-        if (former := marked(target, FORMER)).is_dir() and not target.exists():
-            os.rename(former, target)
+        if (former := marked(linked(target), FORMER)).is_dir() and not target.exists():
+            os.rename(former, linked(target))
     except OSError as failure:
         reason = failure.strerror or failure
         raise error(
@@ -147,10 +151,9 @@ def settle(path: str | os.PathLike, error: type[SubgraphPeftError]) -> None:
 def prepare(journal: Path, folder: Path, gone: Iterable[str]) -> None:
     """Everything that ending the write either way needs, in the journal and synced."""
     new = sorted(file.name for file in (journal / NEW).iterdir())
+    set_modes(journal / NEW, folder)
     for name in sorted({*new, *gone}):
         if (former := folder / name).is_file():
-            if name in new:
-                keep_mode(journal / NEW / name, former)
             link(former, journal / OLD / name)
     lost = sorted(set(gone) - set(new))
     (journal / LIST).write_text(json.dumps({"new": new, "gone": lost}), encoding="utf-8")
@@ -189,6 +192,11 @@ def discard(journal: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def linked(folder: Path) -> Path:
+    """The folder itself, where a symbolic link names it."""
+    return folder.resolve() if folder.is_symlink() else folder
+
+
 def take_place(folder: Path, target: Path) -> None:
     """`folder` under the name of `target`; a former folder there is left under that of `folder`."""
     if not target.exists():
@@ -213,17 +221,30 @@ def exchanged(one: Path, other: Path) -> bool:
 
 
 def link(source: Path, target: Path) -> None:
-    """A second name of a file; a copy where the file system has no such."""
+    """A second name of a file, of its own and not of a symbolic link; a copy where the file system has no such."""
     target.unlink(missing_ok=True)
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)
     except OSError:
         shutil.copy2(source, target)
 
 
-def keep_mode(new: Path, former: Path) -> None:
-    if former.exists():
-        new.chmod(stat.S_IMODE(former.stat().st_mode))
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def set_mode(new: Path, former: Path, fresh: int) -> None:
+    """The former one's mode, or that of a fresh one, which what wrote it may have narrowed, as safetensors does."""
+    wanted = mode_of(former) if former.exists() else fresh
+    if mode_of(new) != wanted:
+        new.chmod(wanted)
+
+
+def set_modes(folder: Path, former: Path) -> None:
+    """The modes of all in a fresh folder, from those of a former one and of the folder itself."""
+    fresh = mode_of(folder)
+    for path in folder.rglob("*"):
+        set_mode(path, former / path.relative_to(folder), fresh if path.is_dir() else fresh & 0o666)
 
 
 def sync(path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerState
 
@@ -15,6 +16,7 @@ import subgraph_peft as sp
 from subgraph_peft import export
 from subgraph_peft.base import files
 from subgraph_peft.passes import LoRA
+from subgraph_peft.store.merged_folder import save_merged
 from subgraph_peft.training import resume
 from tests.crashes import STOPS, contents, stops
 
@@ -169,6 +171,63 @@ def programs() -> tuple[sp.Program, sp.Program, sp.Program]:
                 parameter.normal_()
         made.append(adapted)
     return captured, *made
+
+
+def test_modes_are_so_whatever_wrote_the_file(tmp_path, programs):
+    """safetensors writes for the owner alone."""
+    captured, adapted, _ = programs
+    former = os.umask(0o022)
+    try:
+        sp.save(adapted, tmp_path / "own")
+        export.to_peft(adapted, tmp_path / "peft")
+        sp.write(adapted, tmp_path / "program")
+        save_merged(captured, None, None, tmp_path / "merged")
+        with files.replacing_folder(tmp_path / "folder", sp.ExportError) as made:
+            (made / "inner").mkdir()
+            save_file({"x": torch.zeros(1)}, made / "inner" / "x")
+        (tmp_path / "folder" / "inner" / "x").chmod(0o640)
+        with files.replacing_folder(tmp_path / "folder", sp.ExportError) as made:
+            (made / "inner").mkdir()
+            save_file({"x": torch.zeros(1)}, made / "inner" / "x")
+    finally:
+        os.umask(former)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(modes) == 7 and modes.pop("x") == 0o640 and set(modes.values()) == {0o644}
+
+
+def test_a_set_takes_the_place_of_symbolic_links(tmp_path, programs):
+    """As in a cache of downloads: the link is replaced, what it names stays."""
+    captured, first, second = programs
+    sp.save(first, folder := tmp_path / "snapshot")
+    (tmp_path / "blobs").mkdir()
+    for path in list(folder.iterdir()):
+        path.rename(tmp_path / "blobs" / path.name)
+        path.symlink_to(f"../blobs/{path.name}")
+    sp.save(second, folder)
+    assert torch.equal(sp.load(captured, folder).run(), second.run())
+    assert torch.equal(sp.load(captured, tmp_path / "blobs").run(), first.run())
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_behind_a_link_is_replaced_where_it_is(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(files, "exchanged", lambda one, other: False)
+    put(tmp_path / "disk", OLD)
+    (tmp_path / "link").symlink_to("disk")
+    with files.replacing_folder(tmp_path / "link", sp.ExportError, earlier=["*"]) as new:
+        (new / "a.json").write_bytes(b"new a")
+    assert contents(tmp_path / "disk") == {"a.json": b"new a"} and (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "x" * 300])
+def test_what_names_no_file_and_no_folder_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(sp.ExportError, match="is a folder; name a file|too long"):
+        files.write_text(name, "…", sp.ExportError)
+    with pytest.raises(sp.ExportError, match="name a folder|too long"), files.replacing_folder(name, sp.ExportError):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("how", STOPS)
