@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
 
 from ..graph.edit import attribute
+from ..graph.legal import is_path
 from .diagnostics import check_graph
 from .normalise import normalise
 
@@ -60,7 +61,7 @@ def readable(exported: ExportedProgram) -> tuple[ExportedProgram, dict[str, str]
 def is_readable(name: str) -> bool:
     """Whether code over a GraphModule can read a tensor of this name as one of its own."""
     parts = name.split(".")
-    plain = not any(iskeyword(part) or '"' in part or "\\" in part for part in parts)
+    plain = is_path(name) and not any(map(iskeyword, parts))
     return plain and name != "self" and not hasattr(EMPTY, parts[0])
 
 

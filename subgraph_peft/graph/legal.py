@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from keyword import iskeyword
 from typing import Any
+from unicodedata import normalize
 
 import torch
 
@@ -36,8 +37,11 @@ def is_name(text: Any) -> bool:
 
 
 def is_path(text: Any) -> bool:
-    """Whether a qualified name ends where a string literal of it ends."""
-    return isinstance(text, str) and text.isprintable() and not {'"', "\\"} & set(text)
+    """Whether a qualified name ends where a string literal of it ends, and names the same in code, where Python reads
+    identifiers in their NFKC form."""
+    if not isinstance(text, str) or not text.isprintable() or {'"', "\\"} & set(text):
+        return False
+    return all(part == normalize("NFKC", part) for part in text.split(".") if part.isidentifier())
 
 
 def illegal(op: str, name: Any, target: Any, args: Sequence[Any], kwargs: Any) -> str | None:

@@ -43,7 +43,8 @@ def label_shift(program: Program) -> int | None:
 
 
 def shift_of(captured: Program, source: fx.Node, target: fx.Node) -> int | None:
-    """The shift of a target that depends on the placeholder of the labels; None where it is no slice of them."""
+    """The shift of a target that depends on the placeholder of the labels; None where it is no slice of them, or
+    computed with them as class numbers."""
     example = captured.at_home(captured.example)
     labels = example["labels"]
     numbered = torch.arange(FIRST, FIRST + labels.numel(), device=labels.device, dtype=torch.int64).view(labels.shape)
@@ -54,8 +55,11 @@ def shift_of(captured: Program, source: fx.Node, target: fx.Node) -> int | None:
         return example.get(node.name) if node.op == "placeholder" else tensors.get(str(node.target))
 
     tensors = dict(captured.tensors())
-    with torch.no_grad():
-        found = evaluate(target, read).flatten()
+    try:
+        with torch.no_grad():
+            found = evaluate(target, read).flatten()
+    except (IndexError, RuntimeError):  # of numbers that are no classes: it looks labels up, as `one_hot` does
+        return None
     found = found[found != IGNORED]
     shift = int(found[0]) - FIRST if found.numel() else -1
     if not 0 <= shift < labels.shape[1] or not torch.equal(found, numbered[:, shift:].flatten()):

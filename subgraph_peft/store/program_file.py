@@ -129,15 +129,18 @@ def program_of(tensors: Tensors, text: str, path: Path, device: str | torch.devi
 
 def check_registered(name: str, methods: list[Any]) -> None:
     for method in methods:
+        spelled = spell(method)
         try:
-            if spell(registry.read(spell(method))) == spell(method):
-                continue
-        except SubgraphPeftError:
-            pass
-        raise CheckpointError(
-            f"The adapter {name!r} is of {type(method).__name__}, which nothing would find when it is read: register "
-            f"it in the entry-point group {registry.GROUP}. A module alone, pickle.dumps(program.module), needs none."
-        )
+            found = spell(registry.read(spelled))
+            problem = "" if found == spelled else f"{found} would be read in place of {spelled}."
+        except SubgraphPeftError as error:
+            found, problem = error, str(error)
+        if problem:
+            raise CheckpointError(
+                f"The adapter {name!r} is of {type(method).__name__}, which nothing would find when it is read: "
+                f"{problem} A method of your own: register it in the entry-point group {registry.GROUP}. A module "
+                "alone, pickle.dumps(program.module), needs none."
+            ) from (found if isinstance(found, Exception) else None)
 
 
 def fold_report(written: dict[str, Any]) -> FoldReport:

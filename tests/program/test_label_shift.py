@@ -167,8 +167,10 @@ def test_the_shift_is_read_from_any_spelling(name: str) -> None:
     [
         lambda x, y: -x.log_softmax(-1).gather(-1, y[..., None]).mean(),
         lambda x, y: cross_entropy(x, y.flip(1)),
+        lambda x, y: F.cross_entropy(x.flatten(0, 1), F.one_hot(y.flatten(), VOCABULARY).float()),
+        lambda x, y: cross_entropy(x, torch.arange(VOCABULARY)[y]),
     ],
-    ids=["gathered", "reversed"],
+    ids=["gathered", "reversed", "one-hot", "looked up"],
 )
 def test_a_loss_that_does_not_say_it_is_taken_as_unshifted_with_a_warning(loss) -> None:
     ids = torch.randint(1, VOCABULARY, (2, LENGTH))

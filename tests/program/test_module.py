@@ -418,7 +418,18 @@ def test_modules_and_programs_pickle(captured):
         module.load_state_dict(adapted.module.state_dict())
     own = sp.rewrite(program, Turned(), where="first")
     assert torch.equal(pickle.loads(pickle.dumps(own.module)).eval()(**inputs)[1], own.run()[1])
-    with pytest.raises(sp.CheckpointError, match=r"'turned' is of Turned.*register it in the entry-point group"):
+    with pytest.raises(sp.CheckpointError, match=r"'turned' is of Turned.*Unknown method.*register it in the"):
+        pickle.dumps(own)
+
+
+def test_a_method_whose_name_another_has_is_not_written_as_the_other(captured):
+    class Own(LoRA):
+        """LoRA with an option more."""
+
+        extra: int = 1
+
+    own = sp.rewrite(captured("mlp")[2], Own(r=2, extra=3), where="first")
+    with pytest.raises(sp.CheckpointError, match=r"is of Own, .*: .*extra"):
         pickle.dumps(own)
 
 

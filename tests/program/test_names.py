@@ -178,8 +178,10 @@ def test_the_one_name_of_ours_is_refused():
         sp.capture(Named("child", ["_subgraph"]), torch.randn(2, 5))
 
 
-def test_a_name_that_is_no_code_is_refused():
-    model = Named("child", ['quo"te'])
+@pytest.mark.parametrize("name", ['quo"te', "back\\slash", "two\nlines", "ｆｕｌｌ", "ﬁ"])
+def test_a_name_that_is_no_code_is_refused(name):
+    """Python reads an identifier in its NFKC form: `full`, where the module has another name."""
+    model = Named("child", [name])
     with pytest.raises(sp.CaptureError, match="no qualified name"):
         sp.capture(model, torch.randn(2, 5))
 
