@@ -3,10 +3,10 @@
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from subgraph_peft.base.errors import CheckpointError, ExportError
 from subgraph_peft.base.files import replacing
 from subgraph_peft.base.hashes import digest, sampled
+from subgraph_peft.base.schema import Schema, read_as
 from subgraph_peft.program.program import Program
 from subgraph_peft.store.merged_folder import check_plain, same
 from subgraph_peft.store.shards import Shard
@@ -21,12 +22,24 @@ from subgraph_peft.store.shards import Shard
 HEADER, FORMAT = "subgraph_peft_delta", 1
 
 
-@dataclass(frozen=True)
-class Replaced:
+class Replaced(Schema):
     """Hashes of the base's tensor, in the dtype of the new one, and of the new one."""
 
     before: str
     after: str
+
+
+class Described(Schema):
+    """The header of a delta file: fields as those of `Delta`, and the version of this package that wrote it."""
+
+    format: Literal[1]
+    version: str
+    source: str
+    dtype: str
+    adapters: dict[str, Any]
+    ties: tuple[tuple[str, ...], ...]
+    tensors: dict[str, Replaced]
+    base: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -114,7 +127,10 @@ def to_delta(folded: Program, path: str | os.PathLike, *, base: Program | None =
     if not changed:
         raise ExportError(f"Every weight of {folded.source} is the base's: there is no delta to write.")
     tensors = apart({name: new[name].detach().cpu().contiguous() for name in changed})
-    replaced = {n: Replaced(digest(old[n].to(tensor.dtype)), digest(tensor)) for n, tensor in tensors.items()}
+    replaced = {
+        name: Replaced(before=digest(old[name].to(tensor.dtype)), after=digest(tensor))
+        for name, tensor in tensors.items()
+    }
     described = {
         "format": FORMAT,
         "version": version("subgraph-peft"),
@@ -122,7 +138,7 @@ def to_delta(folded: Program, path: str | os.PathLike, *, base: Program | None =
         "dtype": str(folded.home.dtype).removeprefix("torch."),
         "adapters": folded.folded.merged if folded.folded else {},
         "ties": sorted(sorted(group) for group in base.ties),
-        "tensors": {name: asdict(item) for name, item in replaced.items()},
+        "tensors": {name: item.model_dump() for name, item in replaced.items()},
         "base": {name: sampled(tensor) for name, tensor in old.items() if name not in changed},
     }
     with replacing(path, ExportError) as temporary:
@@ -135,16 +151,12 @@ def read_delta(path: str | os.PathLike) -> Delta:
     shard = Shard(Path(path))
     if HEADER not in (shard.metadata or {}):
         raise CheckpointError(f"{path} is no delta: it was not written by to_delta.")
-    try:
-        described = json.loads(shard.metadata[HEADER])
-        if described["format"] != FORMAT:
-            raise CheckpointError(f"{path} has format {described['format']}; this version reads format {FORMAT}.")
-        tensors = {name: Replaced(**item) for name, item in described["tensors"].items()}
-        rest = {key: described[key] for key in ("source", "adapters", "ties", "base")}
-        delta = Delta(shard, dtype=getattr(torch, described["dtype"]), tensors=tensors, **rest)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
-    for name, item in tensors.items():
+    described = read_as(Described, shard.metadata[HEADER], path)
+    if not isinstance(dtype := getattr(torch, described.dtype, None), torch.dtype):
+        raise CheckpointError(f"{path} is damaged: the field 'dtype': {described.dtype!r} is no dtype of torch.")
+    kept = {key: getattr(described, key) for key in ("source", "adapters", "ties", "tensors", "base")}
+    delta = Delta(shard, dtype=dtype, **kept)
+    for name, item in delta.tensors.items():
         if name not in shard.entries or digest(shard.tensor(name)) != item.after:
             raise CheckpointError(f"{path} is damaged: {name} is missing or not the tensor that was written.")
     return delta

@@ -26,6 +26,10 @@ class IA3Options(ModuleOptions):
         missing = "feedforward_modules is missing: name them, or []; peft's defaults by architecture are not looked up"
         return [*super().problems(), *([missing] if self.feedforward_modules is None else [])]
 
+    def patterns(self) -> list[tuple[str, str]]:
+        named = self.feedforward_modules
+        return [*super().patterns(), *([("feedforward_modules", named)] if isinstance(named, str) else [])]
+
     def feedforward(self, module: str) -> bool:
         """peft's rule: an ending of any kind, not of whole names."""
         named = self.feedforward_modules

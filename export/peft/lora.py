@@ -67,6 +67,10 @@ class LoRAOptions(ModuleOptions):
             found.append(f"init_lora_weights = {start!r}: {CONVERT}")
         return found
 
+    def patterns(self) -> list[tuple[str, str]]:
+        named = [(key, name) for key in ("rank_pattern", "alpha_pattern") for name in getattr(self, key) or {}]
+        return [*super().patterns(), *named]
+
 
 class LoRAForm(ModuleForm):
     """lora_A, lora_B and, for DoRA, lora_magnitude_vector; the ranks and scales of single modules are patterns."""

@@ -1,5 +1,6 @@
 """adapter_config.json: the keys that are implemented, with peft's defaults; every other one is refused by name."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -37,6 +38,11 @@ class Options(BaseModel):
         except ValidationError as error:
             wrong = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
             raise CheckpointError(f"{where}: {'; '.join(wrong)}.") from error
+        for key, pattern in options.patterns():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise CheckpointError(f"{where}: {key} = {pattern!r} is no regular expression: {error}.") from error
         problems = options.problems()
         for key, value in (options.model_extra or {}).items():
             if key not in cls.ignored and not any(value is empty or value == empty for empty in EMPTY):
@@ -48,6 +54,10 @@ class Options(BaseModel):
     def problems(self) -> list[str]:
         """What is refused among the implemented keys."""
         return []
+
+    def patterns(self) -> list[tuple[str, str]]:
+        """(key, regular expression) of all that are matched with paths of modules."""
+        return [("modules_to_save", name) for name in self.modules_to_save or []]
 
 
 class ModuleOptions(Options):
@@ -71,3 +81,9 @@ class ModuleOptions(Options):
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             return ["layers_to_transform beside target_modules as a regular expression: peft refuses that too"]
         return []
+
+    def patterns(self) -> list[tuple[str, str]]:
+        whole = [(key, getattr(self, key)) for key in ("target_modules", "exclude_modules")]
+        layers = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
+        found = [(key, pattern) for key, pattern in whole if isinstance(pattern, str)]
+        return [*super().patterns(), *found, *(("layers_pattern", name) for name in layers)]

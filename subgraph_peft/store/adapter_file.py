@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +16,7 @@ from torch import nn
 from ..base.errors import CheckpointError, SubgraphPeftError, nearest
 from ..base.files import replacing_set, settle
 from ..base.hashes import sample
+from ..base.schema import Schema, read_as
 from ..compiler.constants import refresh
 from ..compiler.generate import generate
 from ..compiler.places import candidates
@@ -30,7 +31,31 @@ from ..program.sites import find
 
 CONFIG, TENSORS = "adapter.json", "adapter.safetensors"
 FORMAT = 1
-ENTRY = ("name", "method", "sites", "variants")
+
+
+class Entry(Schema):
+    """An adapter: its method, its sites, and the method of the sites that have other options."""
+
+    name: str
+    method: dict[str, Any]
+    sites: tuple[str, ...]
+    variants: dict[str, dict[str, Any]]
+
+
+class Base(Schema):
+    source: str
+    fingerprint: str
+
+
+class Config(Schema):
+    """What adapter.json holds. `untied`: weights that were tied until adapters rewrote them."""
+
+    format: Literal[1]
+    base: Base
+    untied: tuple[str, ...]
+    trained: tuple[str, ...]
+    buffers: tuple[str, ...]
+    adapters: tuple[Entry, ...]
 
 
 def save(program: Program, folder: str | os.PathLike) -> None:
@@ -43,7 +68,7 @@ def save(program: Program, folder: str | os.PathLike) -> None:
     program.need_values("save", CheckpointError)
     folder = Path(folder)
     tensors = {name: value.detach().contiguous().cpu() for name, value in state(program).items()}
-    text = json.dumps(describe(program), indent=2) + "\n"
+    text = json.dumps(describe(program).model_dump(mode="json"), indent=2) + "\n"
     with replacing_set(folder / CONFIG, CheckpointError) as new:
         save_file(tensors, new / TENSORS, metadata={"format": "pt", "config": digest(text)})
         (new / CONFIG).write_text(text, encoding="utf-8")
@@ -78,15 +103,15 @@ def trained(program: Program) -> list[str]:
     return sorted(name for name, _ in program.parameters(trainable=True) if name in base)
 
 
-def describe(program: Program) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "base": {"source": program.source, "fingerprint": fingerprint(program, trained(program))},
-        "untied": untied(program),
-        "trained": trained(program),
-        "buffers": written(program),
-        "adapters": [entry(adapter) for adapter in program.adapters],
-    }
+def describe(program: Program) -> Config:
+    return Config(
+        format=FORMAT,
+        base=Base(source=program.source, fingerprint=fingerprint(program, trained(program))),
+        untied=tuple(untied(program)),
+        trained=tuple(trained(program)),
+        buffers=tuple(written(program)),
+        adapters=tuple(map(entry, program.adapters)),
+    )
 
 
 def untied(program: Program) -> list[str]:
@@ -98,14 +123,13 @@ def untie(captured: Program, names: Sequence[str]) -> Program:
     return resolve_ties(captured, [site for site in find(captured) if site.name in names], "untie")
 
 
-def entry(adapter: Adapter) -> dict[str, Any]:
-    """An adapter as JSON: its method, its sites, and the method of the sites that have other options."""
-    return {
-        "name": adapter.name,
-        "method": spell(adapter.method),
-        "sites": [site.name for site in adapter.sites],
-        "variants": {name: spell(method) for name, method in adapter.variants},
-    }
+def entry(adapter: Adapter) -> Entry:
+    return Entry(
+        name=adapter.name,
+        method=spell(adapter.method),
+        sites=tuple(site.name for site in adapter.sites),
+        variants={name: spell(method) for name, method in adapter.variants},
+    )
 
 
 def fingerprint(program: Program, without: Sequence[str]) -> str:
@@ -121,7 +145,7 @@ def fingerprint(program: Program, without: Sequence[str]) -> str:
     return hashed.hexdigest()
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> Config:
     path = folder / CONFIG
     settle(path, CheckpointError)
     if not path.exists():
@@ -131,19 +155,7 @@ def read_config(folder: Path) -> dict[str, Any]:
                 "with subgraph_peft.export.from_peft(program, folder), or turn it into one with subgraph-peft convert."
             )
         raise CheckpointError(f"{folder} holds no adapter: {CONFIG} is missing.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        version = config["format"]
-        entries = [{key: item[key] for key in ENTRY} for item in config["adapters"]]
-        config["base"]["fingerprint"], config["trained"], config["untied"], config["buffers"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or was not written by this package: {type(error).__name__}: {error}."
-        ) from error
-    if version != FORMAT:
-        raise CheckpointError(f"{path} has format {version}; this version reads format {FORMAT}.")
-    config["adapters"] = entries
-    return config
+    return read_as(Config, path.read_bytes(), path)
 
 
 def read_tensors(folder: Path, expected: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
@@ -179,10 +191,10 @@ def check_fit(path: Path, found: Mapping[str, torch.Tensor], expected: Mapping[s
         raise CheckpointError(f"{path} does not fit the program: {listed}.")
 
 
-def check_base(program: Program, config: Mapping[str, Any], folder: Path) -> None:
-    if config["base"]["fingerprint"] != fingerprint(program, config["trained"]):
+def check_base(program: Program, config: Config, folder: Path) -> None:
+    if config.base.fingerprint != fingerprint(program, config.trained):
         raise CheckpointError(
-            f"{folder} was trained on another base ({config['base'].get('source', 'unknown')}) than this program "
+            f"{folder} was trained on another base ({config.base.source}) than this program "
             f"({program.source}): the weights differ. Load the model that the adapter was trained on."
         )
 
@@ -194,15 +206,15 @@ def restore(program: Program, folder: str | os.PathLike) -> Program:
     folder = Path(folder)
     config = read_config(folder)
     own = [entry(adapter) for adapter in program.adapters]
-    for theirs, ours in zip(config["adapters"], own, strict=False):
-        if differing := [key for key in ENTRY if theirs[key] != ours[key]]:
+    for theirs, ours in zip(config.adapters, own, strict=False):
+        if differing := [key for key in Entry.model_fields if getattr(theirs, key) != getattr(ours, key)]:
             raise CheckpointError(
-                f"{folder} holds the adapter {theirs['name']!r} with another {differing[0]} than the program's "
-                f"{ours['name']!r}. Use sp.load(program, folder) on the captured program to rebuild it from the file."
+                f"{folder} holds the adapter {theirs.name!r} with another {differing[0]} than the program's "
+                f"{ours.name!r}. Use sp.load(program, folder) on the captured program to rebuild it from the file."
             )
-    if len(own) != len(config["adapters"]) or config["trained"] != trained(program):
+    if len(own) != len(config.adapters) or list(config.trained) != trained(program):
         raise CheckpointError(
-            f"{folder} holds {len(config['adapters'])} adapters and trains {config['trained'] or 'nothing else'}; "
+            f"{folder} holds {len(config.adapters)} adapters and trains {list(config.trained) or 'nothing else'}; "
             f"the program has {len(own)} and trains {trained(program) or 'nothing else'}. Use sp.load on the "
             "captured program."
         )
@@ -217,11 +229,11 @@ def restore(program: Program, folder: str | os.PathLike) -> Program:
     return program
 
 
-def buffer_shapes(program: Program, config: Mapping[str, Any]) -> dict[str, torch.Size]:
+def buffer_shapes(program: Program, config: Config) -> dict[str, torch.Size]:
     own = buffers(program)
-    if missing := set(config["buffers"]) - set(own):
+    if missing := set(config.buffers) - set(own):
         raise CheckpointError(f"The program has no buffer {sorted(missing)[0]}, which the adapter's training wrote.")
-    return {name: own[name].shape for name in config["buffers"]}
+    return {name: own[name].shape for name in config.buffers}
 
 
 def set_buffers(program: Program, found: Mapping[str, torch.Tensor]) -> None:
@@ -243,15 +255,15 @@ def load(program: Program, folder: str | os.PathLike) -> Program:
     folder = Path(folder)
     config = read_config(folder)
     check_base(program.captured, config, folder)
-    captured = untie(program.captured, config["untied"])
+    captured = untie(program.captured, config.untied)
     known = [method for a in program.adapters for method in (a.method, *(method for _, method in a.variants))]
-    adapters = tuple(read_adapter(captured, item, folder, known) for item in config["adapters"])
+    adapters = tuple(read_adapter(captured, item, folder, known) for item in config.adapters)
     base = dict(captured.module.named_parameters())
-    if missing := set(config["trained"]) - set(base):
+    if missing := set(config.trained) - set(base):
         raise CheckpointError(f"{folder}: the program has no parameter {sorted(missing)[0]}.")
     declared = {path: tensor for adapter in adapters for path, tensor in adapter.declared().items()}
     expected = {path: torch.Size(tensor.shape) for path, tensor in declared.items() if tensor.saved}
-    expected |= {name: base[name].shape for name in config["trained"]} | buffer_shapes(captured, config)
+    expected |= {name: base[name].shape for name in config.trained} | buffer_shapes(captured, config)
     found = read_tensors(folder, expected)
     return assembled(captured, adapters, found)
 
@@ -292,24 +304,24 @@ def assembled(captured: Program, adapters: tuple[Adapter, ...], found: Mapping[s
     return replace(result, history=history)
 
 
-def read_adapter(captured: Program, item: Mapping[str, Any], folder: Path, known: Sequence[Method] = ()) -> Adapter:
+def read_adapter(captured: Program, item: Entry, folder: Path, known: Sequence[Method] = ()) -> Adapter:
     """known: methods that need no registry."""
 
     def read(spelled: Mapping[str, Any]) -> Method:
         return next((method for method in known if spell(method) == spelled), None) or registry.read(spelled)
 
     try:
-        method = read(item["method"])
-        variants = tuple((site, read(spelled)) for site, spelled in item["variants"].items())
+        method = read(item.method)
+        variants = tuple((site, read(spelled)) for site, spelled in item.variants.items())
     except SubgraphPeftError as error:
         raise CheckpointError(
             f"{folder}: {error} A method of your own is found once its package registers it in the "
             f"entry-point group {registry.GROUP}; or make the rewrite again and pass that program: "
             "sp.load(adapted, folder)."
         ) from error
-    if not is_name(item["name"]):
-        raise CheckpointError(f"{folder}: the adapter's name {item['name']!r} is no identifier.")
-    return Adapter(item["name"], method, sites_named(captured, method, item["sites"], folder), variants=variants)
+    if not is_name(item.name):
+        raise CheckpointError(f"{folder}: the adapter's name {item.name!r} is no identifier.")
+    return Adapter(item.name, method, sites_named(captured, method, item.sites, folder), variants=variants)
 
 
 def sites_named(captured: Program, method: Method, names: Sequence[str], where: object) -> tuple[Site, ...]:

@@ -15,6 +15,7 @@ from safetensors.torch import save, save_file
 from ..base.borrowed import pytree
 from ..base.errors import CheckpointError, SubgraphPeftError
 from ..base.files import replacing
+from ..base.schema import read_as
 from ..compiler.generate import base_of
 from ..graph.portable import decoded, encoded
 from ..method import registry
@@ -24,7 +25,7 @@ from ..program.module_file import Tensors, module_of, module_part, spec_of, spec
 from ..program.pickling import HEADER, copies, header, reading
 from ..program.program import Program
 from ..program.records import FoldReport, SiteFold
-from .adapter_file import assembled, buffers, entry, read_adapter, trained
+from .adapter_file import Entry, assembled, buffers, entry, read_adapter, trained
 
 FORMAT = 1
 
@@ -88,7 +89,7 @@ def program_parts(program: Program) -> tuple[Tensors, str]:
         "history": program.history,
         "ties": [sorted(group) for group in program.ties],
         "module": module_part(base.module, tensors),
-        "adapters": [entry(adapter) for adapter in program.adapters],
+        "adapters": [entry(adapter).model_dump(mode="json") for adapter in program.adapters],
         "changed": changed,
         "requires_grad": [name for name, p in program.module.named_parameters() if p.requires_grad],
         "training": program.module.training,
@@ -118,7 +119,8 @@ def program_of(tensors: Tensors, text: str, path: Path, device: str | torch.devi
         example = pytree.tree_unflatten(leaves, spec_of(described["example"]))
     program = Program(module, example, described["source"], tuple(map(frozenset, described["ties"])))
     if described["adapters"]:
-        adapters = tuple(read_adapter(program, item, path) for item in described["adapters"])
+        entries = [read_as(Entry, json.dumps(item), path) for item in described["adapters"]]
+        adapters = tuple(read_adapter(program, item, path) for item in entries)
         program = assembled(program, adapters, {name: tensors[f"adapters:{name}"] for name in described["changed"]})
     for name, parameter in program.module.named_parameters():
         parameter.requires_grad_(name in described["requires_grad"])

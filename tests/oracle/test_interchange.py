@@ -593,6 +593,16 @@ def test_foreign_and_damaged_folders(plain, tmp_path):
         sp.load(base("bert"), plain)
 
 
+@pytest.mark.parametrize(
+    "key", ["target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern"]
+)
+def test_a_malformed_pattern_is_named_with_its_folder_and_key(plain, key):
+    broken = "*.query"
+    value = {"modules_to_save": [broken], "rank_pattern": {broken: 4}, "alpha_pattern": {broken: 4}}.get(key, broken)
+    with pytest.raises(sp.CheckpointError, match=rf"adapter_config.json: {key} = '\*.query' is no regular expression"):
+        from_peft(base("bert"), edit(plain, **{key: value}))
+
+
 def test_another_embedding_in_the_file_is_another_base(tmp_path):
     """peft saves the embedding beside an adapter on it; a copy of the base's passes, another one does not."""
     _, program = CASES["embedding"]()

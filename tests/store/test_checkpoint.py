@@ -6,10 +6,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import subgraph_peft as sp
+from subgraph_peft.base.schema import Schema
 from subgraph_peft.passes import DoRA, LoRA, PiSSA
 from subgraph_peft.store import adapter_file
-from subgraph_peft.store.adapter_file import restore
+from subgraph_peft.store.adapter_file import read_config, restore
 from tests import models
+from tests.base.test_schema import spoiled
 
 
 @pytest.fixture
@@ -72,6 +74,22 @@ def test_a_damaged_foreign_or_incomplete_folder_says_so(adapted, folder, tmp_pat
     (folder / "adapter.json").write_text("{ not json")
     with pytest.raises(sp.CheckpointError, match="adapter.json is damaged"):
         sp.load(adapted, folder)
+
+
+def test_every_field_that_is_missing_or_of_another_type_is_named(adapted, folder):
+    good = json.loads((folder / "adapter.json").read_text())
+    nested = [(f"adapters.0.{field}", {**good, "adapters": [e]}) for field, e in spoiled(good["adapters"][0])]
+    nested += [(f"base.{field}", {**good, "base": values}) for field, values in spoiled(good["base"])]
+    for field, values in (*spoiled(good), *nested):
+        (folder / "adapter.json").write_text(json.dumps(values))
+        with pytest.raises(sp.CheckpointError, match=rf"adapter.json (has |is damaged.*'){field}"):
+            read_config(folder)
+
+
+def test_errors_of_our_own_code_are_no_damage(folder, monkeypatch):
+    monkeypatch.setattr(Schema, "model_validate_json", lambda *_: None.planted)
+    with pytest.raises(AttributeError, match="planted"):
+        read_config(folder)
 
 
 def test_strict_loading_lists_every_key_that_does_not_fit_and_changes_nothing(adapted, folder):

@@ -18,11 +18,13 @@ import subgraph_peft as sp
 from subgraph_peft import export
 from subgraph_peft.base import files
 from subgraph_peft.cli import app
+from subgraph_peft.export.delta import read_delta
 from subgraph_peft.passes import BitFit, LoRA
 from subgraph_peft.pipeline.passes import State
 from subgraph_peft.store import merged_folder, shards
 from subgraph_peft.store.merged_folder import folder_of, save_merged
 from tests import models
+from tests.base.test_schema import spoiled
 
 INDEX = "model.safetensors.index.json"
 
@@ -407,7 +409,7 @@ def test_damaged_deltas_and_folders_are_refused_and_nothing_is_written(delta, tm
     refused(good[:-4], "delta.safetensors is missing or damaged")
     refused(good[:-4] + b"\0\0\0\1", "is damaged: model.layers.1.self_attn.q_proj.weight is .* not the tensor")
     refused(good.replace(b'\\"format\\": 1', b'\\"format\\": 9'), "format 9; this version reads format 1")
-    refused(good.replace(b'\\"base\\": ', b'\\"bass\\": '), "is damaged: KeyError: 'base'")
+    refused(good.replace(b'\\"base\\": ', b'\\"bass\\": '), "field 'base' is missing; the field 'bass' is unknown")
     refused((tmp_path / "source/model-00001-of-00005.safetensors").read_bytes(), "is no delta")
     delta.path.write_bytes(good)
     shard = tmp_path / "source/model-00002-of-00005.safetensors"
@@ -420,6 +422,17 @@ def test_damaged_deltas_and_folders_are_refused_and_nothing_is_written(delta, tm
     refused(good, "names '../model-00002-of-00005.safetensors', which is no file of that folder")
     shutil.rmtree(tmp_path / "source")
     refused(good, "is no folder with model.safetensors")
+
+
+def test_every_field_of_a_deltas_header_is_checked(delta):
+    path = delta[0].path
+    held = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        good = json.loads(file.metadata()["subgraph_peft_delta"])
+    for field, values in (*spoiled(good), ("dtype", {**good, "dtype": "nn"})):
+        save_file(held, path, metadata={"subgraph_peft_delta": json.dumps(values)})
+        with pytest.raises(sp.CheckpointError, match=rf"delta.safetensors (has |is damaged.*'){field}"):
+            read_delta(path)
 
 
 def test_where_a_delta_writes(delta, tmp_path):
