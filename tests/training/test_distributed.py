@@ -1,6 +1,7 @@
 """Two processes (gloo, CPU) against one: the same steps, losses, adapters, evaluations and checkpoints.
 
-One launch of torchrun runs every job below in two processes; the tests run them again in this process and compare.
+One launch of torchrun runs every job below in two processes, and then a pipeline file; the tests run the jobs again in
+this process and compare.
 """
 
 import copy
@@ -22,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 import subgraph_peft as sp
 from subgraph_peft.base import processes
 from subgraph_peft.base.errors import CheckpointError, ConfigError, TrainError
+from subgraph_peft.cli import app
 from subgraph_peft.passes import LoRA, PiSSA
 from subgraph_peft.pipeline.data import Examples
 from subgraph_peft.training.distributed import average_gradients
@@ -198,6 +200,19 @@ def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+def pipeline(folder: Path, *changes: tuple[str, str]) -> Path:
+    text = PIPELINE.replace("output: runs", f"output: {folder / 'out'}").replace("batch_size: 8", "batch_size: 4")
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path = folder / "pipeline.yaml"
+    path.write_text(text)
+    return path
+
+
+SHARDED = ("batch_size: 4", "batch_size: 4\n      shard: true")
+
+
 def place(folder: Path, job: str) -> Path:
     return folder / {"resumed": "one", "other step": "one"}.get(job, job)
 
@@ -206,13 +221,14 @@ def place(folder: Path, job: str) -> Path:
 def two(tmp_path_factory) -> list[dict]:
     """What each of two processes found. The folder "one" holds a checkpoint of one process."""
     folder = tmp_path_factory.mktemp("two")
+    pipeline(folder, SHARDED)
     interrupted(folder / "one")
     done = launch("-m", "tests.training.test_distributed", str(folder))
     assert done.returncode == 0, done.stderr[-5000:]
     results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     for job, found in results[0].items():
         assert not isinstance(found, Exception), f"{job}: {found}"
-    return [{**result, "folder": folder} for result in results]
+    return [{**result, "folder": folder, "told": done.stdout} for result in results]
 
 
 @functools.cache
@@ -307,28 +323,24 @@ def test_a_step_sees_the_same_examples_however_it_is_divided(count, batch, accum
 # the pipeline file
 
 
-def pipeline(folder: Path, *changes: tuple[str, str]) -> Path:
-    text = PIPELINE.replace("output: runs", f"output: {folder / 'out'}").replace("batch_size: 8", "batch_size: 4")
-    for old, new in changes:
-        assert old in text
-        text = text.replace(old, new)
-    path = folder / "pipeline.yaml"
-    path.write_text(text)
-    return path
+def test_the_whole_pipeline_writes_one_set_of_files(two):
+    one_set_of_files(two[0]["folder"] / "out", two[0]["told"])
 
 
-@pytest.mark.parametrize("shard", [pytest.param("false", marks=pytest.mark.slow), "true"])
-def test_the_whole_pipeline_writes_one_set_of_files(tmp_path, shard):
-    path = pipeline(tmp_path, ("batch_size: 4", f"batch_size: 4\n      shard: {shard}"))
-    done = launch("-m", "subgraph_peft.cli", "run", str(path))
+@pytest.mark.slow
+def test_a_pipeline_whose_base_is_whole_in_each_process(tmp_path):
+    done = launch("-m", "subgraph_peft.cli", "run", str(pipeline(tmp_path)))
     assert done.returncode == 0, done.stderr[-3000:]
-    folder = tmp_path / "out"
+    one_set_of_files(tmp_path / "out", done.stdout)
+
+
+def one_set_of_files(folder: Path, told: str) -> None:
     assert {item.name for item in folder.iterdir()} == {
         "config.yaml", "checkpoints", "adapter", "merged", "model.onnx", "config.json", "report.json", "report.md",
         "loss.png", "graph.diff",
     }  # fmt: skip
     for line in ("6 steps", "delta retained", "Report:", "model.onnx"):
-        assert done.stdout.count(line) == 1, done.stdout
+        assert told.count(line) == 1, told
     scores = json.loads((folder / "report.json").read_text())["scores"]
     assert scores["after"]["loss"] == pytest.approx(scores["folded"]["loss"], rel=1e-5)
     assert scores["after"]["loss"] < scores["before"]["loss"]
@@ -355,13 +367,15 @@ def test_an_error_ends_all_and_is_told_once(tmp_path, where):
 
 
 def work(folder: Path) -> None:
-    """Every job in this process of two."""
+    """Every job in this process of two, then the command on the pipeline file."""
     torch.set_num_threads(1)
     results = {}
     with processes.processes():
         for job, action in {**JOBS, **OTHERS}.items():
             results[job] = action(place(folder, job))
         torch.save(results, folder / f"{processes.rank()}.pt")
+        with pytest.raises(SystemExit, match="0"):
+            app(["run", str(folder / "pipeline.yaml")])
 
 
 if __name__ == "__main__":
