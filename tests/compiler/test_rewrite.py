@@ -293,30 +293,32 @@ def test_cost_is_read_from_the_traced_shapes(base):
     assert row["flops_per_step"] >= 2 * 10 * 2 * 6
 
 
-def test_bf16_models_keep_float32_adapters_and_compute_in_bf16():
+@pytest.fixture(scope="module")
+def half():
     model, inputs = models.llama()
-    base = sp.capture(model.to(torch.bfloat16), inputs)
-    program = sp.rewrite(base, LoRA(r=2), where="*.{q,v}_proj")
+    return sp.capture(model.to(torch.bfloat16), inputs)
+
+
+def test_bf16_models_keep_float32_adapters_and_compute_in_bf16(half):
+    program = sp.rewrite(half, LoRA(r=2), where="*.{q,v}_proj")
     assert {p.dtype for _, p in program.parameters(trainable=True)} == {torch.float32}
-    assert torch.equal(program.run().logits, base.run().logits)
+    assert torch.equal(program.run().logits, half.run().logits)
     program.module.train()
     loss = program.module(**program.example).loss
     loss.backward()
     assert program.module(**program.example).logits.dtype == torch.bfloat16
     grads = [p.grad for n, p in program.parameters(trainable=True) if n.endswith(".B")]
     assert all(g is not None and g.dtype == torch.float32 and g.abs().max() > 0 for g in grads)
-    halves = sp.rewrite(base, LoRA(r=2), where="*.q_proj", dtype=torch.bfloat16)
+    halves = sp.rewrite(half, LoRA(r=2), where="*.q_proj", dtype=torch.bfloat16)
     assert {p.dtype for _, p in halves.parameters(trainable=True)} == {torch.bfloat16}
     with pytest.raises(sp.MethodError, match="cannot join them"):
         sp.rewrite(halves, LoRA(r=2), where="*.v_proj", dtype=torch.float32)
 
 
 @pytest.mark.parametrize("method", [PiSSA(r=2), DoRA(of=PiSSA(r=2)), DoRA(of=SSB())], ids=str)
-def test_bf16_starts_near_the_base(method):
-    model, inputs = models.llama()
-    base = sp.capture(model.to(torch.bfloat16), inputs)
-    program = sp.rewrite(base, method, where="*.{q,v}_proj")
-    difference = (program.run().logits - base.run().logits).abs().max() / base.run().logits.abs().max()
+def test_bf16_starts_near_the_base(half, method):
+    program = sp.rewrite(half, method, where="*.{q,v}_proj")
+    difference = (program.run().logits - half.run().logits).abs().max() / half.run().logits.abs().max()
     assert difference < 0.05
     assert torch.isfinite(program.module.train()(**program.example).loss)
 
