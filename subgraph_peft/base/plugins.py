@@ -27,7 +27,9 @@ class Plugins:
         self.seen: tuple[Any, Mapping[str, Any]] | None = None
 
     def register(self, cls: type) -> type:
-        """Add a class for this process; a decorator too. Raises where another has its name."""
+        """Add a class for this process; a decorator too. Raises for what is none, and where another has its name."""
+        if not self.fits(cls):
+            raise self.error(f"{cls!r} is no subclass of {self.kind.__name__} with a `name`: none of the {self.word}.")
         self.arrange(self.by_name((*self.classes(), (cls, cls.__module__))))
         self.registered.append(cls)
         return cls
@@ -42,8 +44,8 @@ class Plugins:
         """(class, where it comes from) of each, installed ones first."""
         for point in entry_points(group=self.group):
             loaded = self.load(point)
-            found = [loaded] if isinstance(loaded, type) else [getattr(loaded, name) for name in loaded.__all__]
-            fitting = [cls for cls in found if isinstance(cls, type) and issubclass(cls, self.kind) and cls.name]
+            listed = [getattr(loaded, name, None) for name in getattr(loaded, "__all__", ())]
+            fitting = list(filter(self.fits, [loaded, *listed]))
             if not fitting:
                 raise self.error(
                     f"The entry point {point.name} = {point.value} ({self.group}) is no subclass of "
@@ -52,6 +54,9 @@ class Plugins:
             yield from ((cls, point.value) for cls in fitting)
         for cls in self.registered:
             yield cls, cls.__module__
+
+    def fits(self, cls: Any) -> bool:
+        return isinstance(cls, type) and issubclass(cls, self.kind) and bool(cls.name)
 
     def load(self, point: EntryPoint) -> Any:
         try:

@@ -97,7 +97,8 @@ TABLE: dict[Kind, str] = {
     K.INDEX: "index.Tensor _unsafe_index.Tensor",
     K.PICK: "index_select gather take take_along_dim masked_select",
     K.REORDER: "flip fliplr flipud roll rot90 unfold diagonal linalg_diagonal as_strided"
-    " repeat_interleave.self_int repeat_interleave.self_Tensor",
+    " pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle repeat_interleave.self_int"
+    " repeat_interleave.self_Tensor",
     K.REPEAT: "repeat tile",
     K.PAD: "pad constant_pad_nd",
     K.JOIN: "cat concat concatenate",

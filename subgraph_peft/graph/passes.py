@@ -48,7 +48,7 @@ class GraphPass:
         pass, where it fails, leaves no well-formed graph, or adds a node that does not say where it comes from."""
         known = {node.name for node in graph.nodes}
         rewrite = Rewriter(graph, valued=self.stage == "equation")
-        with failing_as(f"The optimising pass {self.name!r} ({type(self).__module__}.{type(self).__qualname__})"):
+        with failing_as(titled(type(self))):
             self.apply(rewrite, owner)
             sweep(graph)
             return Changed(rewrite.changes, check_added(graph, known))
@@ -100,8 +100,11 @@ class ProgramPass(GraphPass):
 def ordered(passes: Mapping[str, type[GraphPass]]) -> dict[str, GraphPass]:
     """One of each, in the order in which they run: stage by stage, as `before` and `after` ask, else by name.
 
-    Raises PassError where they name a pass that there is none, or wait for each other.
+    Raises PassError where one is not as GraphPass asks, where they name a pass that there is none, or wait for each
+    other.
     """
+    for cls in passes.values():
+        check_class(cls)
     waits = {
         name: {n for n, other in passes.items() if STAGES.index(other.stage) < STAGES.index(cls.stage)}
         for name, cls in passes.items()
@@ -129,7 +132,25 @@ def ordered(passes: Mapping[str, type[GraphPass]]) -> dict[str, GraphPass]:
         ready = sorted(sorter.get_ready())
         order += ready
         sorter.done(*ready)
-    return {name: passes[name]() for name in order}
+    return {name: made(passes[name]) for name in order}
+
+
+def check_class(cls: type[GraphPass]) -> None:
+    with failing_as(titled(cls)):
+        if getattr(cls, "stage", None) not in STAGES:
+            raise PassError(f"it has no `stage` of {', '.join(STAGES)}. Derive it from EquationPass or ProgramPass.")
+        for asked in ("before", "after"):
+            if isinstance(getattr(cls, asked), str):
+                raise PassError(f"its `{asked}` is a text and not a tuple of names: ({getattr(cls, asked)!r},).")
+
+
+def made(cls: type[GraphPass]) -> GraphPass:
+    with failing_as(titled(cls)):
+        return cls()
+
+
+def titled(cls: type[GraphPass]) -> str:
+    return f"The optimising pass {cls.name!r} ({cls.__module__}.{cls.__qualname__})"
 
 
 INSTALLED = Plugins(GROUP, GraphPass, "optimising passes", PassError, ordered)

@@ -244,6 +244,38 @@ def test_what_cannot_be_loaded_is_named(monkeypatch, tmp_path):
         plugins.all()
 
 
+@pytest.mark.parametrize("point", ["json:dumps", "math", "math:pi"])
+def test_an_entry_point_that_is_no_such_class_is_named(monkeypatch, tmp_path, point):
+    install(monkeypatch, tmp_path, "subgraph_peft.tests", point)
+    plugins = Plugins("subgraph_peft.tests", GraphPass, "passes", sp.PassError, dict)
+    with pytest.raises(sp.PassError, match=f"{point} .* is no subclass of GraphPass with a `name`"):
+        plugins.all()
+
+
+@pytest.mark.parametrize(
+    "has, reason",
+    [
+        ({"name": ""}, "no subclass of GraphPass with a `name`"),
+        ({"stage": "last"}, "'own' .*: it has no `stage` of equation, graph, compiled"),
+        ({"before": "tidy"}, r"'own' .*: its `before` is a text .*\('tidy',\)"),
+        ({"__init__": lambda self, size: None}, "'own' .*: TypeError: .*'size'"),
+    ],
+    ids=["name", "stage", "before", "init"],
+)
+def test_a_pass_that_is_none_is_refused_at_the_door(monkeypatch, has, reason):
+    monkeypatch.setattr(passes_.INSTALLED, "registered", [])
+    with pytest.raises(sp.PassError, match=reason):
+        passes_.register(type("Own", (sp.ProgramPass,), {"name": "own", **has}))
+    assert "own" not in optimisations() and not passes_.INSTALLED.registered
+
+
+def test_what_is_no_method_is_refused_at_the_door(monkeypatch):
+    monkeypatch.setattr(registry.INSTALLED, "registered", [])
+    for given in (object, len, Twice()):
+        with pytest.raises(sp.MethodError, match="no subclass of Method with a `name`"):
+            registry.register(given)
+
+
 # the rewriter
 
 
