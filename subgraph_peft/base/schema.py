@@ -15,7 +15,7 @@ class Schema(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-S = TypeVar("S", bound=Schema)
+S = TypeVar("S", bound=BaseModel)
 
 
 def read_as(schema: type[S], text: str | bytes, where: object) -> S:

@@ -14,6 +14,7 @@ from torch.export import Dim
 
 from ..base.borrowed import size_hint
 from ..base.errors import CheckpointError
+from ..base.schema import Schema
 from .edit import fixed_size, move
 from .legal import check_node, is_path, operator_of, operator_text
 
@@ -21,9 +22,17 @@ NAMED = (torch.dtype, torch.layout, torch.memory_format)
 META = ("nn_module_stack", "stack_trace", "custom")
 
 
+class GraphFile(Schema):
+    """nodes: (op, name, target, args, kwargs, meta)   texts: what several nodes share, by the numbers in their meta
+    sizes: expression -> number in the capture"""
+
+    nodes: tuple[tuple[str, str, str, Any, Any, dict[str, int]], ...]
+    texts: tuple[str, ...]
+    sizes: dict[str, int]
+
+
 def graph_json(graph: fx.Graph, held: Collection[str]) -> dict[str, Any]:
-    """{"nodes": [[op, name, target, args, kwargs, meta]], "texts": [what several nodes share], "sizes": {expression:
-    number in the capture}}
+    """The graph as `GraphFile` has it.
 
     held: names of the tensors and of the bodies of operators that the graph may read
     """
@@ -45,16 +54,18 @@ def graph_json(graph: fx.Graph, held: Collection[str]) -> dict[str, Any]:
     return {"nodes": nodes, "texts": list(texts), "sizes": sizes}
 
 
-def graph_of(written: Mapping[str, Any], held: Collection[str], devices: Mapping[str, torch.device]) -> fx.Graph:
+def graph_of(written: GraphFile, held: Collection[str], devices: Mapping[str, torch.device]) -> fx.Graph:
     """The graph, with what was on the devices that `devices` names on others. Nothing of it has run.
 
     Raises CheckpointError for a node that is more than operators on tensors, inputs and what is `held`.
     """
     graph, known = fx.Graph(), {}
-    texts = [json.loads(text) for text in written["texts"]]
-    sizes, mode = symbolic(written["sizes"])
-    for op, name, target, args, kwargs, meta in written["nodes"]:
+    texts = [parsed(text) for text in written.texts]
+    sizes, mode = symbolic(written.sizes)
+    for op, name, target, args, kwargs, meta in written.nodes:
         args, kwargs = decoded(args, known), decoded(kwargs, known)
+        if not isinstance(args, tuple) or any(not 0 <= index < len(texts) for index in meta.values()):
+            raise CheckpointError(f"The node {name!r} of the graph has arguments or meta that are not written as such.")
         check_node(op, name, target, args, kwargs, held)
         if op == "output":
             node = graph.output(*args)
@@ -64,8 +75,7 @@ def graph_of(written: Mapping[str, Any], held: Collection[str], devices: Mapping
         if node.name != name:
             raise CheckpointError(f"The node {name!r} of the graph has no valid name.")
         node.meta = {key: decoded(texts[index]) for key, index in meta.items() if key in META}
-        for place, _ in node.meta.get("nn_module_stack", {}).values():
-            check_path(place)
+        check_stack(node.meta.get("nn_module_stack", {}))
         if "val" in meta:
             with mode:
                 node.meta["val"] = value_of(texts[meta["val"]], sizes, devices)
@@ -78,6 +88,18 @@ def graph_of(written: Mapping[str, Any], held: Collection[str], devices: Mapping
 def check_path(path: Any) -> None:
     if not is_path(path):
         raise CheckpointError(f"{path!r} is no path of a module.")
+
+
+def check_stack(stack: Any) -> None:
+    for entry in stack.values() if isinstance(stack, dict) else (stack,):
+        check_path(entry[0] if isinstance(entry, tuple) and len(entry) == 2 else entry)
+
+
+def parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{text[:80]!r} is no JSON: {error}.") from error
 
 
 def encoded(value: Any) -> Any:
@@ -108,23 +130,48 @@ def decoded(value: Any, nodes: Mapping[str, fx.Node] | None = None) -> Any:
         return [decoded(item, nodes) for item in value]
     if not isinstance(value, dict):
         return value
-    ((kind, held),) = value.items()
-    match kind:
-        case "tuple":
+    match value:
+        case {"tuple": list(held), **others} if not others:
             return tuple(decoded(held, nodes))
-        case "dict":
-            return {decoded(key, nodes): decoded(item, nodes) for key, item in held}
-        case "slice":
-            return slice(*decoded(held, nodes))
-        case "complex":
-            return complex(*held)
-        case "device":
-            return torch.device(held)
-        case "node":
+        case {"dict": list(held), **others} if not others and all(map(is_pair, held)):
+            keys = decoded([key for key, _ in held], nodes)
+            if all(map(is_key, keys)):
+                return dict(zip(keys, decoded([item for _, item in held], nodes), strict=True))
+        case {"slice": [start, stop, step], **others} if not others:
+            return slice(*decoded([start, stop, step], nodes))
+        case {"complex": [float() | int() as real, float() | int() as imaginary], **others} if not others:
+            return complex(real, imaginary)
+        case {"device": str(held), **others} if not others:
+            return device_of(held)
+        case {"node": str(held), **others} if not others and held in (nodes or {}):
             return nodes[held]
-        case "torch" if isinstance(getattr(torch, held, None), NAMED):
+        case {"torch": str(held), **others} if not others and isinstance(getattr(torch, held, None), NAMED):
             return getattr(torch, held)
     raise CheckpointError(f"{value} is not what an argument is written as.")
+
+
+def field(name: str, written: Any) -> Any:
+    """What a field of a file holds. Raises CheckpointError that names it."""
+    try:
+        return decoded(written)
+    except CheckpointError as error:
+        raise CheckpointError(f"The field {name!r}: {error}") from error
+
+
+def is_pair(item: Any) -> bool:
+    return isinstance(item, list) and len(item) == 2
+
+
+def is_key(key: Any) -> bool:
+    """Whether it can be a key of a dict: a plain value, or a tuple of such."""
+    return all(map(is_key, key)) if isinstance(key, tuple) else not isinstance(key, (list, dict, slice))
+
+
+def device_of(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise CheckpointError(f"{text!r} is no device of torch.") from error
 
 
 def value_text(value: Any, sizes: dict[str, int]) -> Any:
@@ -148,11 +195,15 @@ def value_of(written: Any, sizes: Mapping[str, torch.SymInt], devices: Mapping[s
         return [value_of(item, sizes, devices) for item in written]
     if not isinstance(written, dict):
         return written
-    if "size" in written:
-        return sizes[written["size"]]
-    shape = value_of(written["shape"], sizes, devices)
-    device = written["device"]
-    return torch.empty(shape, dtype=decoded(written["dtype"]), device=devices.get(device, torch.device(device)))
+    match written:
+        case {"size": str(text), **others} if not others and text in sizes:
+            return sizes[text]
+        case {"shape": list(shape), "dtype": dtype, "device": str(device), **others} if not others:
+            shape, dtype = value_of(shape, sizes, devices), decoded(dtype)
+            whole = all(isinstance(size, torch.SymInt) or (isinstance(size, int) and size >= 0) for size in shape)
+            if whole and isinstance(dtype, torch.dtype):
+                return torch.empty(shape, dtype=dtype, device=devices.get(device, device_of(device)))
+    raise CheckpointError(f"{written} is not what a node's value is written as.")
 
 
 class Sizes(nn.Module):
@@ -166,7 +217,7 @@ def symbolic(sizes: Mapping[str, int]) -> tuple[dict[str, torch.SymInt], Abstrac
     An expression that is more than arithmetic becomes a size of its own.
     """
     names = [text for text in sizes if text.isidentifier()]
-    trees = {text: ast.parse(text, mode="eval").body for text in sizes}
+    trees = {text: size_tree(text) for text in sizes}
     opaque = [text for text in sizes if not is_arithmetic(trees[text], names)]
     own = [*names, *opaque]
     samples = tuple(torch.empty(max(2, sizes[text]), device="meta") for text in own) or (torch.empty(2, device="meta"),)
@@ -177,6 +228,13 @@ def symbolic(sizes: Mapping[str, int]) -> tuple[dict[str, torch.SymInt], Abstrac
     values = [node.meta["val"] for node in exported.graph.find_nodes(op="placeholder")]
     known = {text: value.shape[0] for text, value in zip(own, values, strict=False)}
     return known | {text: arithmetic(trees[text], known) for text in sizes if text not in known}, values[0].fake_mode
+
+
+def size_tree(text: str) -> ast.expr:
+    try:
+        return ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise CheckpointError(f"{text[:80]!r} is no expression of a size.") from error
 
 
 ARITHMETIC = {

@@ -6,12 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from ..base.errors import CheckpointError, SubgraphPeftError
+from ..base.schema import read_as
 from .internals import internals
 from .module import GraphModel
-from .module_file import Tensors, module_of, module_part
+from .module_file import ModuleFile, Tensors, module_of, module_part
 
 HEADER = "subgraph_peft"
 
@@ -26,7 +28,8 @@ def module_from(data: bytes) -> GraphModel:
     """A module that was pickled. Where it has constants that equations give from adapters' tensors, it refuses to load
     a state dict: they would not be computed anew."""
     with reading(Path("this pickled module")):
-        module = module_of(json.loads(header(data)), copies(data), None)
+        tensors = copies(data)
+        module = module_of(read_as(ModuleFile, header(data), "its header"), tensors, None)
 
     computed = internals(module).computed
 
@@ -43,22 +46,27 @@ def module_from(data: bytes) -> GraphModel:
 
 def copies(data: bytes) -> Tensors:
     """Aligned in memory, as those of a model are: kernels round by alignment."""
-    return {name: tensor.clone() for name, tensor in load(data).items()}
+    try:
+        return {name: tensor.clone() for name, tensor in load(data).items()}
+    except SafetensorError as error:
+        raise CheckpointError(f"It is damaged: {error}.") from error
 
 
 def header(data: bytes) -> str:
-    """The metadata of a safetensors file in memory: its header follows 8 bytes that hold the header's length."""
-    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"][HEADER]
+    """The metadata of a safetensors file in memory that was loaded: its header follows 8 bytes that hold its length."""
+    text = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {}).get(HEADER)
+    if text is None:
+        raise CheckpointError("It was not written by this package.")
+    return text
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Errors name the file."""
+    """Errors of what is read name the file; those of our own code stay what they are."""
     try:
         yield
-    except (SubgraphPeftError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        what = ": " if isinstance(error, SubgraphPeftError) else f" is damaged: {type(error).__name__}: "
-        raise CheckpointError(f"{path}{what}{error}") from error
+    except SubgraphPeftError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 GraphModel.__reduce__ = lambda module: (module_from, (module_bytes(module),))  # its written form is made here

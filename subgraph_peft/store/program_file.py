@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,19 +15,52 @@ from safetensors.torch import save, save_file
 from ..base.borrowed import pytree
 from ..base.errors import CheckpointError, SubgraphPeftError
 from ..base.files import replacing
-from ..base.schema import read_as
+from ..base.schema import Schema, read_as
 from ..compiler.generate import base_of
-from ..graph.portable import decoded, encoded
+from ..graph.portable import encoded, field
 from ..method import registry
 from ..method.method import spell
 from ..program.internals import internals
-from ..program.module_file import Tensors, module_of, module_part, spec_of, spec_text, stored
+from ..program.module_file import ModuleFile, Tensors, module_of, module_part, spec_of, spec_text, stored
 from ..program.pickling import HEADER, copies, header, reading
 from ..program.program import Program
 from ..program.records import FoldReport, SiteFold
 from .adapter_file import Entry, assembled, buffers, entry, read_adapter, trained
 
 FORMAT = 1
+
+
+class SiteFile(Schema):
+    relative_delta: float
+    retained: float
+
+
+class FoldFile(Schema):
+    """A FoldReport."""
+
+    dtype: Any
+    sites: dict[str, SiteFile]
+    output_error: float | None
+    merged: dict[str, Any]
+    remaining: tuple[str, ...]
+
+
+class ProgramFile(Schema):
+    """The header: the captured module, adapters as in adapter.json, and the names of the tensors that are not the
+    module's own. `example` is a structure, `leaves` its values that are no tensors."""
+
+    format: Literal[1]
+    source: str
+    history: tuple[str, ...]
+    ties: tuple[tuple[str, ...], ...]
+    module: ModuleFile
+    adapters: tuple[Entry, ...]
+    changed: tuple[str, ...]
+    requires_grad: tuple[str, ...]
+    training: bool
+    folded: FoldFile | None
+    example: str
+    leaves: tuple[Any, ...]
 
 
 def write(program: Program, path: str | os.PathLike) -> None:
@@ -107,26 +140,30 @@ def program_parts(program: Program) -> tuple[Tensors, str]:
 
 
 def program_of(tensors: Tensors, text: str, path: Path, device: str | torch.device | None) -> Program:
-    described = json.loads(text)
-    if described.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {described.get('format')}; this version reads format {FORMAT}.")
+    described = read_as(ProgramFile, text, path)
     with reading(path):
-        module = module_of(described["module"], tensors, device)
+        if missing := {f"adapters:{name}" for name in described.changed} - set(tensors):
+            raise CheckpointError(f"The field 'changed' names {min(missing)}, which the file does not hold.")
+        module = module_of(described.module, tensors, device)
+        home = internals(module).home.device
         leaves = [
-            tensors[f"example:{i}"].to(internals(module).home.device) if f"example:{i}" in tensors else decoded(leaf)
-            for i, leaf in enumerate(described["leaves"])
+            tensors[f"example:{i}"].to(home) if f"example:{i}" in tensors else field("leaves", leaf)
+            for i, leaf in enumerate(described.leaves)
         ]
-        example = pytree.tree_unflatten(leaves, spec_of(described["example"]))
-    program = Program(module, example, described["source"], tuple(map(frozenset, described["ties"])))
-    if described["adapters"]:
-        entries = [read_as(Entry, json.dumps(item), path) for item in described["adapters"]]
-        adapters = tuple(read_adapter(program, item, path) for item in entries)
-        program = assembled(program, adapters, {name: tensors[f"adapters:{name}"] for name in described["changed"]})
+        structure = spec_of(described.example)
+        if structure.num_leaves != len(leaves):
+            raise CheckpointError(f"The field 'leaves' has {len(leaves)} values for {structure.num_leaves} places.")
+        folded = described.folded and fold_report(described.folded)
+    program = Program(
+        module, pytree.tree_unflatten(leaves, structure), described.source, tuple(map(frozenset, described.ties))
+    )
+    if described.adapters:
+        adapters = tuple(read_adapter(program, item, path) for item in described.adapters)
+        program = assembled(program, adapters, {name: tensors[f"adapters:{name}"] for name in described.changed})
     for name, parameter in program.module.named_parameters():
-        parameter.requires_grad_(name in described["requires_grad"])
-    program.module.train(described["training"])
-    folded = described["folded"] and fold_report(described["folded"])
-    return replace(program, history=tuple(described["history"]), folded=folded)
+        parameter.requires_grad_(name in described.requires_grad)
+    program.module.train(described.training)
+    return replace(program, history=described.history, folded=folded)
 
 
 def check_registered(name: str, methods: list[Any]) -> None:
@@ -145,10 +182,11 @@ def check_registered(name: str, methods: list[Any]) -> None:
             ) from (found if isinstance(found, Exception) else None)
 
 
-def fold_report(written: dict[str, Any]) -> FoldReport:
-    sites = {name: SiteFold(**kept) for name, kept in written["sites"].items()}
-    dtype, remaining = decoded(written["dtype"]), tuple(written["remaining"])
-    return FoldReport(**{**written, "dtype": dtype, "sites": sites, "remaining": remaining})
+def fold_report(written: FoldFile) -> FoldReport:
+    if not isinstance(dtype := field("folded.dtype", written.dtype), torch.dtype):
+        raise CheckpointError(f"The field 'folded.dtype' is {written.dtype!r}, which is no dtype.")
+    sites = {name: SiteFold(site.relative_delta, site.retained) for name, site in written.sites.items()}
+    return FoldReport(dtype, sites, written.output_error, written.merged, written.remaining)
 
 
 copyreg.pickle(Program, lambda program: (program_from, (program_bytes(program),)))

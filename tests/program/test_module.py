@@ -20,11 +20,14 @@ from torch.utils import _pytree as pytree
 
 import subgraph_peft as sp
 from subgraph_peft.graph.edit import fixed_size, move, show
+from subgraph_peft.graph.portable import decoded, symbolic, value_of
 from subgraph_peft.passes import SSB, DoRA, LoRA, PiSSA
+from subgraph_peft.program import module_file
 from subgraph_peft.program.internals import internals
 from subgraph_peft.program.runners import renew
 from subgraph_peft.program.tree import named_tensors
 from tests import models
+from tests.base.test_schema import spoiled
 from tests.compiler.test_rewrite import Mixed, Turned
 from tests.frontend.test_capture import StochasticDepth, resized
 
@@ -503,6 +506,7 @@ def parameter(name, kind="KEYWORD_ONLY"):
 
 ENUM = {"__enum__": True, "fqn": "ran:Kind", "name": "A"}
 FACTORY = {"default_factory_module": "ran", "default_factory_name": "main", "dict_context": ["a"]}
+PART = {"graph": {"nodes": [], "texts": [], "sizes": {}}, "parts": {}}
 CRAFTED = {
     "placeholder": (node("placeholder", target=CODE), r"node 'labels' of the graph is an input called .z=open"),
     "renamed": (node("placeholder", target="y"), r"node 'labels' of the graph is an input that is called 'y'"),
@@ -518,13 +522,13 @@ CRAFTED = {
     "class": (lambda module: module.update({"class": CODE}), "class of the module is called"),
     "block": (lambda module: module.update(blocks=['first", open("ran", "w"), "']), "no path of a module"),
     "stack": (stack, "no path of a module"),
-    "part": (lambda module: module["parts"].update({'a", open("ran", "w"), "': {}}), "no path of a module"),
+    "part": (lambda module: module["parts"].update({'a", open("ran", "w"), "': PART}), "no path of a module"),
     "parameter": (parameter(CODE), "signature has a parameter .*open.*which no function can have"),
     "self": (parameter("self"), "signature has a parameter 'self'"),
     "kind": (parameter("y", "empty"), r"signature has a parameter 'y' \(empty\)"),
     "defaultdict": (structure("collections.defaultdict", FACTORY), "defaultdict, which no file can hold"),
     "enumeration": (structure("builtins.dict", json.dumps([ENUM])), "enumeration among its keys"),
-    "damaged": (lambda module: module.pop("graphs"), "damaged: KeyError: 'graphs'"),
+    "damaged": (lambda module: module.pop("graphs"), "damaged: the field 'module.graphs' is missing"),
 } | {
     text: (node("call_function", target=text), f"calls {text}, which {why}")
     for why, texts in {
@@ -554,6 +558,48 @@ def test_a_crafted_file_is_refused_and_nothing_of_it_runs(captured, tmp_path, mo
     with pytest.raises(sp.CheckpointError, match=f"crafted.*{reason}"):
         sp.read(path).run()
     assert not (tmp_path / "ran").exists()
+
+
+def test_every_field_of_a_programs_header_is_checked(captured, tmp_path):
+    path = tmp_path / "program"
+    sp.write(sp.fold(trained(captured("mlp")[2], LoRA(r=2), "first")), path)
+    held, good = load_file(path), json.loads(program_text(path))
+
+    def within(outer, inner):
+        return [(f"{outer}.{field}", {**good, outer: values}) for field, values in inner]
+
+    module = good["module"]
+    parts = [(f"signature.{f}", {**module, "signature": v}) for f, v in spoiled(module["signature"])]
+    parts += [(f"graphs.0.{f}", {**module, "graphs": [v]}) for f, v in spoiled(module["graphs"][0])]
+    cases = [*spoiled(good), *within("module", [*spoiled(module), *parts]), *within("folded", spoiled(good["folded"]))]
+    for field, values in cases:
+        save_file(held, path, metadata={"subgraph_peft": json.dumps(values)})
+        with pytest.raises(sp.CheckpointError) as caught:
+            sp.read(path)
+        assert field.rpartition(".")[2] in str(caught.value) and str(caught.value).startswith(str(path)), field
+
+
+def test_a_value_or_size_that_is_not_written_as_one_is_refused():
+    broken = [{}, {"tuple": 1}, {"dict": [1]}, {"dict": [[[1], 2]]}, {"slice": [1]}, {"complex": ["a", 1]},
+              {"device": "moon"}, {"node": "none"}, {"torch": "nn"}, {"tuple": [], "dict": []}]  # fmt: skip
+    for value in broken:
+        with pytest.raises(sp.CheckpointError):
+            decoded(value)
+    shape = {"dtype": {"torch": "float32"}, "device": "cpu"}
+    for value in ({"size": "s0"}, {**shape, "shape": [-1]}, {**shape, "shape": ["a"]}, {**shape, "shape": 1}):
+        with pytest.raises(sp.CheckpointError, match="not what a node's value is written as"):
+            value_of(value, {}, {})
+    with pytest.raises(sp.CheckpointError, match="no expression of a size"):
+        symbolic({"s0 +": 3})
+
+
+def test_errors_of_our_own_code_are_no_damage_of_a_file(captured, tmp_path, monkeypatch):
+    sp.write(captured("mlp")[2], tmp_path / "program")
+    pickled = pickle.dumps(captured("mlp")[2].module)
+    monkeypatch.setattr(module_file, "build", lambda *_: None.planted)
+    for read in (lambda: sp.read(tmp_path / "program"), lambda: pickle.loads(pickled)):
+        with pytest.raises(AttributeError, match="planted"):
+            read()
 
 
 def test_names_that_are_code_are_compiled_from_no_source(captured, tmp_path):
