@@ -197,7 +197,7 @@ def describe(model: ir.Model, program: Program, identity: str, **options: Any) -
         "source": program.source,
         "identity": identity,
         "history": list(program.history),
-        "adapters": [entry(adapter) for adapter in program.adapters],
+        "adapters": [entry(adapter).model_dump(mode="json") for adapter in program.adapters],
         "versions": {name: module.__version__ for name in versions if (module := sys.modules.get(name)) is not None},
         **{name: option for name, option in options.items() if option},
     }

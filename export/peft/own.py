@@ -1,15 +1,17 @@
 """Methods that peft does not have, in its two files under their own names."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from subgraph_peft.base.schema import read_as
 from subgraph_peft.graph.site import Site
 from subgraph_peft.method.adapter import Adapter
 from subgraph_peft.program.program import Program
-from subgraph_peft.store.adapter_file import entry, read_adapter
+from subgraph_peft.store.adapter_file import Entry, entry, read_adapter
 
 from .folder import CONFIG, MODULES, WRAPPER, Layout, Slot
 from .form import Form
@@ -30,7 +32,7 @@ class OwnForm(Form):
     options = OwnOptions
 
     def layout(self, captured: Program, options: OwnOptions, tensors: Mapping[str, torch.Tensor]) -> Layout:
-        adapter = read_adapter(captured, options.adapter, Path(CONFIG))
+        adapter = read_adapter(captured, read_as(Entry, json.dumps(options.adapter), CONFIG), Path(CONFIG))
         keys = own_keys(adapter)
         return Layout((adapter,), {path: Slot(keys[path], tensor.shape) for path, tensor in saved(adapter).items()})
 
@@ -41,7 +43,7 @@ def written_own(program: Program, adapter: Adapter) -> tuple[dict[str, Any], dic
     tensors = {keys[path]: program.module.get_parameter(path) for path in saved(adapter)}
     return {
         "peft_type": adapter.method.name,
-        "adapter": entry(adapter),
+        "adapter": entry(adapter).model_dump(mode="json"),
         "target_modules": sorted({site.owner for site in adapter.sites}),
     }, tensors
 
