@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Sequence, Set
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import fx, nn
@@ -13,6 +13,7 @@ from ..base import patterns as patterns_
 from ..base.borrowed import pytree
 from ..base.errors import CaptureWarning, MethodError, SelectorError, first_line, nearest
 from ..graph.edit import aten, cone, flat_outputs
+from ..graph.legal import is_name, is_path
 from ..graph.site import Site
 from ..method.adapter import PARTS, Adapter, identifier
 from ..method.method import Method
@@ -60,7 +61,7 @@ def rewrite(
 
     Raises SelectorError, MethodError.
     """
-    check_arguments(program, method)
+    check_arguments(program, method, tied)
     captured = base_of(program)
     trained = named_parameters(captured, trainable) | {n for n, p in program.parameters(trainable=True)}
     selection, whole = choose_sites(captured, method, where, exclude, kinds, trained)
@@ -174,12 +175,14 @@ def at_blocks(method: Method, site: Site, only: Sequence[str]) -> Method:
     return RowBlocks(of=method, only=tuple(only), names=names, sizes=sizes)
 
 
-def check_arguments(program: Program, method: Method) -> None:
+def check_arguments(program: Program, method: Method, tied: Tied) -> None:
     if not isinstance(program, Program):
         raise MethodError(f"rewrite takes a captured program, sp.capture(model, inputs), not {type(program).__name__}.")
     if not isinstance(method, Method):
         shown = method.__name__ if isinstance(method, type) else repr(method)
         raise MethodError(f"rewrite takes a method with its options, such as LoRA(r=8), not {shown}.")
+    if tied not in get_args(Tied):
+        raise MethodError(f"tied is one of {', '.join(get_args(Tied))}, not {tied!r}.")
     if not any(map(method.defines, PARTS)):
         raise MethodError(f"{type(method).__name__} defines none of {', '.join(PARTS)}.")
 
@@ -216,7 +219,10 @@ def adapter_dtype(program: Program, wanted: torch.dtype | None) -> torch.dtype:
 
 
 def unique(name: str, taken: set[str]) -> str:
+    """A name for an adapter, which its file will be read by. Raises MethodError where it can name nothing in code."""
     name, number = identifier(name), 2
+    if not (is_name(name) and is_path(name)):
+        raise MethodError(f"No adapter can be called {name!r}: name= takes an identifier of Python that is no keyword.")
     if name not in taken:
         return name
     while f"{name}_{number}" in taken:

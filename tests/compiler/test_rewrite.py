@@ -543,3 +543,16 @@ def test_wrong_arguments_are_named(base):
         sp.rewrite(base.module, LoRA())
     with pytest.raises(sp.MethodError, match="defines none of"):
         sp.rewrite(base, sp.Method())
+
+
+@pytest.mark.parametrize("name", ["class", "None", "1a", "ｆｕｌｌ"])
+def test_an_adapter_whose_file_could_not_be_read_is_refused(name):
+    program = sp.capture(nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4))
+    with pytest.raises(sp.MethodError, match=f"No adapter can be called '{name}': name= takes an identifier"):
+        sp.rewrite(program, LoRA(r=2), where="0", name=name)
+
+
+def test_what_to_do_about_ties_is_one_of_two():
+    program = sp.capture(nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4))
+    with pytest.raises(sp.MethodError, match="tied is one of refuse, untie, not 'keep'"):
+        sp.rewrite(program, LoRA(r=2), where="0", tied="keep")
