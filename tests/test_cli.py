@@ -146,7 +146,7 @@ def test_methods_and_schema_print():
     ("change", "message"),
     [
         (["--set", "lora.where=*.qurey"], "matches none of"),
-        (["--set", "lora.rank=3"], "unknown option 'rank'"),
+        (["--set", "lora.rank=3"], "option 'rank': it is unknown"),
         (["--set", "model.factory=tests.test_cli:absent"], "absent"),
         (["--set", "data.train=/nowhere/rows.jsonl"], "/nowhere/rows.jsonl"),
         (["--output", "/proc/nowhere/out"], "cannot be written"),

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from subgraph_peft.base.errors import CheckpointError
+from subgraph_peft.base.schema import explained
 
 # what is about files and sessions, not about the adapter's function
 ABOUT = frozenset({"auto_mapping", "peft_version", "revision", "inference_mode", "base_model_name_or_path"})
@@ -36,8 +37,7 @@ class Options(BaseModel):
         try:
             options = cls(**config)
         except ValidationError as error:
-            wrong = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
-            raise CheckpointError(f"{where}: {'; '.join(wrong)}.") from error
+            raise CheckpointError(f"{where}: {explained(error.errors(), cls, 'key')}.") from error
         for key, pattern in options.patterns():
             try:
                 re.compile(pattern)

@@ -8,6 +8,14 @@ class SubgraphPeftError(Exception):
     """Root of all errors raised on purpose by this package."""
 
 
+class OptionError(SubgraphPeftError):
+    """Of options. `option` has the keys down to the one at fault, where it is one."""
+
+    def __init__(self, *args: object, option: tuple[str, ...] = ()):
+        super().__init__(*args)
+        self.option = option
+
+
 class CaptureError(SubgraphPeftError):
     """A model could not be captured, or a captured module was called in a way its graph cannot serve."""
 
@@ -16,7 +24,7 @@ class SelectorError(SubgraphPeftError):
     """A selector is malformed, matches nothing, or matches what must not be touched."""
 
 
-class MethodError(SubgraphPeftError):
+class MethodError(OptionError):
     """A method is unknown, has wrong options, or cannot be applied to a site."""
 
 
@@ -44,7 +52,7 @@ class ExportError(SubgraphPeftError):
     """An ONNX model could not be written, or does not reproduce the torch outputs."""
 
 
-class ConfigError(SubgraphPeftError):
+class ConfigError(OptionError):
     """A pipeline configuration is invalid."""
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, StrictFloat, S
 from torch import nn
 
 from ..base.errors import MethodError, suggestion
+from ..base.schema import explained, option_of
 from .expression import FUNCTIONS, EquationError, Expression, parse
 from .formula import IN, OUT
 from .method import Init, kaiming_uniform, normal, ones, zeros
@@ -98,24 +99,14 @@ def read(spelled: Mapping[str, Any], taken: set[str]) -> tuple[Definition, Parse
     try:
         definition = Definition.model_validate(dict(spelled))
     except ValidationError as error:
-        raise MethodError(f"{spelled.get('name', 'method')}: {explained(error)}.") from error
+        depths = {"tensors": 3, "options": 2}  # what follows are members of a union
+        wrong = [{**item, "loc": item["loc"][: depths.get(item["loc"][0], 1)]} for item in error.errors()]
+        what = f"{spelled.get('name', 'method')}: {explained(wrong, Definition)}."
+        raise MethodError(what, option=option_of(wrong)) from error
     check_names(definition, taken)
     parsed = parsed_equations(definition)
     check_uses(definition, parsed)
     return definition, parsed
-
-
-def explained(error: ValidationError) -> str:
-    problems: dict[str, list[str]] = {}
-    for item in error.errors():
-        location = item["loc"][: {"tensors": 3, "options": 2}.get(item["loc"][0], 1)]
-        known = Declared.model_fields if len(location) == 3 else Definition.model_fields
-        text = {
-            "missing": "it is required",
-            "extra_forbidden": f"it is unknown.{suggestion(str(location[-1]), known)} Known: {', '.join(known)}",
-        }.get(item["type"], f"{item['msg']}, got {item['input']!r}")
-        problems.setdefault(".".join(map(str, location)), []).append(text)
-    return "; ".join(f"option {where!r}: {' or '.join(texts)}" for where, texts in problems.items())
 
 
 @contextmanager
@@ -124,7 +115,12 @@ def option(method: str, name: str) -> Iterator[None]:
     try:
         yield
     except EquationError as error:
-        raise EquationError(f"{method}: option {name!r}: {named(error.what)}", error.text, error.column) from error
+        what = f"{method}: option {name!r}: {named(error.what)}"
+        raise EquationError(what, error.text, error.column, tuple(name.split("."))) from error
+
+
+def wrong_option(method: str, option: str, what: str) -> MethodError:
+    return MethodError(f"{method}: option {option!r}: {what}", option=tuple(option.split(".")))
 
 
 def named(text: str) -> str:
@@ -172,17 +168,16 @@ def check_names(definition: Definition, taken: set[str]) -> None:
         for own in getattr(definition, field):
             if not NAME.fullmatch(own) or own in reserved:
                 why = "is taken" if own in reserved else "is no name: one has letters, digits and _"
-                raise MethodError(f"{name}: option '{field}.{own}': {own!r} {why}.")
+                raise wrong_option(name, f"{field}.{own}", f"{own!r} {why}.")
     if not NAME.fullmatch(name):
-        raise MethodError(f"{name}: option 'name': {name!r} is no name: one has letters, digits and _.")
+        raise wrong_option(name, "name", f"{name!r} is no name: one has letters, digits and _.")
     if both := [tensor for tensor in definition.tensors if tensor in definition.options]:
-        raise MethodError(f"{name}: option 'options.{both[0]}': {both[0]!r} is a tensor already.")
+        raise wrong_option(name, f"options.{both[0]}", f"{both[0]!r} is a tensor already.")
     if not definition.equations:
         raise MethodError(f"{name}: it has no equation: give one or more of {', '.join(OPERANDS)}.")
     if "dropout" in definition.options and definition.weight is None:
-        raise MethodError(
-            f"{name}: option 'options.dropout': it acts on the input of a weight's terms, and there is no `weight`."
-        )
+        what = "it acts on the input of a weight's terms, and there is no `weight`."
+        raise wrong_option(name, "options.dropout", what)
 
 
 def check_uses(definition: Definition, parsed: Parsed) -> None:
@@ -192,12 +187,12 @@ def check_uses(definition: Definition, parsed: Parsed) -> None:
     for part, equation in parsed.equations.items():
         if not equation.names.intersection(trained):
             listed = f"trained are {', '.join(trained)}" if trained else "all are frozen"
-            raise MethodError(f"{name}: option {part!r}: it names no trained tensor; {listed}.")
+            raise wrong_option(name, part, f"it names no trained tensor; {listed}.")
     used = set().union(*(equation.names for equation in parsed.equations.values()))
     for tensor in definition.tensors:
         if tensor not in used:
-            raise MethodError(f"{name}: option 'tensors.{tensor}': no equation names it.")
+            raise wrong_option(name, f"tensors.{tensor}", "no equation names it.")
     used = used.union(parsed.sizes, *(start.names for start in parsed.starts.values()))
     for number in definition.numbers:
         if number not in used:
-            raise MethodError(f"{name}: option 'options.{number}': no equation, shape or init names it.")
+            raise wrong_option(name, f"options.{number}", "no equation, shape or init names it.")

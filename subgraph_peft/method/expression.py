@@ -32,10 +32,10 @@ REFUSED = {
 class EquationError(MethodError):
     """An equation that cannot be read or evaluated. `column` is the offending character's, counted from 0."""
 
-    def __init__(self, what: str, text: str, column: int):
+    def __init__(self, what: str, text: str, column: int, option: tuple[str, ...] = ()):
         self.what, self.text, self.column = what, text, column
         start = max(0, column - SHOWN * 2 // 3)
-        super().__init__(f"{what}\n    {text[start : start + SHOWN]}\n    {' ' * (column - start)}^")
+        super().__init__(f"{what}\n    {text[start : start + SHOWN]}\n    {' ' * (column - start)}^", option=option)
 
 
 class Function(NamedTuple):

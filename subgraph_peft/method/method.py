@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from pydantic import BaseModel, ConfigDict, SerializationInfo, ValidationError, model_serializer
 
-from ..base.errors import MethodError, suggestion
+from ..base.errors import MethodError
+from ..base.schema import explained, option_of
 from ..graph.site import Site
 
 Init = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
@@ -105,7 +106,9 @@ class Method(BaseModel):
         try:
             super().__init__(**options)
         except ValidationError as error:
-            raise option_error(type(self), error) from error
+            wrong, cls = error.errors(), type(self)
+            what = f"{cls.name or cls.__name__}: {explained(wrong, cls)}."
+            raise MethodError(what, option=option_of(wrong)) from error
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
         """Tensors by name for one site."""
@@ -256,20 +259,6 @@ class Wrapper(Method):
 def spell(method: Method, exclude_defaults: bool = False) -> dict[str, Any]:
     """The method as configuration: {"lora": {"r": 8, …}}."""
     return {method.spelling: method.model_dump(mode="json", exclude_defaults=exclude_defaults)}
-
-
-def option_error(cls: type[Method], error: ValidationError) -> MethodError:
-    known = list(cls.model_fields)
-    parts = []
-    for item in error.errors():
-        name = ".".join(map(str, item["loc"]))
-        if item["type"] == "extra_forbidden":
-            parts.append(f"unknown option {name!r}.{suggestion(name, known)} Options: {', '.join(known) or 'none'}")
-        elif item["type"] == "missing":
-            parts.append(f"option {name!r} is required")
-        else:
-            parts.append(f"option {name!r}: {item['msg']}, got {item['input']!r}")
-    return MethodError(f"{cls.name or cls.__name__}: " + "; ".join(parts) + ".")
 
 
 def initial(

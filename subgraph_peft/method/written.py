@@ -8,9 +8,8 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import ConfigDict, Field, FiniteFloat, PositiveInt, create_model, model_serializer
 
-from ..base.errors import MethodError
 from ..graph.site import Site
-from .definition import OPERANDS, Definition, Parsed, named, option, read
+from .definition import OPERANDS, Definition, Parsed, named, option, read, wrong_option
 from .expression import Expression
 from .formula import IN, NAMES, OUT, PRODUCT, Symbol, equations, generic_site, lift
 from .method import Method, Tensor, zeros
@@ -45,10 +44,8 @@ class Written(Method):
         given = self.given(**sizes(site))
         shape = tuple(size(given) for size in self.parsed.shapes[tensor])
         if any(size < 1 or size != int(size) for size in shape) or math.prod(shape) > LARGEST:
-            raise MethodError(
-                f"{self.name}: option 'tensors.{tensor}.shape': {named(str(list(shape)))} at {site.name} is no shape: "
-                f"sizes are whole and positive, of at most {LARGEST:,} numbers in all."
-            )
+            what = f"{named(str(list(shape)))} at {site.name} is no shape: sizes are whole and positive, of at most"
+            raise wrong_option(self.name, f"tensors.{tensor}.shape", f"{what} {LARGEST:,} numbers in all.")
         return tuple(map(int, shape))
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
@@ -134,7 +131,7 @@ def check_values(method: Written) -> None:
         shape = list(value.shape) if isinstance(value, torch.Tensor) else []
         if shape != list(expected):
             what = f"its value is {shape}, not {list(expected)}"
-            raise MethodError(f"{method.name}: option {where!r}: {named(what)}.")
+            raise wrong_option(method.name, where, f"{named(what)}.")
 
     for part in method.definition.equations:
         operands = [meta(shapes[name]) for name in OPERANDS[part]]

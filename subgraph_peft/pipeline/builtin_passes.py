@@ -118,7 +118,8 @@ class Rewrite(Pass):
         for option in options:
             if option not in known:
                 raise ConfigError(
-                    f"{name}: unknown option {option!r}.{suggestion(option, known)} Options: {', '.join(known)}."
+                    f"{name}: option {option!r}: it is unknown.{suggestion(option, known)} Known: {', '.join(known)}.",
+                    option=(option,),
                 )
         method = registry.read({name: {key: value for key, value in options.items() if key not in own}})
         return cls(method=method, **{key: value for key, value in options.items() if key in own})

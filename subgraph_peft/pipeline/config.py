@@ -2,8 +2,7 @@
 
 import inspect
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..base.errors import ConfigError, MethodError, suggestion
+from ..base.schema import explained
 from ..method import registry
 from ..method.definition import Definition
 from ..method.written import WRITTEN, Written
@@ -122,7 +122,8 @@ def load_config(name: str | os.PathLike, overrides: Sequence[str] = ()) -> Pipel
     try:
         config = PipelineConfig(**raw)
     except ValidationError as error:
-        raise ConfigError("\n".join(located(path, root, item, raw) for item in error.errors())) from error
+        wrong = [(line_of(root, item["loc"]), explained([item], PipelineConfig, "key")) for item in error.errors()]
+        raise ConfigError("\n".join(f"{path}:{line}: {what}." for line, what in wrong)) from error
     try:
         config.pipeline  # noqa: B018
     except (ConfigError, MethodError):
@@ -130,17 +131,15 @@ def load_config(name: str | os.PathLike, overrides: Sequence[str] = ()) -> Pipel
             try:
                 Pipeline.read([item])
             except (ConfigError, MethodError) as error:
-                line = line_of(root, ("passes", index, *option_path(item, str(error))))
+                line = line_of(root, ("passes", index, *option_path(item, error.option)))
                 raise ConfigError(f"{path}:{line}: {error}") from error
         raise
     return config
 
 
-def option_path(item: Any, message: str) -> tuple[str, ...]:
-    """The keys down to the option of a pass that a message quotes, as far as the pass has them."""
+def option_path(item: Any, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """The keys of a pass down to an option of it or of a method in it, as far as the pass has them."""
     every = list(key_paths(item))
-    quoted = re.search(r"option '([^']+)'", message)
-    wanted = tuple(quoted[1].split(".")) if quoted else ()
     while wanted:
         if found := next((keys for keys in every if keys[-len(wanted) :] == wanted), None):
             return found
@@ -152,21 +151,6 @@ def key_paths(value: Any) -> Iterator[tuple[str, ...]]:
     for key, inner in value.items() if isinstance(value, dict) else ():
         yield (str(key),)
         yield from ((str(key), *rest) for rest in key_paths(inner))
-
-
-def located(path: Path, root: yaml.Node, item: Mapping[str, Any], raw: Any) -> str:
-    location = tuple(item["loc"])
-    line = line_of(root, location)
-    key = ".".join(map(str, location))
-    if item["type"] == "extra_forbidden":
-        owner: Any = PipelineConfig
-        for part in location[:-1]:
-            owner = {"model": ModelSpec, "data": DataSpec}.get(str(part), owner)
-        known = list(owner.model_fields)
-        return f"{path}:{line}: unknown key {key!r}.{suggestion(str(location[-1]), known)} Keys: {', '.join(known)}."
-    if item["type"] == "missing":
-        return f"{path}:{line}: {key!r} is required."
-    return f"{path}:{line}: {key}: {item['msg'].removeprefix('Value error, ')}."
 
 
 def line_of(node: yaml.Node, location: Sequence[str | int]) -> int:
@@ -237,7 +221,7 @@ def defined_options(definition: dict[str, Any], name: str, override: str) -> dic
     if name not in own and name not in beside:
         known = [*own, *beside]
         raise ConfigError(
-            f"--set {override}: unknown option {name!r}.{suggestion(name, known)} Options: {', '.join(known)}."
+            f"--set {override}: option {name!r}: it is unknown.{suggestion(name, known)} Known: {', '.join(known)}."
         )
     return own if name in own else definition
 

@@ -11,7 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from ..base.errors import ConfigError, suggestion
+from ..base.errors import ConfigError
+from ..base.schema import explained, option_of
 from ..base.text import Table
 from ..graph.edit import show
 from ..graph.rewriter import check_added, failing_as
@@ -80,7 +81,9 @@ class Pass(BaseModel):
         try:
             super().__init__(**options)
         except ValidationError as error:
-            raise ConfigError(f"{self.name}: {explain(error, list(type(self).model_fields))}") from error
+            wrong = error.errors()
+            what = f"{self.name}: {explained(wrong, type(self))}."
+            raise ConfigError(what, option=option_of(wrong)) from error
 
     def requires(self, state: State) -> None:
         """Raises ConfigError when the pass cannot run on this state."""
@@ -122,17 +125,6 @@ class Pass(BaseModel):
 
     def options(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_defaults=True)
-
-
-def explain(error: ValidationError, known: Sequence[str]) -> str:
-    parts = []
-    for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            parts.append(f"unknown option {name!r}.{suggestion(name, known)} Options: {', '.join(known) or 'none'}")
-        else:
-            parts.append(f"option {name!r}: {item['msg']}" if name else item["msg"])
-    return "; ".join(parts) + "."
 
 
 def difference(before: Program | None, after: Program | None) -> tuple[str, ...]:

@@ -56,7 +56,8 @@ def make(name: str, options: Mapping[str, Any]) -> Pass:
     made = Rewrite.of(name, options)
     for layer in made.method.layers():
         if isinstance(layer, Written) and layer.name in every:
-            raise ConfigError(f"{layer.name}: option 'name': a pass is called {layer.name!r} already.")
+            what = f"{layer.name}: option 'name': a pass is called {layer.name!r} already."
+            raise ConfigError(what, option=("name",))
     return made
 
 

@@ -6,8 +6,12 @@ from typing import Any, Literal
 
 import pytest
 
-from subgraph_peft.base.errors import CheckpointError
+from subgraph_peft.base.errors import CheckpointError, ConfigError, MethodError
 from subgraph_peft.base.schema import Schema, read_as
+from subgraph_peft.method.written import define
+from subgraph_peft.passes import LoRA
+from subgraph_peft.pipeline.builtin_passes import Fold
+from subgraph_peft.pipeline.pipeline import Pipeline
 
 
 class Inner(Schema):
@@ -52,3 +56,19 @@ def test_a_nested_field_is_named_by_its_path_and_long_values_are_cut():
 def test_what_is_no_json_of_a_mapping(text):
     with pytest.raises(CheckpointError, match="file is damaged"):
         read_as(Held, text, "file")
+
+
+def test_an_error_of_an_option_has_the_keys_to_it():
+    with pytest.raises(MethodError) as of_method:
+        LoRA(r=0)
+    tensors = {"A": {"shape": ["r", "in"], "int": "zeros"}}
+    with pytest.raises(MethodError) as of_definition:
+        define({"name": "own", "tensors": tensors, "weight": "W + A", "options": {"r": 2}})
+    with pytest.raises(MethodError) as of_equation:
+        define({"name": "own", "tensors": {"A": {"shape": ["out", "in"]}}, "weight": "W + "})
+    with pytest.raises(ConfigError) as of_pass:
+        Fold(dtyp="float32")
+    with pytest.raises(ConfigError) as of_rewrite:
+        Pipeline.read([{"lora": {"rank": 3}}])
+    errors = (of_method, of_definition, of_equation, of_pass, of_rewrite)
+    assert [e.value.option for e in errors] == [("r",), ("tensors", "A", "int"), ("weight",), ("dtyp",), ("rank",)]

@@ -356,7 +356,7 @@ def test_a_head_trains_beside_the_adapter_on_memory_of_its_own():
 
 
 def test_refusals_say_what_and_what_to_do(base):
-    with pytest.raises(sp.MethodError, match="unknown option 'rank'.*Options: r, alpha"):
+    with pytest.raises(sp.MethodError, match="option 'rank': it is unknown.*Known: r, alpha"):
         LoRA(rank=3)
     with pytest.raises(sp.MethodError, match="option 'r': Input should be greater than 0, got 0"):
         LoRA(r=0)

@@ -577,7 +577,7 @@ def test_overrides_reach_a_written_method(pipeline, override, found):
 
 
 def test_a_wrong_override_names_the_options(pipeline):
-    with pytest.raises(sp.ConfigError, match="unknown option 'alhpa'. Did you mean 'alpha'. Options: r, alpha, name"):
+    with pytest.raises(sp.ConfigError, match="'alhpa': it is unknown. Did you mean 'alpha'. Known: r, alpha, name"):
         load_config(pipeline, ["my_lora.alhpa=1"])
     with pytest.raises(sp.ConfigError, match="no 'my_lroa' in this pipeline. Did you mean 'my_lora'"):
         load_config(pipeline, ["my_lroa.r=1"])
@@ -591,7 +591,7 @@ def test_a_wrong_override_names_the_options(pipeline):
         ("B: {shape", "B: {shap", 12, "option 'tensors.B.shap': it is unknown. Did you mean 'shape'"),
         ("alpha: 4}", "alpha: 4, beta: 1}", 14, "option 'options.beta': no equation, shape or init names it"),
         ("r: 2,", "r: -2,", 14, "option 'r': Input should be greater than 0"),
-        ("      where: ", "      were: ", 15, "unknown option 'were'. Did you mean 'where'"),
+        ("      where: ", "      were: ", 15, "option 'were': it is unknown. Did you mean 'where'"),
         ("name: my_lora", "name: pissa", 9, "a pass is called 'pissa' already"),
         ("name: my_lora", "name: fold", 9, "a pass is called 'fold' already"),
         ("name: scaled", "name: method", 20, "a pass is called 'method' already"),
@@ -622,7 +622,7 @@ def test_the_schema_describes_definitions():
     ({"lora": 3}, "lora: its options are written as {name: value}, not 3"),
     ({"dora": {"of": {"lora": [8]}}}, r"lora: its options are written as {name: value}, not \[8\]"),
     ({"dora": {"of": "lroa"}}, "Unknown method 'lroa'. Did you mean 'lora'"),
-    ({"dora": {"of": {"lora": {"rr": 2}}}}, "lora: unknown option 'rr'. Did you mean 'r'"),
+    ({"dora": {"of": {"lora": {"rr": 2}}}}, "lora: option 'rr': it is unknown. Did you mean 'r'"),
 ])  # fmt: skip
 def test_a_method_inside_another_is_read_as_one_by_itself(spelled, message):
     assert registry.read({"dora": {"of": {"dora": {"of": {"lora": {"r": 2}}}}}}).of.of.r == 2

@@ -525,8 +525,8 @@ REFUSED = {
     "kasa_config": ({"a": 1}, "kasa_config = .*merge_and_unload"),
     "of_the_future": (3, "of_the_future = 3: not known here"),
     "target_modules": (None, "target_modules is missing"),
-    "r": ("many", "r = 'many'"),
-    "bias": ("some", "bias = 'some'"),
+    "r": ("many", "key 'r': .*got 'many'"),
+    "bias": ("some", "key 'bias': .*got 'some'"),
     "peft_type": ("OFT", "peft_type 'OFT' is not known"),
 }
 

@@ -48,9 +48,9 @@ def test_yaml_and_one_line_give_the_same_pipeline():
     ("text", "message"),
     [
         ("lorra", "Unknown pass 'lorra'. Did you mean 'lora'"),
-        ("lora{rank=3}", "lora: unknown option 'rank'.*Options: r, alpha"),
+        ("lora{rank=3}", "lora: option 'rank': it is unknown.*Known: r, alpha"),
         ("lora{r=many}", "option 'r': Input should be a valid integer"),
-        ("fold{dtyp=float32}", "fold: unknown option 'dtyp'. Did you mean 'dtype'"),
+        ("fold{dtyp=float32}", "fold: option 'dtyp': it is unknown. Did you mean 'dtype'"),
         ("lora{r=3", "a brace is open, at character"),
         ("lora{r}", "option=value expected in 'r'"),
         ("lora}", "closes nothing"),
@@ -122,10 +122,10 @@ def test_a_config_is_read_and_overridden(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "line", "message"),
     [
-        ("      r: 4", "      rank: 4", 8, "unknown option 'rank'"),
+        ("      r: 4", "      rank: 4", 8, "option 'rank': it is unknown"),
         ("      r: 4", "      r: -4", 8, "greater than 0"),
-        ("output: runs/x", "outputs: runs/x", 11, "unknown key 'outputs'. Did you mean 'output'"),
-        ("  train: rows.jsonl", "  trian: rows.jsonl", 4, "unknown key 'data.trian'. Did you mean 'train'"),
+        ("output: runs/x", "outputs: runs/x", 11, "key 'outputs': it is unknown. Did you mean 'output'"),
+        ("  train: rows.jsonl", "  trian: rows.jsonl", 4, "key 'data.trian': it is unknown. Did you mean 'train'"),
         ("  - lora:", "  - lorra:", 7, "Unknown pass 'lorra'. Did you mean 'lora'"),
         ("  factory: tests.models:bert", "  factory: [", 4, "expected ',' or"),
         ("output: runs/x", "seed: 1\nseed: 2", 12, "stands twice"),
@@ -312,7 +312,7 @@ def test_third_parties_register_steps_through_an_entry_point(monkeypatch, tmp_pa
     assert "## Counted" in page and f"| places | {len(results[-1].state.program.graph.nodes)} |" in page
     choices = schema()["properties"]["passes"]["anyOf"][1]["items"]["anyOf"]
     assert any("count" in choice["properties"] for choice in choices[1:])
-    with pytest.raises(sp.ConfigError, match="unknown option 'off'. Did you mean 'of'"):
+    with pytest.raises(sp.ConfigError, match="option 'off': it is unknown. Did you mean 'of'"):
         Pipeline.read("count{off=x}")
 
 

@@ -528,7 +528,7 @@ CRAFTED = {
     "kind": (parameter("y", "empty"), r"signature has a parameter 'y' \(empty\)"),
     "defaultdict": (structure("collections.defaultdict", FACTORY), "defaultdict, which no file can hold"),
     "enumeration": (structure("builtins.dict", json.dumps([ENUM])), "enumeration among its keys"),
-    "damaged": (lambda module: module.pop("graphs"), "damaged: the field 'module.graphs' is missing"),
+    "damaged": (lambda module: module.pop("graphs"), "damaged: field 'module.graphs': it is required"),
 } | {
     text: (node("call_function", target=text), f"calls {text}, which {why}")
     for why, texts in {

@@ -409,7 +409,7 @@ def test_damaged_deltas_and_folders_are_refused_and_nothing_is_written(delta, tm
     refused(good[:-4], "delta.safetensors is missing or damaged")
     refused(good[:-4] + b"\0\0\0\1", "is damaged: model.layers.1.self_attn.q_proj.weight is .* not the tensor")
     refused(good.replace(b'\\"format\\": 1', b'\\"format\\": 9'), "format 9; this version reads format 1")
-    refused(good.replace(b'\\"base\\": ', b'\\"bass\\": '), "field 'base' is missing; the field 'bass' is unknown")
+    refused(good.replace(b'\\"base\\": ', b'\\"bass\\": '), "field 'base': it is required; field 'bass': it is unknown")
     refused((tmp_path / "source/model-00001-of-00005.safetensors").read_bytes(), "is no delta")
     delta.path.write_bytes(good)
     shard = tmp_path / "source/model-00002-of-00005.safetensors"
