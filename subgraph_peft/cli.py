@@ -88,7 +88,7 @@ def inspect(
                 state = result.state
                 announce(f"{item.spelled()}  {result.summary}  ({result.cost})")
                 if isinstance(item, Rewrite):
-                    announce(f"    {catalogue.entry(item.method).equation}")
+                    announce(f"    {catalogue.described(item.method).equation}")
                 if graph and result.difference:
                     announce("\n".join(summarised(result.difference)))
         if all_sites or not state.program.adapters:
@@ -299,7 +299,7 @@ def methods(
             print_table(catalogue.table(beside.values()))
             return
         cls = registry.method_class(name, beside)
-        entry = catalogue.entry(cls)
+        entry = catalogue.described(cls)
         announce(f"{entry.name}  {entry.equation}\n\n{entry.text}\n")
         print_rows("Options", catalogue.options(cls), ("option", "type", "default", ""))
         print_rows("Tensors at a site", catalogue.tensors(cls), ("tensor", "shape", "", "starts at"))

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from subgraph_peft.graph.edit import fixed_size
+from subgraph_peft.graph.nodes import fixed_size
 
 USUAL = {4: ("batch", "channels", "height", "width")}
 

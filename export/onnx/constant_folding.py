@@ -5,13 +5,13 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from subgraph_peft.graph.edit import cone, evaluate
+from subgraph_peft.graph.nodes import backward_slice, evaluate_node
 from subgraph_peft.graph.operators import SEEN, is_a
 from subgraph_peft.graph.rewriter import META
 
 
 @torch.no_grad()
-def bake(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def fold_constants(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Replace such values in place, where they are no larger than the tensors they come from. Views and casts of a
     tensor stay, and so does what the captured model itself computes.
 
@@ -26,10 +26,10 @@ def bake(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> dict[str, torc
     baked: dict[str, torch.Tensor] = {}
     while ends:
         node = ends.pop()
-        sources = cone(node)
+        sources = backward_slice(node)
         if all(inner.op == "get_attr" or is_a(inner, SEEN) for inner in sources):
             continue
-        value = evaluate(node, lambda leaf: tensors[str(leaf.target)])
+        value = evaluate_node(node, lambda leaf: tensors[str(leaf.target)])
         size = sum(tensors[str(leaf.target)].numel() for leaf in sources if leaf.op == "get_attr")
         if not isinstance(value, torch.Tensor) or value.numel() > size:
             ends.extend(source for source in node.all_input_nodes if source.op != "get_attr")

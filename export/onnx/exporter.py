@@ -16,11 +16,11 @@ from subgraph_peft.compiler.fold import folds
 from subgraph_peft.graph.guards import between
 from subgraph_peft.program.program import Program
 from subgraph_peft.program.selectors import Where
-from subgraph_peft.store.adapter_file import fingerprint
+from subgraph_peft.store.state import fingerprint
 
 from ..serving.adapters import Adapters
 from ..serving.updates import Updates, updates
-from .files import data_name, write
+from .files import data_name, write_model
 from .fuse import fuse, lay_out
 from .inference import Inference, inference
 from .precision import DTYPES, narrow
@@ -101,7 +101,7 @@ def to_onnx(
         def checked(**options: Any) -> Verification:
             describe(model, base, identity, dtype=str(dtype).removeprefix("torch."), **options)
             with opened.defaults(model, cut):
-                write(model, folder / target.name, external_data)
+                write_model(model, folder / target.name, external_data)
             try:
                 return verified(folder / target.name, reference.dtype, bound, cases, adapted, update)
             except ExportError as error:

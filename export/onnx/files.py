@@ -14,7 +14,7 @@ def data_name(target: Path) -> str:
     return f"{target.name}.data"
 
 
-def write(model: ir.Model, path: Path, external: bool) -> None:
+def write_model(model: ir.Model, path: Path, external: bool) -> None:
     """`path`; and `<name>.data` with the weights, where one file cannot hold them or `external` asks for it."""
     path.with_name(data_name(path)).unlink(missing_ok=True)  # of a form that was written to be checked
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())

@@ -8,13 +8,14 @@ import torch
 from torch import fx, nn
 
 from subgraph_peft.base.errors import ExportError, suggestion
-from subgraph_peft.graph.edit import aten, attribute, fixed_size, flat_outputs, sweep
+from subgraph_peft.graph.edit import eliminate_dead_code
+from subgraph_peft.graph.nodes import aten, attribute, fixed_size, flat_outputs
 from subgraph_peft.program.program import Program
 from subgraph_peft.program.runners import specialise
 from subgraph_peft.program.tree import attach, named_tensors
 
 from .axes import Axes, axis_names
-from .constant_folding import bake
+from .constant_folding import fold_constants
 from .legalise import legalise
 
 STAMP = "fx_node"
@@ -79,8 +80,8 @@ def inference(program: Program, outputs: Sequence[str] | None = None) -> Inferen
     leaves = dict(zip(signature.output_names(), flat_outputs(graph), strict=True))
     chosen = choose(leaves, outputs, program.source)
     graph.output_node().args = (tuple(computed(graph, leaves[name]) for name in chosen),)
-    baked = bake(graph, dict(named_tensors(source)))
-    sweep(graph, source)
+    baked = fold_constants(graph, dict(named_tensors(source)))
+    eliminate_dead_code(graph, source)
     legalise(graph)
     inputs = {name: shape for name, shape in shapes.items() if placeholders[name].users}
     if clash := sorted(set(inputs).intersection(chosen)):

@@ -4,7 +4,7 @@ import operator
 
 from torch import fx
 
-from subgraph_peft.graph.edit import aten, fixed_size
+from subgraph_peft.graph.nodes import aten, fixed_size
 from subgraph_peft.graph.operators import argument
 from subgraph_peft.graph.rewriter import Rewriter
 

@@ -24,12 +24,12 @@ from subgraph_peft.base.errors import ExportError
 from subgraph_peft.compiler.fold import folds
 from subgraph_peft.compiler.generate import base_of
 from subgraph_peft.compiler.rewrite import resolve_ties
-from subgraph_peft.graph.edit import aten, attribute
 from subgraph_peft.graph.layout import MATRIX, turned
+from subgraph_peft.graph.nodes import aten, attribute
 from subgraph_peft.graph.operators import Kind, arguments, is_a, operand
 from subgraph_peft.graph.rewriter import META
 from subgraph_peft.graph.site import VECTORS, Site
-from subgraph_peft.graph.uses import step, whole
+from subgraph_peft.graph.views import step, whole
 from subgraph_peft.method.adapter import identifier, targets
 from subgraph_peft.program.program import Program
 from subgraph_peft.program.selectors import Where, select

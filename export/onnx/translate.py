@@ -24,7 +24,7 @@ from subgraph_peft.frontend.recurrent import Whole
 from subgraph_peft.graph.rewriter import META
 from subgraph_peft.program.label_shift import label_shift
 from subgraph_peft.program.program import Program
-from subgraph_peft.store.adapter_file import entry
+from subgraph_peft.store.adapter_file import adapter_json
 
 from .axes import resize, sizes_of
 from .inference import STAMP, Inference
@@ -197,7 +197,7 @@ def describe(model: ir.Model, program: Program, identity: str, **options: Any) -
         "source": program.source,
         "identity": identity,
         "history": list(program.history),
-        "adapters": [entry(adapter).model_dump(mode="json") for adapter in program.adapters],
+        "adapters": [adapter_json(adapter).model_dump(mode="json") for adapter in program.adapters],
         "versions": {name: module.__version__ for name in versions if (module := sys.modules.get(name)) is not None},
         **{name: option for name, option in options.items() if option},
     }

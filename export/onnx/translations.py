@@ -5,7 +5,7 @@ from typing import Any
 
 from onnxscript import opset18 as op
 
-from subgraph_peft.graph.edit import aten
+from subgraph_peft.graph.nodes import aten
 from subgraph_peft.graph.operators import TABLE, Kind, found
 
 from .recurrent import recurrent

@@ -87,7 +87,7 @@ def compare(
             found = difference(wanted.cpu(), tensor)
             drift[name] = max(found, drift.get(name, found), key=lambda d: d.relative)
     verification = Verification(provider(opened), tuple(shapes), drift, bound)
-    check(verification)
+    check_drift(verification)
     return verification
 
 
@@ -110,7 +110,7 @@ def difference(expected: torch.Tensor, actual: torch.Tensor) -> Drift:
     return Drift(absolute, absolute / scale if scale else absolute, apart.mean().item())
 
 
-def check(verification: Verification) -> None:
+def check_drift(verification: Verification) -> None:
     over = {name: drift for name, drift in verification.drift.items() if drift.exceeds(verification.bound)}
     if not over:
         return

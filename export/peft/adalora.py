@@ -13,7 +13,7 @@ from subgraph_peft.passes import AdaLoRA
 from subgraph_peft.program.program import Program
 
 from ..pieces import Piece, number
-from .folder import MODULES, Layout, Slot
+from .folder import MODULES, FolderContents, Slot
 from .form import Keys, ModuleForm, one
 from .lora import LoRAOptions
 
@@ -62,7 +62,7 @@ class AdaLoRAForm(ModuleForm):
         shapes = {"A": (r, site.in_features), "B": (site.out_features, r), "e": (r, 1)}
         return {name: (f"lora_{name.upper()}", shape) for name, shape in shapes.items()}
 
-    def layout(self, captured: Program, options: AdaLoRAOptions, tensors: Mapping[str, torch.Tensor]) -> Layout:
+    def layout(self, captured: Program, options: AdaLoRAOptions, tensors: Mapping[str, torch.Tensor]) -> FolderContents:
         layout = super().layout(captured, options, tensors)
         slots, (adapter,) = dict(layout.slots), layout.adapters
         for site in adapter.sites:

@@ -9,11 +9,11 @@ import torch
 from subgraph_peft.base.errors import CheckpointError, MethodError
 from subgraph_peft.method.adapter import Adapter, targets
 from subgraph_peft.program.program import Program
-from subgraph_peft.store.adapter_file import trained, written
+from subgraph_peft.store.state import trained, written
 from subgraph_peft.training.tasks import TASKS, task_of
 
 from .folder import MODULES, Slot
-from .form import Form
+from .form import PeftForm
 from .options import Options
 from .targets import modules
 
@@ -34,7 +34,9 @@ class Beside:
     ignored: Collection[str]
 
 
-def read(captured: Program, form: Form, options: Options, adapted: Collection[str], keys: Collection[str]) -> Beside:
+def read_beside(
+    captured: Program, form: PeftForm, options: Options, adapted: Collection[str], keys: Collection[str]
+) -> Beside:
     """adapted: modules that have an adapter; keys: of the file. Raises CheckpointError."""
     state = captured.module.state_dict()
     saved = chosen(captured, options)
@@ -125,7 +127,9 @@ class Saved:
     more: Sequence[str]
 
 
-def write(program: Program, form: Form, values: Mapping[str, torch.Tensor], adapted: Collection[str]) -> Saved:
+def write_beside(
+    program: Program, form: PeftForm, values: Mapping[str, torch.Tensor], adapted: Collection[str]
+) -> Saved:
     """`values` as modules_to_save and, under the modules `adapted`, as `bias`. Raises MethodError."""
     base = program.captured.module.state_dict()
     biases = {name for name in base if name.rpartition(".")[2] == "bias"}
@@ -150,7 +154,7 @@ def write(program: Program, form: Form, values: Mapping[str, torch.Tensor], adap
 
 
 def bias_option(
-    form: Form, trained: Collection[str], biases: Collection[str], adapted: Collection[str]
+    form: PeftForm, trained: Collection[str], biases: Collection[str], adapted: Collection[str]
 ) -> tuple[str, set[str]]:
     """(the value of `bias`, the biases that it saves)"""
     under = {name for name in biases if owner(name) in adapted}
@@ -164,7 +168,7 @@ def inside(name: str, found: Collection[str]) -> bool:
 
 
 def type_of(
-    program: Program, form: Form, saved: Collection[str], adapted: Collection[str]
+    program: Program, form: PeftForm, saved: Collection[str], adapted: Collection[str]
 ) -> tuple[str | None, list[str]]:
     """(peft's task type, the heads that it always saves, whole). A type that brings heads is given where they are saved
     anyway, or where the adapter acts by its type. Raises MethodError."""

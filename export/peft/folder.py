@@ -28,7 +28,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Layout:
+class FolderContents:
     """What a folder says: adapters, the place of each of their tensors by qualified name, and values that the file does
     not hold but that follow from it."""
 

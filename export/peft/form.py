@@ -13,7 +13,7 @@ from subgraph_peft.method.method import Method
 from subgraph_peft.program.program import Program
 
 from ..pieces import Piece
-from .folder import MODULES, Layout, Slot
+from .folder import MODULES, FolderContents, Slot
 from .options import ModuleOptions, Options
 from .targets import shortest, targeted
 
@@ -22,7 +22,7 @@ Value = TypeVar("Value", bound=Hashable)
 Keys = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
-class Form:
+class PeftForm:
     """One `peft_type`.
 
     prefix: before the names of the model's own parameters
@@ -40,7 +40,7 @@ class Form:
         """Whether a method is of this kind."""
         raise NotImplementedError
 
-    def layout(self, captured: Program, options: Any, tensors: Mapping[str, torch.Tensor]) -> Layout:
+    def layout(self, captured: Program, options: Any, tensors: Mapping[str, torch.Tensor]) -> FolderContents:
         """What a folder says about the captured program."""
         raise NotImplementedError
 
@@ -49,7 +49,7 @@ class Form:
         raise NotImplementedError
 
 
-class ModuleForm(Form):
+class ModuleForm(PeftForm):
     """An adapter at modules with weights; its tensors differ from ours in name and shape alone.
 
     kinds: of weight that peft has this adapter for
@@ -74,7 +74,7 @@ class ModuleForm(Form):
         """The keys of the configuration that say what the pieces are. Raises MethodError where it cannot."""
         raise NotImplementedError
 
-    def layout(self, captured: Program, options: Any, tensors: Mapping[str, torch.Tensor]) -> Layout:
+    def layout(self, captured: Program, options: Any, tensors: Mapping[str, torch.Tensor]) -> FolderContents:
         sites = targeted(
             captured, options, lambda module: any(key.startswith(f"{MODULES}{module}.") for key in tensors)
         )
@@ -92,7 +92,7 @@ class ModuleForm(Form):
         shapes = {name: tensor.shape for name, tensor in adapter.shared.items() if tensor.saved}
         for name, (key, shape) in self.shared_keys(base, shapes).items():
             slots[adapter.path(sites[0], name)] = Slot(key, shape)
-        return Layout((adapter,), slots)
+        return FolderContents((adapter,), slots)
 
     def written(self, captured: Program, pieces: Sequence[Piece]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         self.check(pieces)

@@ -14,7 +14,7 @@ from subgraph_peft.passes import DoRA, LoRA, PiSSA, RsLoRA
 from subgraph_peft.program.program import Program
 
 from ..pieces import Piece, number
-from .folder import Layout
+from .folder import FolderContents
 from .form import Keys, ModuleForm, one
 from .options import ABOUT, CONVERT, ModuleOptions
 from .targets import pattern_of
@@ -96,7 +96,7 @@ class LoRAForm(ModuleForm):
         method = (RsLoRA if options.use_rslora else LoRA)(r=r, alpha=alpha, dropout=options.lora_dropout)
         return DoRA(of=method) if options.use_dora else method
 
-    def layout(self, captured: Program, options: LoRAOptions, tensors: Mapping[str, torch.Tensor]) -> Layout:
+    def layout(self, captured: Program, options: LoRAOptions, tensors: Mapping[str, torch.Tensor]) -> FolderContents:
         layout = super().layout(captured, options, tensors)
         return layout if options.init_lora_weights != "pissa" else replace(layout, computed=starts(captured, layout))
 
@@ -147,7 +147,7 @@ def common(owners: Sequence[str], values: Sequence[Any]) -> tuple[Any, dict[str,
 
 
 @torch.no_grad()
-def starts(captured: Program, layout: Layout) -> dict[str, torch.Tensor]:
+def starts(captured: Program, layout: FolderContents) -> dict[str, torch.Tensor]:
     """A₀ and B₀ as peft computes them when it loads the folder on the original weights: the r largest singular triplets
     of W in float32, by the same operators."""
     (adapter,) = layout.adapters

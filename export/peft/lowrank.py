@@ -3,7 +3,7 @@
 import torch
 
 from subgraph_peft.base.errors import MethodError
-from subgraph_peft.compiler.low_rank import check, low_rank
+from subgraph_peft.compiler.low_rank import check_errors, low_rank
 from subgraph_peft.method.adapter import targets
 from subgraph_peft.passes import LoRA
 from subgraph_peft.program.program import Program
@@ -32,5 +32,5 @@ def lora_pieces(program: Program, rank: int | None, tolerance: float) -> tuple[l
             A, B, errors[target.name] = low_rank(target, held, rank)
             method = LoRA(r=A.shape[-2], alpha=A.shape[-2])
             found.append(Piece(adapter.name, site, method, {"A": A, "B": B}, {}))
-    check(errors, rank, tolerance)
+    check_errors(errors, rank, tolerance)
     return found, errors

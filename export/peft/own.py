@@ -11,10 +11,10 @@ from subgraph_peft.base.schema import read_as
 from subgraph_peft.graph.site import Site
 from subgraph_peft.method.adapter import Adapter
 from subgraph_peft.program.program import Program
-from subgraph_peft.store.adapter_file import Entry, entry, read_adapter
+from subgraph_peft.store.adapter_file import Entry, adapter_json, read_adapter
 
-from .folder import CONFIG, MODULES, WRAPPER, Layout, Slot
-from .form import Form
+from .folder import CONFIG, MODULES, WRAPPER, FolderContents, Slot
+from .form import PeftForm
 from .options import Options
 
 
@@ -25,16 +25,18 @@ class OwnOptions(Options):
     target_modules: list[str] | None = None
 
 
-class OwnForm(Form):
+class OwnForm(PeftForm):
     """`<module>.<method>_<tensor>` for every saved tensor; those that all sites share under `base_model`."""
 
     peft_type = "own"
     options = OwnOptions
 
-    def layout(self, captured: Program, options: OwnOptions, tensors: Mapping[str, torch.Tensor]) -> Layout:
+    def layout(self, captured: Program, options: OwnOptions, tensors: Mapping[str, torch.Tensor]) -> FolderContents:
         adapter = read_adapter(captured, read_as(Entry, json.dumps(options.adapter), CONFIG), Path(CONFIG))
         keys = own_keys(adapter)
-        return Layout((adapter,), {path: Slot(keys[path], tensor.shape) for path, tensor in saved(adapter).items()})
+        return FolderContents(
+            (adapter,), {path: Slot(keys[path], tensor.shape) for path, tensor in saved(adapter).items()}
+        )
 
 
 def written_own(program: Program, adapter: Adapter) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -43,7 +45,7 @@ def written_own(program: Program, adapter: Adapter) -> tuple[dict[str, Any], dic
     tensors = {keys[path]: program.module.get_parameter(path) for path in saved(adapter)}
     return {
         "peft_type": adapter.method.name,
-        "adapter": entry(adapter).model_dump(mode="json"),
+        "adapter": adapter_json(adapter).model_dump(mode="json"),
         "target_modules": sorted({site.owner for site in adapter.sites}),
     }, tensors
 

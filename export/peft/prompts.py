@@ -6,18 +6,18 @@ from typing import Any, ClassVar
 import torch
 
 from subgraph_peft.base.errors import CheckpointError, MethodError
+from subgraph_peft.compiler.lowering.virtual_positions import carriers, picks
 from subgraph_peft.compiler.places import candidates
-from subgraph_peft.compiler.virtual_positions import carriers, picks
+from subgraph_peft.graph.sequence.token_embedding import embedding_entry
 from subgraph_peft.graph.site import Site
-from subgraph_peft.graph.token_embedding import entry
 from subgraph_peft.method.adapter import Adapter
 from subgraph_peft.method.method import Method
 from subgraph_peft.passes import PrefixTuning, PromptTuning, PTuning
 from subgraph_peft.program.program import Program
 
 from ..pieces import Piece
-from .folder import WRAPPER, Layout, Slot
-from .form import Form, one
+from .folder import WRAPPER, FolderContents, Slot
+from .form import PeftForm, one
 from .options import ABOUT, Options
 
 KEY = "prompt_embeddings"
@@ -45,7 +45,7 @@ class PromptOptions(Options):
         return [] if fits else [f"task_type = {SEQUENCE_TO_SEQUENCE!r}: {TWO}"]
 
 
-class VirtualForm(Form):
+class VirtualForm(PeftForm):
     """Virtual tokens: one tensor, beside no module."""
 
     options = PromptOptions
@@ -63,14 +63,14 @@ class PromptForm(VirtualForm):
     def takes(self, method: Method) -> bool:
         return type(method) is self.written_by
 
-    def layout(self, captured: Program, options: PromptOptions, tensors: Mapping[str, torch.Tensor]) -> Layout:
+    def layout(self, captured: Program, options: PromptOptions, tensors: Mapping[str, torch.Tensor]) -> FolderContents:
         check_picks(captured, CheckpointError)
         method = PromptTuning(n=options.num_virtual_tokens)
         (site,) = candidates(captured, method)
-        check(site.out_features == options.token_dim, "token_dim", options.token_dim, site.out_features)
+        check_sequence(site.out_features == options.token_dim, "token_dim", options.token_dim, site.out_features)
         adapter = Adapter(method.name, method, (site,))
         slot = Slot(KEY, (options.num_virtual_tokens, options.token_dim))
-        return Layout((adapter,), {adapter.path(site, "P"): slot})
+        return FolderContents((adapter,), {adapter.path(site, "P"): slot})
 
     def written(self, captured: Program, pieces: Sequence[Piece]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         if len(pieces) > 1:
@@ -104,19 +104,19 @@ class PrefixForm(VirtualForm):
     def takes(self, method: Method) -> bool:
         return type(method) is PrefixTuning
 
-    def layout(self, captured: Program, options: PromptOptions, tensors: Mapping[str, torch.Tensor]) -> Layout:
+    def layout(self, captured: Program, options: PromptOptions, tensors: Mapping[str, torch.Tensor]) -> FolderContents:
         method = PrefixTuning(n=options.num_virtual_tokens)
         sites = tuple(candidates(captured, method))
         shape = alike(sites, CheckpointError)
-        check(options.num_layers in (None, len(sites)), "num_layers", options.num_layers, len(sites))
-        check(
+        check_sequence(options.num_layers in (None, len(sites)), "num_layers", options.num_layers, len(sites))
+        check_sequence(
             options.num_attention_heads in (None, shape[0]),
             "num_attention_heads",
             options.num_attention_heads,
             shape[0],
         )
         size = shape[0] * shape[1]
-        check(options.token_dim == size, "token_dim", options.token_dim, size)
+        check_sequence(options.token_dim == size, "token_dim", options.token_dim, size)
         adapter = Adapter(method.name, method, sites)
         whole = (method.n, 2 * len(sites) * size)
         slots = {}
@@ -125,7 +125,7 @@ class PrefixForm(VirtualForm):
                 slots[adapter.path(site, name)] = Slot(
                     KEY, whole, columns((2 * layer + half) * size, (method.n, *shape))
                 )
-        return Layout((adapter,), slots)
+        return FolderContents((adapter,), slots)
 
     def written(self, captured: Program, pieces: Sequence[Piece]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         n = one("the number of virtual tokens", pieces, lambda method: method.n)
@@ -155,7 +155,7 @@ class PrefixForm(VirtualForm):
 def check_picks(captured: Program, error: type[Exception]) -> None:
     """Where the model picks a position by its number, peft lets it pick a virtual token."""
     graph = captured.graphs()[0]
-    found = entry(graph)
+    found = embedding_entry(graph)
     held = carriers(graph, found, {})
     if picked := next((node for node in graph.nodes if node in held and picks(node, found)), None):
         raise error(
@@ -176,6 +176,6 @@ def alike(sites: Sequence[Site], error: type[Exception]) -> tuple[int, int]:
     return sites[0].shape
 
 
-def check(fits: bool, name: str, theirs: Any, ours: Any) -> None:
+def check_sequence(fits: bool, name: str, theirs: Any, ours: Any) -> None:
     if not fits:
         raise CheckpointError(f"{name} is {theirs}; the model has {ours}. Load the model that it was trained on.")

@@ -13,8 +13,8 @@ from subgraph_peft.program.program import Program
 from subgraph_peft.store.adapter_file import assembled, check_fit
 
 from . import beside
-from .folder import CONFIG, TENSORS, Layout, read_folder
-from .form import Form
+from .folder import CONFIG, TENSORS, FolderContents, read_folder
+from .form import PeftForm
 from .forms import FORMS, OWN
 
 
@@ -37,7 +37,7 @@ def from_peft(program: Program, folder: str | os.PathLike) -> Program:
     layout = form.layout(captured, options, tensors)
     captured = resolve_ties(captured, [site for a in layout.adapters for site in a.sites], "untie")
     adapted = {site.owner for adapter in layout.adapters for site in adapter.sites}
-    own = beside.read(captured, form, options, adapted, tensors)
+    own = beside.read_beside(captured, form, options, adapted, tensors)
     found = {key: value for key, value in tensors.items() if key not in own.ignored}
     slots = {**layout.slots, **own.slots}
     expected = {slot.key: torch.Size(slot.shape) for slot in (*slots.values(), *own.copies.values())}
@@ -46,7 +46,7 @@ def from_peft(program: Program, folder: str | os.PathLike) -> Program:
     return built(captured, layout, slots, found)
 
 
-def form_of(config: Mapping[str, Any], folder: Path) -> Form:
+def form_of(config: Mapping[str, Any], folder: Path) -> PeftForm:
     name = config["peft_type"]
     if name in FORMS:
         return FORMS[name]
@@ -58,7 +58,9 @@ def form_of(config: Mapping[str, Any], folder: Path) -> Form:
     )
 
 
-def built(captured: Program, layout: Layout, slots: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Program:
+def built(
+    captured: Program, layout: FolderContents, slots: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> Program:
     declared = {path: tensor for adapter in layout.adapters for path, tensor in adapter.declared().items()}
     stored = {path: slot.restore(tensors[slot.key]) for path, slot in slots.items()} | dict(layout.computed)
     dtype = adapter_dtype(captured, None)

@@ -88,7 +88,7 @@ def to_peft(
     else:
         config, tensors = form.written(program.captured, found)
         config["peft_type"] = form.peft_type
-    saved = beside.write(program, form, values, {piece.site.owner for piece in found})
+    saved = beside.write_beside(program, form, values, {piece.site.owner for piece in found})
     config = {**about(program), **config, **saved.config}
     write_folder(folder, config, {**tensors, **saved.tensors})
     return PeftReport(folder, config["peft_type"], form is not OWN, len(found), errors, saved.more)

@@ -14,7 +14,7 @@ from subgraph_peft.base.errors import ExportError, first_line
 from subgraph_peft.base.files import replacing
 from subgraph_peft.compiler.generate import rebuild
 from subgraph_peft.program.program import Program
-from subgraph_peft.store.adapter_file import fingerprint
+from subgraph_peft.store.state import fingerprint
 
 from ..onnx.reference import cases_of, program_reference
 from ..onnx.report import Verification

@@ -72,7 +72,7 @@ class Adapters:
     def load(self, path: str | os.PathLike) -> LoadedAdapter:
         """Read an adapter file. Raises ExportError, which says what differs, where it is damaged, was made for another
         base, or has other names, shapes or dtypes than the model's slots, or half a pair."""
-        made = read(path)
+        made = read_adapter(path)
         where = Path(path).name
         if made.get_model_version() != version(self.identity):
             raise ExportError(
@@ -203,7 +203,7 @@ def fits(shape: list[int], wanted: list[int | str]) -> bool:
     return len(shape) == len(wanted) and all(isinstance(w, str) or w == s for s, w in zip(shape, wanted, strict=True))
 
 
-def read(path: str | os.PathLike) -> onnxruntime.AdapterFormat:
+def read_adapter(path: str | os.PathLike) -> onnxruntime.AdapterFormat:
     """Raises ExportError for a file that is missing, cut short or no adapter."""
     if not Path(path).is_file():
         raise ExportError(f"There is no adapter file {path}.")

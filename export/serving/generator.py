@@ -96,7 +96,7 @@ class Generator:
         self.encoder = Graph(encoder, provider) if encoder is not None and encoder.is_file() else None
         self.decoder = Graph(path if path.is_file() else home / (DECODER if self.encoder else MODEL), provider)
         self.device = self.decoder.device
-        self.options = read(file) if (file := home / "genai_config.json").is_file() else {}
+        self.options = read_settings(file) if (file := home / "genai_config.json").is_file() else {}
         part = ".decoder" if self.encoder else ""
         self.heads = {n: self.size(n) for n in self.decoder.inputs if n.startswith(f"{PAST}.") and part in n}
         self.shared = self.options.get("search", {}).get("past_present_share_buffer", False)
@@ -120,7 +120,7 @@ class Generator:
 
     def configured(self, home: Path) -> GenerationConfig:
         if (file := home / "generation_config.json").is_file():
-            return read(file, GenerationConfig.from_dict)
+            return read_settings(file, GenerationConfig.from_dict)
         known = self.options.get("model", {})
         return GenerationConfig(**{name: known.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
 
@@ -260,7 +260,7 @@ def check_batch(name: str, given: torch.Tensor, dims: int) -> None:
         raise ExportError(f"{name} has shape {list(given.shape)}: give a batch [batch, length] of at least one token.")
 
 
-def read(path: Path, make: Callable[[dict[str, Any]], Any] = dict) -> Any:
+def read_settings(path: Path, make: Callable[[dict[str, Any]], Any] = dict) -> Any:
     """What `make` gives of a JSON file. Raises ExportError."""
     try:
         return make(json.loads(path.read_text(encoding="utf-8")))

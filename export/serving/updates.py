@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from subgraph_peft.compiler.fold import check_finite
-from subgraph_peft.compiler.low_rank import check, low_rank
+from subgraph_peft.compiler.low_rank import check_errors, low_rank
 from subgraph_peft.method.adapter import Target, targets
 from subgraph_peft.passes import LoRA, RsLoRA
 from subgraph_peft.program.program import Program
@@ -47,7 +47,7 @@ def updates(program: Program, rank: int | None = None, tolerance: float = 0.01) 
         down, up, errors[target.name] = own_factors(target, held, rank) or low_rank(target, held, rank)
         ranks[target.name] = down.shape[-2]
         values |= {target.name + A: down.mT.contiguous(), target.name + B: up.mT.contiguous()}
-    check(errors, rank, tolerance)
+    check_errors(errors, rank, tolerance)
     return Updates(values, ranks, errors)
 
 

@@ -4,7 +4,8 @@ import torch
 from pydantic import Field
 
 from subgraph_peft.graph.site import Site
-from subgraph_peft.method.method import Method, Tensor, Wrapper, trainable
+from subgraph_peft.method.method import Method, Wrapper
+from subgraph_peft.method.tensors import Tensor, trainable
 
 from ..extension.lora import LoRA
 

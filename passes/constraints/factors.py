@@ -2,7 +2,8 @@
 
 from subgraph_peft.base.errors import MethodError
 from subgraph_peft.graph.site import Site
-from subgraph_peft.method.method import Tensor, Wrapper
+from subgraph_peft.method.method import Wrapper
+from subgraph_peft.method.tensors import Tensor
 
 
 class FactorWrapper(Wrapper):

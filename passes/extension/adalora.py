@@ -5,7 +5,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from subgraph_peft.base.errors import MethodError
 from subgraph_peft.graph.site import Site
-from subgraph_peft.method.method import Method, Tensor, normal, trainable
+from subgraph_peft.method.method import Method
+from subgraph_peft.method.tensors import Tensor, normal, trainable
 
 from ..constraints.gram import orthonormality, size
 

@@ -5,7 +5,7 @@ import torch
 from pydantic import Field, PositiveInt
 
 from subgraph_peft.graph.site import Site
-from subgraph_peft.method.method import Tensor, kaiming_uniform, trainable, zeros
+from subgraph_peft.method.tensors import Tensor, kaiming_uniform, trainable, zeros
 
 from .lora import LoRA
 

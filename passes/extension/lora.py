@@ -4,7 +4,8 @@ import torch
 from pydantic import Field, PositiveInt
 
 from subgraph_peft.graph.site import Site
-from subgraph_peft.method.method import Method, Tensor, kaiming_uniform, trainable, zeros
+from subgraph_peft.method.method import Method
+from subgraph_peft.method.tensors import Tensor, kaiming_uniform, trainable, zeros
 
 
 class LoRA(Method):

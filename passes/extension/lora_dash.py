@@ -5,8 +5,8 @@ from pydantic import Field, PositiveInt
 
 from subgraph_peft.base.errors import MethodError
 from subgraph_peft.graph.site import Site
-from subgraph_peft.method.method import Tensor, frozen, trainable
 from subgraph_peft.method.svd import svd
+from subgraph_peft.method.tensors import Tensor, frozen, trainable
 
 from .lora import LoRA
 

@@ -3,7 +3,7 @@ from typing import ClassVar
 import torch
 
 from subgraph_peft.graph.site import Site
-from subgraph_peft.method.method import Tensor, kaiming_uniform, trainable
+from subgraph_peft.method.tensors import Tensor, kaiming_uniform, trainable
 
 from .lora import LoRA
 

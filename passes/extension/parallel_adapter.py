@@ -4,7 +4,7 @@ import torch
 from pydantic import Field
 
 from subgraph_peft.graph.site import Site
-from subgraph_peft.method.method import Tensor, kaiming_uniform, trainable
+from subgraph_peft.method.tensors import Tensor, kaiming_uniform, trainable
 
 from .bottleneck import Bottleneck
 

@@ -7,7 +7,8 @@ import torch
 from pydantic import Field, PositiveInt
 
 from subgraph_peft.graph.site import Site
-from subgraph_peft.method.method import Method, Tensor, frozen, trainable, zeros
+from subgraph_peft.method.method import Method
+from subgraph_peft.method.tensors import Tensor, frozen, trainable, zeros
 
 
 class VeRA(Method):

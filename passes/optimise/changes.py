@@ -4,7 +4,7 @@ from typing import ClassVar
 from torch import fx
 
 from subgraph_peft.graph.addends import Addend, addends, keeps_shape
-from subgraph_peft.graph.edit import aten
+from subgraph_peft.graph.nodes import aten
 from subgraph_peft.graph.operators import SUMS, Kind, is_a
 from subgraph_peft.graph.passes import EquationOwner, EquationPass
 from subgraph_peft.graph.rewriter import Rewriter

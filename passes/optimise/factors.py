@@ -2,7 +2,7 @@
 
 from torch import fx
 
-from subgraph_peft.graph.edit import aten
+from subgraph_peft.graph.nodes import aten
 from subgraph_peft.graph.rewriter import META
 
 NARROW = 4  # a factor is small if it has at most a quarter as many rows as columns

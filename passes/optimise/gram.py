@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from subgraph_peft.graph.addends import addends, keeps_shape
-from subgraph_peft.graph.edit import aten
+from subgraph_peft.graph.nodes import aten
 from subgraph_peft.graph.operators import Kind, arguments, is_a
 from subgraph_peft.graph.passes import EquationOwner, EquationPass
 from subgraph_peft.graph.rewriter import Rewriter

@@ -4,7 +4,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from subgraph_peft.graph.edit import aten
+from subgraph_peft.graph.nodes import aten
 from subgraph_peft.graph.operators import arguments
 from subgraph_peft.graph.passes import ProgramOwner, ProgramPass
 from subgraph_peft.graph.rewriter import Rewriter

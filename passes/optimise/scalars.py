@@ -2,7 +2,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from subgraph_peft.graph.edit import aten
+from subgraph_peft.graph.nodes import aten
 from subgraph_peft.graph.passes import ProgramOwner, ProgramPass
 from subgraph_peft.graph.rewriter import Rewriter
 

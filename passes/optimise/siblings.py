@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from subgraph_peft.graph.edit import aten, is_effect, is_random
+from subgraph_peft.graph.nodes import aten, is_effect, is_random
 from subgraph_peft.graph.passes import ProgramOwner, ProgramPass
 from subgraph_peft.graph.rewriter import Rewriter
 

@@ -3,7 +3,7 @@ from typing import ClassVar, NamedTuple
 from torch import fx
 
 from subgraph_peft.graph.addends import Addend, addends
-from subgraph_peft.graph.edit import aten
+from subgraph_peft.graph.nodes import aten
 from subgraph_peft.graph.operators import SUMS, is_a
 from subgraph_peft.graph.passes import ProgramOwner, ProgramPass
 from subgraph_peft.graph.rewriter import Rewriter

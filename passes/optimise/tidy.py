@@ -5,7 +5,7 @@ import torch
 from torch import fx
 
 from subgraph_peft.base.borrowed import OpOverload
-from subgraph_peft.graph.edit import aten, is_effect, is_random, mode_argument, written
+from subgraph_peft.graph.nodes import aten, is_effect, is_random, mode_argument, written_arguments
 from subgraph_peft.graph.operators import Kind, extent, is_a
 from subgraph_peft.graph.passes import ProgramOwner, ProgramPass
 from subgraph_peft.graph.rewriter import Rewriter
@@ -22,7 +22,7 @@ class Tidy(ProgramPass):
     after: ClassVar[tuple[str, ...]] = ("attention",)
 
     def apply(self, rewrite: Rewriter, owner: ProgramOwner) -> None:
-        pure = not any(list(written(node)) for node in rewrite.graph.nodes)
+        pure = not any(list(written_arguments(node)) for node in rewrite.graph.nodes)
         known: dict[Any, fx.Node] = {}
         for node in list(rewrite.graph.nodes):
             if node.op != "call_function":

@@ -3,7 +3,8 @@ from typing import ClassVar
 import torch
 
 from subgraph_peft.graph.site import Site
-from subgraph_peft.method.method import Method, Tensor, trainable, zeros
+from subgraph_peft.method.method import Method
+from subgraph_peft.method.tensors import Tensor, trainable, zeros
 
 
 class BitFit(Method):

@@ -6,7 +6,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from subgraph_peft.base.errors import MethodError
 from subgraph_peft.graph.site import Site
-from subgraph_peft.method.method import Init, Method, Tensor, frozen, trainable
+from subgraph_peft.method.method import Method
+from subgraph_peft.method.tensors import Init, Tensor, frozen, trainable
 
 if TYPE_CHECKING:
     from subgraph_peft.method.steps import Step

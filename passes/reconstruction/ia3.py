@@ -4,7 +4,8 @@ import torch
 from pydantic import Field
 
 from subgraph_peft.graph.site import Site
-from subgraph_peft.method.method import Method, Tensor, ones, trainable
+from subgraph_peft.method.method import Method
+from subgraph_peft.method.tensors import Tensor, ones, trainable
 
 
 class IA3(Method):

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 
 from subgraph_peft.graph.site import Site
-from subgraph_peft.method.method import Init, Method, Tensor, normal, trainable
+from subgraph_peft.method.method import Method
+from subgraph_peft.method.tensors import Init, Tensor, normal, trainable
 
 LAYERS = 2
 

@@ -6,8 +6,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from subgraph_peft.base.errors import MethodError
 from subgraph_peft.graph.site import Site
-from subgraph_peft.method.method import Method, Tensor, frozen, trainable
+from subgraph_peft.method.method import Method
 from subgraph_peft.method.svd import check_rank, svd
+from subgraph_peft.method.tensors import Tensor, frozen, trainable
 
 
 class PiSSA(Method):

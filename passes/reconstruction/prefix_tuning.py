@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 
 from subgraph_peft.graph.site import Site
-from subgraph_peft.method.method import Method, Tensor, normal, trainable, zeros
+from subgraph_peft.method.method import Method
+from subgraph_peft.method.tensors import Tensor, normal, trainable, zeros
 
 from .p_tuning import linear, uniform
 

@@ -3,8 +3,9 @@ from typing import ClassVar
 import torch
 
 from subgraph_peft.graph.site import Site
-from subgraph_peft.method.method import Method, Tensor, frozen, trainable
+from subgraph_peft.method.method import Method
 from subgraph_peft.method.svd import svd
+from subgraph_peft.method.tensors import Tensor, frozen, trainable
 
 
 class SAMParser(Method):

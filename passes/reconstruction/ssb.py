@@ -3,7 +3,8 @@ from typing import ClassVar
 import torch
 
 from subgraph_peft.graph.site import Site
-from subgraph_peft.method.method import Method, Tensor, ones, trainable
+from subgraph_peft.method.method import Method
+from subgraph_peft.method.tensors import Tensor, ones, trainable
 
 
 class SSB(Method):

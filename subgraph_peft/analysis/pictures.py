@@ -39,7 +39,7 @@ def canvas(width: float, height: float) -> Figure:
     return figure
 
 
-def write(figure: Figure, path: str | os.PathLike) -> None:
+def write_picture(figure: Figure, path: str | os.PathLike) -> None:
     with replacing(path, AnalysisError) as temporary:
         figure.savefig(temporary, format="png")
 
@@ -64,7 +64,7 @@ def draw_spectra(path: str | os.PathLike, sites: Sequence[SiteAnalysis]) -> None
         pane.xaxis.set_major_locator(MaxNLocator(integer=True))
     for pane in panes[-1]:
         pane.set_xlabel("i")
-    write(figure, path)
+    write_picture(figure, path)
 
 
 def plot(pane: Any, spectrum: Spectrum, colour: Any, label: str) -> None:
@@ -119,7 +119,7 @@ def draw_maps(
         pane.set_xticks(range(len(layers)), [".".join(map(str, layer)) for layer in layers], fontsize="small")
         pane.set_xlabel("layer")
         figure.colorbar(image, ax=pane)
-    write(figure, path)
+    write_picture(figure, path)
 
 
 def draw_similarity(path: str | os.PathLike, site: SiteAnalysis) -> None:
@@ -137,4 +137,4 @@ def draw_similarity(path: str | os.PathLike, site: SiteAnalysis) -> None:
         pane.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(site.name.removesuffix(".weight"))
     figure.colorbar(image, ax=panes)
-    write(figure, path)
+    write_picture(figure, path)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from ..graph.edit import evaluate
+from ..graph.nodes import evaluate_node
 from ..method.stacks import stacked
 from ..program.module import GraphModel
 from ..program.records import Constant
@@ -39,10 +39,10 @@ def evaluate_constant(constant: Constant, tensors: Mapping[str, torch.Tensor]) -
         varying = stacked(equation, target.shared)
         given = {leaf: read(leaf) for leaf in equation.leaves(constant.node)}
         dims = {leaf: 0 if leaf in varying else None for leaf in given}
-        over = torch.func.vmap(lambda own: evaluate(constant.node, own.__getitem__), in_dims=(dims,))
-        result = over(given) if constant.node in varying else evaluate(constant.node, given.__getitem__)
+        over = torch.func.vmap(lambda own: evaluate_node(constant.node, own.__getitem__), in_dims=(dims,))
+        result = over(given) if constant.node in varying else evaluate_node(constant.node, given.__getitem__)
     else:
-        result = evaluate(constant.node, read)
+        result = evaluate_node(constant.node, read)
     size = target.site.out_features * target.site.in_features
     full = target.part == "weight" and equation.numel(constant.node) >= size
     return result.to(dtype if full else wide).contiguous()

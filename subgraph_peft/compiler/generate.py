@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from ..base.patches import uncollected
-from ..graph import edit
+from ..graph import edit, nodes
 from ..graph.rewriter import Rewriter
 from ..graph.site import PLACES
 from ..method.adapter import Adapter, Target, targets
@@ -19,9 +19,9 @@ from ..program.program import Program
 from ..program.records import Constant, Lowered
 from ..program.runners import renew
 from .constants import refresh
-from .lower import Lowering
-from .lower_activations import lower_embeddings, lower_keys_values, lower_module, lower_output
-from .lower_weights import lower_bias, lower_weight
+from .lowering.lower import Lowering
+from .lowering.lower_activations import lower_embeddings, lower_keys_values, lower_module, lower_output
+from .lowering.lower_weights import lower_bias, lower_weight
 
 
 @uncollected()
@@ -57,7 +57,7 @@ def generate(
             note = lowered.setdefault(target.chain[0][1].name, Lowered()) if not rewritten else Lowered()
             device, without = captured.home.device, internals(captured.module).without
             lower(Lowering(graph, readers, target, dtype, device, hoist, note, without))
-        edit.sweep(graph)
+        edit.eliminate_dead_code(graph)
         rewritten.append(graph)
     tensors = {**base, **own}
     module = rebuild(captured, tensors, rewritten)
@@ -89,7 +89,7 @@ def cast_trained(graph: fx.Graph, own: Mapping[str, nn.Parameter], base: Mapping
         name = str(node.target)
         if name in own and name in base and own[name].dtype != base[name].dtype:
             users, says = list(node.users), {"site": name, "adapter": "trainable", "term": "cast"}
-            cast = rewrite.add(edit.aten.to.dtype, (node, base[name].dtype), like=node, before=node.next, says=says)
+            cast = rewrite.add(nodes.aten.to.dtype, (node, base[name].dtype), like=node, before=node.next, says=says)
             cast.meta["val"] = node.meta["val"]
             for user in users:
                 user.replace_input_with(node, cast)

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from ..base.errors import MethodError, MethodWarning, first_line
+from ..graph.sequence.token_embedding import rows
 from ..graph.site import PLACES, VECTORS, Site
-from ..graph.token_embedding import rows
 from ..method.adapter import Adapter, Target, targets
-from ..method.method import Method, Tensor, initial, starting
+from ..method.method import Method, initial, starting
+from ..method.tensors import Tensor
 from ..program.internals import Home
 from ..program.program import Program
 from .factor_cache import Cache
@@ -96,7 +97,7 @@ def prepare_group(group: Sequence[Job], load: Load, device: torch.device) -> Ite
             continue
         rest = rest[len(sites) :]
         for index, entry in enumerate(entries):
-            check(method, entry, {name: value[index] for name, value in values.items()})
+            check_prepared(method, entry, {name: value[index] for name, value in values.items()})
         for index, site in enumerate(sites):
             rows = slice(index * size, (index + 1) * size) if site.stack else index
             yield site, {name: value[rows] for name, value in values.items()}
@@ -146,7 +147,7 @@ def one_by_one(method: Method, sites: Sequence[Site], W: torch.Tensor) -> Values
     return {name: torch.stack([values[name] for values in each]) for name in each[0]}
 
 
-def check(method: Method, site: Site, values: Values) -> None:
+def check_prepared(method: Method, site: Site, values: Values) -> None:
     """`check_start` of a method and of those inside it."""
     for layer in method.layers_at(site):
         own = {name: values[outer] for name, outer in layer.names.items() if outer in values}

@@ -21,7 +21,7 @@ def low_rank(
     return A, B, relative(update - B.double() @ A.double(), update)
 
 
-def check(errors: Mapping[str, float], rank: int | None, tolerance: float) -> None:
+def check_errors(errors: Mapping[str, float], rank: int | None, tolerance: float) -> None:
     """Raises MethodError for an error above the tolerance."""
     worst = max(errors, key=errors.get, default=None)
     if worst is not None and errors[worst] > tolerance:

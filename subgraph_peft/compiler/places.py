@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from ..base.patterns import patterns
-from ..graph.attention import attention_sites
+from ..graph.sequence.attention import attention_sites
+from ..graph.sequence.token_embedding import sequence_sites
 from ..graph.site import VECTORS, Site
-from ..graph.token_embedding import sequence_sites
 from ..method.method import Method
 from ..program.modules import module_sites, unfit
 from ..program.program import Program

@@ -12,8 +12,8 @@ from torch import fx, nn
 from ..base import patterns as patterns_
 from ..base.borrowed import pytree
 from ..base.errors import CaptureWarning, MethodError, SelectorError, first_line, nearest
-from ..graph.edit import aten, cone, flat_outputs
 from ..graph.legal import is_name, is_path
+from ..graph.nodes import aten, backward_slice, flat_outputs
 from ..graph.site import Site
 from ..method.adapter import PARTS, Adapter, identifier
 from ..method.method import Method
@@ -157,7 +157,9 @@ def check_stacks(adapter: Adapter) -> None:
 def warn_of_detached(program: Program, adapter: Adapter) -> None:
     """Warns of sites whose tensors no gradient reaches: what they give is detached on every way to an output."""
     outputs = [node for node in flat_outputs(program.graph) if isinstance(node, fx.Node)]
-    reached = set().union(*(cone(node, through=lambda n: n.target is not aten.detach.default) for node in outputs))
+    reached = set().union(
+        *(backward_slice(node, through=lambda n: n.target is not aten.detach.default) for node in outputs)
+    )
     names = {str(node.target) for node in reached if node.op == "get_attr"}
     lost = [s.name for s in adapter.sites if not names.intersection(adapter.paths(s).values())]
     if lost:

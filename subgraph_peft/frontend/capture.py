@@ -13,8 +13,9 @@ from ..base.borrowed import is_of_vmap, pytree, uncompiled
 from ..base.compare import equal
 from ..base.errors import CaptureError, CaptureWarning
 from ..base.patches import alone, silenced, uncollected, watched
-from ..graph.edit import attributes, every_node, fixed_size, writes
-from ..graph.padding import Padding
+from ..graph.edit import writes
+from ..graph.nodes import attributes, every_node, fixed_size
+from ..graph.sequence.padding import Padding
 from ..graph.signature import export_arguments
 from ..program.calls import add_guards
 from ..program.checkpointing import keep_checkpointing, uncheckpointed
@@ -27,7 +28,7 @@ from . import foreign_graphs
 from .assemble import assemble
 from .backward import check_backward
 from .contexts import apart, prepared, seeded, spelled_out, unwritten
-from .diagnostics import check, refused
+from .diagnostics import check_model, refused
 from .examples import dynamic_dimensions, example_of, widen
 from .flat import flat
 from .normalise import inline_regions
@@ -77,7 +78,7 @@ def capture(
     if example_inputs is None:
         raise CaptureError("capture needs example inputs: capture(model, example_inputs).")
     model = uncompiled(model)
-    check(model)
+    check_model(model)
     inputs = example_of(model, example_inputs)
     ranges = dynamic_dimensions(inputs, dynamic)
     inputs = widen(inputs, ranges)

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from ..base.borrowed import holds_packed_weights, is_traceable_wrapper_subclass
 from ..base.errors import CaptureError
-from ..graph.edit import cone
+from ..graph.nodes import backward_slice
 from ..graph.operators import CONTRACTIONS, is_a
 
 UNWRAP = "capture its .module, and wrap program.module instead"
@@ -42,7 +42,7 @@ ADVICE = {
 }
 
 
-def check(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
     """Refuse a model whose weights a graph cannot hold: wrapped, sharded, scripted, quantised, complex, uninitialised.
 
     Raises CaptureError.
@@ -110,7 +110,7 @@ def check_graph(graph: fx.Graph) -> None:
 
 
 def check_weight(node: fx.Node, weight: fx.Node) -> None:
-    held = [(n, n.meta["val"]) for n in cone(weight) if n.op == "get_attr" and "val" in n.meta]
+    held = [(n, n.meta["val"]) for n in backward_slice(weight) if n.op == "get_attr" and "val" in n.meta]
     table, value = max(held, key=lambda pair: (pair[1].numel(), not is_narrow(pair[1])), default=(None, None))
     if table is not None and is_narrow(value) and value.ndim > 1:
         line = user_line(str(node.meta.get("stack_trace", "")))

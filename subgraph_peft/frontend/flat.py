@@ -10,8 +10,8 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
 
-from ..graph.edit import attribute
 from ..graph.legal import is_path
+from ..graph.nodes import attribute
 from .diagnostics import check_graph
 from .normalise import normalise
 

@@ -14,14 +14,14 @@ from ..base.borrowed import ORIGINAL_NAMES, OpOverload, pytree, schema_of
 from ..base.compare import equal
 from ..base.errors import CaptureError, CaptureWarning, VersionError
 from ..base.patches import silenced, weights_only
-from ..graph.edit import aten, bodies, every_node, is_random, mode_argument, operator_name
+from ..graph.nodes import aten, bodies, every_node, is_random, mode_argument, operator_name
 from ..graph.operators import argument, set_argument
 from ..graph.signature import export_arguments
 from ..program.program import Program
 from ..program.runners import renew
 from .assemble import assemble
 from .contexts import prepared, seeded, unwritten
-from .diagnostics import check
+from .diagnostics import check_model
 from .examples import example_of
 from .flat import readable
 
@@ -59,7 +59,7 @@ def from_exported(exported: ExportedProgram, example_inputs: Any, dynamic: Any, 
             "again with torch.export.export."
         )
     reference = readable(exported)[0].module(check_guards=False)
-    check(reference)
+    check_model(reference)
     program = assemble(exported, inputs=None if example_inputs is None else {})
     if example_inputs is not None:
         program.example.update(example_of(program.module, example_inputs))

@@ -4,7 +4,8 @@ import torch
 from torch import fx, nn
 
 from ..base.borrowed import GUARDS_MODULE, get
-from ..graph.edit import aten, attribute, sweep
+from ..graph.edit import eliminate_dead_code
+from ..graph.nodes import aten, attribute
 from ..graph.operators import Kind, is_a
 from .recompose import recompose
 from .recurrent import restore
@@ -34,7 +35,7 @@ def normalise(root: fx.GraphModule) -> None:
     see_through_broadcasts(graph)
     read_sizes_early(graph)
     fill_in_captured_dtype(graph)
-    sweep(graph)
+    eliminate_dead_code(graph)
 
 
 def see_through_broadcasts(graph: fx.Graph) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from ..graph.edit import aten
+from ..graph.nodes import aten
 from ..graph.operators import Kind, arguments, is_a, operand, operator_text, permutation
 
 

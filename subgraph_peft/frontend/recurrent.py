@@ -8,7 +8,7 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 
 from ..base.borrowed import schema_of
-from ..graph.edit import aten
+from ..graph.nodes import aten
 
 LAYERS = {name: getattr(aten, name).input for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
 library = torch.library.Library("subgraph_peft", "DEF")

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
-from .edit import aten
+from .nodes import aten
 
 Step = tuple[Any, ...]  # an operator, and its arguments behind the value
 Value = TypeVar("Value", torch.Tensor, fx.Node)

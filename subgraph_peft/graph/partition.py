@@ -9,7 +9,8 @@ from torch import fx, nn
 
 from ..base.errors import CaptureError, SelectorError, nearest
 from ..base.patterns import patterns
-from .edit import cone, is_effect, is_random, sweep
+from .edit import eliminate_dead_code
+from .nodes import backward_slice, is_effect, is_random
 
 Region = dict[fx.Node, None]
 Unit = tuple[str, str]  # a block and the name of one call of it
@@ -116,7 +117,7 @@ def cut(graph: fx.Graph, paths: Collection[str], label: str, path: str = "") -> 
             single = len(outputs) == 1
             copies[node] = result if single else whole.call_function(operator.getitem, (result, index))
             copies[node].meta = dict(node.meta)
-    sweep(whole)
+    eliminate_dead_code(whole)
     yield Piece(path, label, whole)
     for piece in inner:
         yield from cut(piece.graph, paths, piece.call, piece.path)
@@ -142,7 +143,7 @@ def owners(graph: fx.Graph, blocks: Sequence[str], label: str) -> dict[fx.Node, 
         if node.op != "call_function" or node.meta.get("nn_module_stack") or is_effect(node):
             continue
         readers = {owner.get(user) for user in node.users}
-        if len(readers) == 1 and None not in readers and all(n.op != "placeholder" for n in cone(node)):
+        if len(readers) == 1 and None not in readers and all(n.op != "placeholder" for n in backward_slice(node)):
             owner[node] = readers.pop()
     return owner
 

@@ -13,7 +13,7 @@ from torch import fx
 
 from ..base.errors import PassError, suggestion
 from ..base.plugins import Plugins
-from .edit import sweep
+from .edit import eliminate_dead_code
 from .rewriter import Rewriter, check_added, failing_as
 
 GROUP = "subgraph_peft.optimise"
@@ -50,7 +50,7 @@ class GraphPass:
         rewrite = Rewriter(graph, valued=self.stage == "equation")
         with failing_as(titled(type(self))):
             self.apply(rewrite, owner)
-            sweep(graph)
+            eliminate_dead_code(graph)
             return Changed(rewrite.changes, check_added(graph, known))
 
 

@@ -15,8 +15,9 @@ from torch.export import Dim
 from ..base.borrowed import size_hint
 from ..base.errors import CheckpointError
 from ..base.schema import Schema
-from .edit import fixed_size, move
+from .edit import move
 from .legal import check_node, is_path, operator_of, operator_text
+from .nodes import fixed_size
 
 NAMED = (torch.dtype, torch.layout, torch.memory_format)
 META = ("nn_module_stack", "stack_trace", "custom")

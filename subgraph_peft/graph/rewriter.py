@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from ..base.errors import PassError
-from .edit import operator_name, target_name
+from .nodes import operator_name, target_name
 
 META = "subgraph_peft"  # in meta["custom"]: the site, the adapter and the term of a node that a rewrite added
 ORIGIN = "origin"  # in meta: the name of the node of the model for whose sake another was added

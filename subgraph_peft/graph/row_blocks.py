@@ -5,10 +5,11 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from .edit import fixed_size
+from .nodes import fixed_size
 from .operators import VIEWS, Kind, dimensions, is_a, operand, permutation
 from .site import Site
-from .uses import Use, running, slice_of
+from .uses import Use, running
+from .views import slice_of
 
 Rows = tuple[tuple[int, int], ...]
 # what the blocks of a weight are called, by the end of its name and their number

@@ -8,8 +8,9 @@ from functools import cached_property
 import torch
 
 from ..graph.site import VECTORS, Site
-from .method import Method, Tensor
+from .method import Method
 from .stacks import over_stack
+from .tensors import Tensor
 
 
 @dataclass(frozen=True)

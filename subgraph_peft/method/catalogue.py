@@ -18,7 +18,7 @@ COLUMNS = ("method", "family", "equation", "trained per site", "folds", "paper")
 
 
 @dataclass(frozen=True)
-class Entry:
+class Described:
     """One method: its name, family, printed equations, count of trained numbers, whether it folds, its source."""
 
     name: str
@@ -33,14 +33,14 @@ class Entry:
         return self.name, self.family, self.equation, self.trained, "yes" if self.folds else "no", self.paper
 
 
-def entry(subject: type[Method] | Method) -> Entry:
+def described(subject: type[Method] | Method) -> Described:
     """The entry of a method as it stands, or of a class with its default options."""
     method = subject if isinstance(subject, Method) else subject()
     cls = type(method)
     printed = ", ".join(f"{LEFT[part]} = {text}" for part, text in equations(method).items())
     printed = "; ".join([printed, *(f"loss + {text}" for text in penalties(method))])
     text = inspect.cleandoc(cls.__doc__ or "")
-    return Entry(cls.name, cls.family, printed, count_formula(method), cls.foldable(), cls.paper, text)
+    return Described(cls.name, cls.family, printed, count_formula(method), cls.foldable(), cls.paper, text)
 
 
 def penalties(method: Method) -> list[str]:
@@ -50,10 +50,10 @@ def penalties(method: Method) -> list[str]:
     return [line.partition("loss + ")[2] or "penalty" for line in first]
 
 
-def catalogue(beside: Iterable[type[Method]] = ()) -> list[Entry]:
+def catalogue(beside: Iterable[type[Method]] = ()) -> list[Described]:
     """Every installed method, and those `beside` them."""
     order = ["reconstruction", "extension", "combination", "framework"]
-    entries = map(entry, [*registry.methods().values(), *beside])
+    entries = map(described, [*registry.methods().values(), *beside])
     return sorted(entries, key=lambda e: (order.index(e.family) if e.family in order else len(order), e.name))
 
 

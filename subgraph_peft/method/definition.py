@@ -13,7 +13,7 @@ from ..base.errors import MethodError, suggestion
 from ..base.schema import explained, option_of
 from .expression import FUNCTIONS, EquationError, Expression, parse
 from .formula import IN, OUT
-from .method import Init, kaiming_uniform, normal, ones, zeros
+from .tensors import Init, kaiming_uniform, normal, ones, zeros
 
 OPERANDS = {"weight": ("W",), "bias": ("b",), "output": ("x", "y")}
 INITS: dict[str, Init] = {"zeros": zeros, "ones": ones, "kaiming_uniform": kaiming_uniform}
@@ -89,7 +89,7 @@ class Parsed(NamedTuple):
         return set().union(*(size.names for size in chain(*self.shapes.values())))
 
 
-def read(spelled: Mapping[str, Any], taken: set[str]) -> tuple[Definition, Parsed]:
+def read_definition(spelled: Mapping[str, Any], taken: set[str]) -> tuple[Definition, Parsed]:
     """The definition and its equations. Raises MethodError, which names the option at fault.
 
     taken: names that an option cannot have

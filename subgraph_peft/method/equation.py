@@ -9,7 +9,8 @@ from torch import fx, nn
 
 from ..base.borrowed import HigherOrderOperator
 from ..base.errors import MethodError
-from ..graph.edit import aten, cone, mode_argument, operator_name, sweep
+from ..graph.edit import eliminate_dead_code
+from ..graph.nodes import aten, backward_slice, mode_argument, operator_name
 from ..graph.operators import ELEMENTWISE, MULTIPLES, SEEN, SUMS, Kind, argument, is_a, permutation
 from ..graph.passes import EquationPass, optimised
 from ..graph.rewriter import Rewriter
@@ -21,7 +22,7 @@ VIEWS = SEEN & ~Kind.CAST  # a cast computes
 Operand = tuple[str, str]
 
 
-class Step(nn.Module):
+class MethodStep(nn.Module):
     """One method of a chain; as a module so that its nodes carry the adapter's name."""
 
     def __init__(self, method: Method, part: str):
@@ -38,7 +39,7 @@ class Chain(nn.Module):
 
     def __init__(self, chain: tuple[tuple[str, Method], ...], part: str, views: tuple[tuple, ...] = ()):
         super().__init__()
-        self.steps = nn.ModuleDict({name: Step(method, part) for name, method in chain})
+        self.steps = nn.ModuleDict({name: MethodStep(method, part) for name, method in chain})
         self.part, self.views = part, views
 
     def forward(self, operands: tuple[torch.Tensor, ...], tensors: dict[str, dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -89,7 +90,7 @@ class Equation:
 
     def leaves(self, node: fx.Node) -> set[fx.Node]:
         """Placeholders that a node depends on."""
-        return {source for source in cone(node) if source.op == "placeholder"}
+        return {source for source in backward_slice(node) if source.op == "placeholder"}
 
     def varies(self, node: fx.Node) -> bool:
         """Whether a node depends on a trainable tensor; of nodes that a pass has just added too."""
@@ -144,7 +145,7 @@ def push_views(graph: fx.Graph, through_sums: bool) -> None:
                 replacement = pushed(partial(rewrite.add, before=node), node, through_sums)
                 if replacement is not None:
                     rewrite.replace(node, replacement)
-    sweep(graph)
+    eliminate_dead_code(graph)
 
 
 def pushed(add: Callable[..., fx.Node], node: fx.Node, through_sums: bool) -> fx.Node | None:
@@ -219,7 +220,7 @@ def is_slice(node: fx.Node) -> bool:
 
 def is_elementwise(node: fx.Node) -> bool:
     """Whether a value is an operand, seen through views, or computed from such entry by entry."""
-    return all(each.op == "placeholder" or is_a(each, VIEWS | ELEMENTWISE) for each in cone(node))
+    return all(each.op == "placeholder" or is_a(each, VIEWS | ELEMENTWISE) for each in backward_slice(node))
 
 
 def is_transpose(node: fx.Node) -> bool:

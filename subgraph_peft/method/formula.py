@@ -9,7 +9,8 @@ import torch
 
 from ..base.errors import MethodError
 from ..graph.site import Site
-from .method import Method, Tensor
+from .method import Method
+from .tensors import Tensor
 
 SUM, PRODUCT, ATOM = 1, 2, 3
 NAMES = {

@@ -32,7 +32,7 @@ def method_class(name: str, beside: Mapping[str, type[Method]] = MappingProxyTyp
     return known[name]
 
 
-def read(spelled: Any) -> Method:
+def read_method(spelled: Any) -> Method:
     """A method from its configuration: `"lora"`, `{"lora": {"r": 8}}`, or `{"method": {definition}}`."""
     if isinstance(spelled, Method):
         return spelled
@@ -51,7 +51,9 @@ def with_methods(cls: type[Method], options: Mapping[str, Any]) -> dict[str, Any
     """Options of a method, those that are methods themselves read."""
     if not isinstance(options, Mapping):
         raise MethodError(f"{cls.name}: its options are written as {{name: value}}, not {options!r}.")
-    return {name: read(value) if is_method(cls.model_fields.get(name)) else value for name, value in options.items()}
+    return {
+        name: read_method(value) if is_method(cls.model_fields.get(name)) else value for name, value in options.items()
+    }
 
 
 def is_method(field: FieldInfo | None) -> bool:

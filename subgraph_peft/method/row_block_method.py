@@ -9,7 +9,8 @@ from pydantic import Field, PositiveInt
 
 from ..base.errors import MethodError, suggestion
 from ..graph.site import Site
-from .method import Layer, Method, Tensor, Wrapper
+from .method import Layer, Method, Wrapper
+from .tensors import Tensor
 
 
 class RowBlocks(Wrapper):

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from ..base.borrowed import make_fx
-from ..graph.edit import sweep
+from ..graph.edit import eliminate_dead_code
 from ..graph.operators import Kind, is_a, operand
 from .equation import Equation, Operand
 
@@ -44,7 +44,7 @@ def lift(node: fx.Node, batched: tuple[bool, ...], stack: int) -> fx.Graph:
     for inner in list(graph.nodes):
         if is_a(inner, NO_OPS) and inner.meta["val"].shape == operand(inner).meta["val"].shape:
             inner.replace_all_uses_with(operand(inner))
-    sweep(graph)
+    eliminate_dead_code(graph)
     return graph
 
 

@@ -9,10 +9,11 @@ import torch
 from pydantic import ConfigDict, Field, FiniteFloat, PositiveInt, create_model, model_serializer
 
 from ..graph.site import Site
-from .definition import OPERANDS, Definition, Parsed, named, option, read, wrong_option
+from .definition import OPERANDS, Definition, Parsed, named, option, read_definition, wrong_option
 from .expression import Expression
 from .formula import IN, NAMES, OUT, PRODUCT, Symbol, equations, generic_site, lift
-from .method import Method, Tensor, zeros
+from .method import Method
+from .tensors import Tensor, zeros
 
 WRITTEN = "method"  # as a configuration spells it
 LARGEST = 2**33  # numbers of one tensor
@@ -86,7 +87,7 @@ def sizes(site: Site) -> dict[str, int]:
 
 def define(spelled: Mapping[str, Any]) -> Written:
     """The method of a definition, with its options. Raises MethodError, which names the option at fault."""
-    definition, parsed = read(spelled, taken=set(dir(Written)) | Written.__class_vars__)
+    definition, parsed = read_definition(spelled, taken=set(dir(Written)) | Written.__class_vars__)
     fields: dict[str, Any] = {
         name: (PositiveInt if name in parsed.sizes else FiniteFloat, value)
         for name, value in definition.options.items()

@@ -121,7 +121,7 @@ class Rewrite(Pass):
                     f"{name}: option {option!r}: it is unknown.{suggestion(option, known)} Known: {', '.join(known)}.",
                     option=(option,),
                 )
-        method = registry.read({name: {key: value for key, value in options.items() if key not in own}})
+        method = registry.read_method({name: {key: value for key, value in options.items() if key not in own}})
         return cls(method=method, **{key: value for key, value in options.items() if key in own})
 
     @classmethod

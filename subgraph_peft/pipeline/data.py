@@ -53,7 +53,9 @@ class DataSpec(BaseModel):
     )
     limit: PositiveInt | None = Field(None, description="at most so many rows of each set, drawn with the seed")
     eval_share: float = Field(
-        0.1, ge=0, lt=1,
+        0.1,
+        ge=0,
+        lt=1,
         description="without `eval`, this share of the distinct texts of `train` is set aside; 0 for none",
     )
     seed: int = Field(0, description="of what is drawn from the rows")

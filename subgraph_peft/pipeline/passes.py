@@ -14,7 +14,7 @@ from torch import nn
 from ..base.errors import ConfigError
 from ..base.schema import explained, option_of
 from ..base.text import Table
-from ..graph.edit import show
+from ..graph.nodes import show
 from ..graph.rewriter import check_added, failing_as
 from ..program.program import Program
 from .oneline import spell

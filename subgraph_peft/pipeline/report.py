@@ -85,7 +85,7 @@ def adapter_facts(adapter: Adapter) -> dict[str, str]:
     own = [f"{name}: {describe(method)}" for name, method in adapter.variants]
     return {
         "adapter": adapter.name,
-        "equation": catalogue.entry(adapter.method).equation,
+        "equation": catalogue.described(adapter.method).equation,
         "options": describe(adapter.method),
         "chosen": "; ".join([adapter.chosen] * bool(adapter.chosen) + own),
         "sites": str(len(adapter.sites)),

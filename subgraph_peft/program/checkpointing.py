@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from ..base.borrowed import OpOverload, checkpoint_options, checkpointed_layers
 from ..base.errors import CaptureError, CaptureWarning, SelectorError
-from ..graph import edit, operators
+from ..graph import nodes, operators
 from ..graph.partition import chosen, cut, regions
 from .internals import Checkpointing, internals
 from .runners import renew
@@ -134,6 +134,6 @@ def check_twice(graph: fx.Graph, paths: Sequence[str]) -> None:
 def updates(node: fx.Node) -> bool:
     """Whether a node of a block writes to something that lives outside of the block."""
     if isinstance(node.target, OpOverload) and "running_mean" in operators.schema(node.target):
-        mode = edit.mode_argument(node)
+        mode = nodes.mode_argument(node)
         return mode is not None and bool(operators.argument(node, mode))
-    return any(edit.viewed(target).op != "call_function" for target in edit.written(node))
+    return any(nodes.viewed(target).op != "call_function" for target in nodes.written_arguments(node))

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from ..graph import edit
-from ..graph.padding import Padding
+from ..graph.sequence.padding import Padding
 from ..graph.signature import Signature
 
 Key = tuple[bool, frozenset[str]]  # training, missing inputs

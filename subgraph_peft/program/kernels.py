@@ -16,10 +16,11 @@ from torch import fx
 
 from ..base.errors import CaptureError, CaptureWarning
 from ..base.text import Table, grouped
-from ..graph.attention import attentions, bound, repeated
-from ..graph.edit import clone, sizes, sweep
-from ..graph.masks import Mask, recognise
-from ..graph.padding import Padding, padding_masks, watch
+from ..graph.edit import clone, eliminate_dead_code
+from ..graph.nodes import sizes
+from ..graph.sequence.attention import attentions, bound, repeated
+from ..graph.sequence.masks import Mask, recognise
+from ..graph.sequence.padding import Padding, padding_masks, watch
 from .internals import Home, internals
 from .program import Program
 from .runners import renew
@@ -63,7 +64,7 @@ def row(call: AttentionCall) -> tuple[str, ...]:
 def kernels(program: Program) -> Kernels:
     """Which kernel every attention of a program gets, and why."""
     own = internals(program.module)
-    return Kernels(choose(clone(own.graph)[0], own.home, own.padding))
+    return Kernels(choose_kernel(clone(own.graph)[0], own.home, own.padding))
 
 
 def promise(program: Program, padding: Padding | None) -> Program:
@@ -101,13 +102,13 @@ def promise(program: Program, padding: Padding | None) -> Program:
 def accelerate(graph: fx.Graph, home: Home, padding: Padding | None) -> int:
     """Give every attention its kernel, check what that takes for granted before anything is computed, remove what
     nothing reads any more. In place. Returns how many go without a mask."""
-    calls = list(choose(graph, home, padding))
+    calls = list(choose_kernel(graph, home, padding))
     watch(graph, {name for call in calls for name in call.promise})
-    sweep(graph)
+    eliminate_dead_code(graph)
     return sum(call.kernel != "mask" for call in calls)
 
 
-def choose(graph: fx.Graph, home: Home, padding: Padding | None) -> Iterator[AttentionCall]:
+def choose_kernel(graph: fx.Graph, home: Home, padding: Padding | None) -> Iterator[AttentionCall]:
     """Change every attention of a graph that is to run at `home`, in place, one after the other."""
     masks: dict[fx.Node, tuple[Mask, str]] = {}
     for name, node in attentions(graph).items():
@@ -117,7 +118,7 @@ def choose(graph: fx.Graph, home: Home, padding: Padding | None) -> Iterator[Att
             known = Mask("causal", "is_causal") if arguments["is_causal"] else Mask("all", "none")
         else:
             if mask not in masks:
-                masks[mask] = read(graph, mask, padding)
+                masks[mask] = read_mask(graph, mask, padding)
             known, why = masks[mask]
             if known.form == "causal" and str(sizes(node.args[0])[-2]) != str(sizes(node.args[1])[-2]):
                 known, why = replace(known, form=None), "other queries than keys"
@@ -135,7 +136,7 @@ def choose(graph: fx.Graph, home: Home, padding: Padding | None) -> Iterator[Att
         yield AttentionCall(name, known.formula, "is_causal" if causal else "no mask", grouped, why, known.promise)
 
 
-def read(graph: fx.Graph, mask: fx.Node, padding: Padding | None) -> tuple[Mask, str]:
+def read_mask(graph: fx.Graph, mask: fx.Node, padding: Padding | None) -> tuple[Mask, str]:
     """The mask, and which promise would make it a causal one."""
     names = frozenset(map(str, padding_masks(graph)))
     known = recognise(graph, mask, names if padding else frozenset())
@@ -166,7 +167,7 @@ def group_keys(graph: fx.Graph) -> int:
         if repeats == also != 1:
             call(node, arguments | {"key": key, "value": value, "enable_gqa": True})
             count += 1
-    sweep(graph)
+    eliminate_dead_code(graph)
     return count
 
 

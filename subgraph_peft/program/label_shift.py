@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from ..base.errors import TrainError, TrainWarning
-from ..graph.edit import cone, evaluate
+from ..graph.nodes import backward_slice, evaluate_node
 from ..graph.operators import Kind, argument, is_a
 from .program import Program
 
@@ -30,7 +30,7 @@ def label_shift(program: Program) -> int | None:
     graph = captured.graph
     source = next((node for node in graph.find_nodes(op="placeholder") if node.name == "labels"), None)
     targets = [argument(node, "target") for node in graph.nodes if is_a(node, Kind.LOSS)]
-    shifts = [shift_of(captured, source, target) for target in targets if source in cone(target)]
+    shifts = [shift_of(captured, source, target) for target in targets if source in backward_slice(target)]
     if not shifts or None in shifts:
         warnings.warn(
             f"The loss of {program.source} is no cross entropy of its labels or of a slice of them: what is a mean "
@@ -57,7 +57,7 @@ def shift_of(captured: Program, source: fx.Node, target: fx.Node) -> int | None:
     tensors = dict(captured.tensors())
     try:
         with torch.no_grad():
-            found = evaluate(target, read).flatten()
+            found = evaluate_node(target, read).flatten()
     except (IndexError, RuntimeError):  # of numbers that are no classes: it looks labels up, as `one_hot` does
         return None
     found = found[found != IGNORED]

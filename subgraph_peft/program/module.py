@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from ..base.borrowed import runs_in_traces
 from ..graph.guards import compile_guards
-from ..graph.padding import Padding
+from ..graph.sequence.padding import Padding
 from ..graph.signature import Signature, compile_forward
 from .calls import call
 from .checkpointing import Checkpointed

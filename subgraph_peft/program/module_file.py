@@ -17,8 +17,8 @@ from ..base.errors import CaptureWarning, CheckpointError
 from ..base.schema import Schema, read_as
 from ..graph.guards import guards_of
 from ..graph.legal import is_name
-from ..graph.padding import Padding
 from ..graph.portable import GraphFile, check_path, decoded, encoded, field, graph_json, graph_of
+from ..graph.sequence.padding import Padding
 from ..graph.signature import CALL, UNKNOWN, Signature
 from .internals import Checkpointing, Home, internals
 from .module import GraphModel, build

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from ..base.errors import MethodError
-from ..graph.edit import fixed_size, operator_name
+from ..graph.nodes import fixed_size, operator_name
 from ..graph.partition import Region, regions
 from ..graph.site import Call, Site
 from .program import Program

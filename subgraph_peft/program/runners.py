@@ -8,7 +8,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..base.errors import CaptureError
-from ..graph import edit
+from ..graph import code, edit
 from ..graph.partition import Block, cut
 from ..graph.passes import optimised, running
 from .internals import Key, internals
@@ -22,9 +22,9 @@ def make_runner(module: nn.Module, key: Key) -> None:
     paths = (*own.block_paths, *(again.paths if again else ()))
     graph = specialise(module, *key)
     own.changes.setdefault(key, {}).update(optimised(graph, own, running("graph", own.without)))
-    edit.sweep(graph)
+    edit.eliminate_dead_code(graph)
     for piece in cut(graph, paths, label):
-        run = edit.compile_graph(piece.graph, f"{type(module).__name__} {piece.path}".strip())
+        run = code.compile_graph(piece.graph, f"{type(module).__name__} {piece.path}".strip())
         if again and piece.path in again.paths:
             run = checkpointed(run, again.options)
         if piece.path:
@@ -60,7 +60,7 @@ def renew(module: nn.Module) -> None:
             block._subgraph.clear()
     for graph in own.graphs():
         graph.owning_module = None  # what it reads has this module's names
-        edit.check(graph)
+        code.check_legal(graph)
     if own.block_paths or own.checkpointing:
         make_runners(module)
 

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from ..base.text import Table, grouped
-from ..graph.edit import flat_outputs, operator_name
 from ..graph.layout import MATRIX, Layout, turned, whole
+from ..graph.nodes import flat_outputs, operator_name
 from ..graph.operators import LAYERS, SHAPED, Kind, is_a, operand
 from ..graph.row_blocks import blocks_of
 from ..graph.site import VECTORS, Call, Site

@@ -15,19 +15,17 @@ from torch import nn
 
 from ..base.errors import CheckpointError, SubgraphPeftError, nearest
 from ..base.files import replacing_set, settle
-from ..base.hashes import sample
 from ..base.schema import Schema, read_as
 from ..compiler.constants import refresh
 from ..compiler.generate import generate
 from ..compiler.places import candidates
-from ..compiler.rewrite import resolve_ties
 from ..graph.legal import is_name
 from ..graph.site import Site
 from ..method import registry
 from ..method.adapter import Adapter
 from ..method.method import Method, spell
 from ..program.program import Program
-from ..program.sites import find
+from .state import buffers, fingerprint, set_buffers, state, trained, untie, untied, written
 
 CONFIG, TENSORS = "adapter.json", "adapter.safetensors"
 FORMAT = 1
@@ -68,7 +66,7 @@ def save(program: Program, folder: str | os.PathLike) -> None:
     program.need_values("save", CheckpointError)
     folder = Path(folder)
     tensors = {name: value.detach().contiguous().cpu() for name, value in state(program).items()}
-    text = json.dumps(describe(program).model_dump(mode="json"), indent=2) + "\n"
+    text = json.dumps(described(program).model_dump(mode="json"), indent=2) + "\n"
     with replacing_set(folder / CONFIG, CheckpointError) as new:
         save_file(tensors, new / TENSORS, metadata={"format": "pt", "config": digest(text)})
         (new / CONFIG).write_text(text, encoding="utf-8")
@@ -78,71 +76,24 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def state(program: Program) -> dict[str, torch.Tensor]:
-    """What the program adds to its base or changed in it, by qualified name."""
-    own = dict(program.tensors())
-    paths = [path for a in program.adapters for path, tensor in a.declared().items() if tensor.saved]
-    return {name: own[name] for name in (*paths, *trained(program), *written(program))}
-
-
-def buffers(program: Program) -> dict[str, torch.Tensor]:
-    """Buffers of the state dict."""
-    own = dict(program.module.named_buffers(remove_duplicate=False))
-    return {name: own[name] for name in program.module.state_dict() if name in own}
-
-
-def written(program: Program) -> list[str]:
-    """Buffers that training has written, such as the statistics of batch norm."""
-    base = dict(program.captured.module.named_buffers(remove_duplicate=False))
-    return sorted(name for name, value in buffers(program).items() if not torch.equal(value.cpu(), base[name].cpu()))
-
-
-def trained(program: Program) -> list[str]:
-    """Parameters of the model itself that train."""
-    base = dict(program.captured.module.named_parameters())
-    return sorted(name for name, _ in program.parameters(trainable=True) if name in base)
-
-
-def describe(program: Program) -> Config:
+def described(program: Program) -> Config:
     return Config(
         format=FORMAT,
         base=Base(source=program.source, fingerprint=fingerprint(program, trained(program))),
         untied=tuple(untied(program)),
         trained=tuple(trained(program)),
         buffers=tuple(written(program)),
-        adapters=tuple(map(entry, program.adapters)),
+        adapters=tuple(map(adapter_json, program.adapters)),
     )
 
 
-def untied(program: Program) -> list[str]:
-    """Weights that were tied until adapters rewrote them."""
-    return sorted(site.name for adapter in program.adapters for site in adapter.sites if site.ties)
-
-
-def untie(captured: Program, names: Sequence[str]) -> Program:
-    return resolve_ties(captured, [site for site in find(captured) if site.name in names], "untie")
-
-
-def entry(adapter: Adapter) -> Entry:
+def adapter_json(adapter: Adapter) -> Entry:
     return Entry(
         name=adapter.name,
         method=spell(adapter.method),
         sites=tuple(site.name for site in adapter.sites),
         variants={name: spell(method) for name, method in adapter.variants},
     )
-
-
-def fingerprint(program: Program, without: Sequence[str]) -> str:
-    """Hash of the captured parameters: names, shapes, and samples of their values.
-
-    without: parameters that the adapter's file replaces, such as a head that was drawn anew
-    """
-    hashed = hashlib.sha256()
-    for name, value in sorted(program.captured.module.named_parameters(remove_duplicate=False)):
-        hashed.update(f"{name}{list(value.shape)}".encode())
-        if not value.is_meta and name not in without:
-            hashed.update(sample(value))
-    return hashed.hexdigest()
 
 
 def read_config(folder: Path) -> Config:
@@ -205,7 +156,7 @@ def restore(program: Program, folder: str | os.PathLike) -> Program:
     program.need_values("load adapters for", CheckpointError)
     folder = Path(folder)
     config = read_config(folder)
-    own = [entry(adapter) for adapter in program.adapters]
+    own = [adapter_json(adapter) for adapter in program.adapters]
     for theirs, ours in zip(config.adapters, own, strict=False):
         if differing := [key for key in Entry.model_fields if getattr(theirs, key) != getattr(ours, key)]:
             raise CheckpointError(
@@ -234,13 +185,6 @@ def buffer_shapes(program: Program, config: Config) -> dict[str, torch.Size]:
     if missing := set(config.buffers) - set(own):
         raise CheckpointError(f"The program has no buffer {sorted(missing)[0]}, which the adapter's training wrote.")
     return {name: own[name].shape for name in config.buffers}
-
-
-def set_buffers(program: Program, found: Mapping[str, torch.Tensor]) -> None:
-    """Those in the file from there, the others as they were captured."""
-    base = dict(program.captured.module.named_buffers(remove_duplicate=False))
-    for name, value in buffers(program).items():
-        value.copy_(found.get(name, base[name]))
 
 
 def load(program: Program, folder: str | os.PathLike) -> Program:
@@ -308,7 +252,7 @@ def read_adapter(captured: Program, item: Entry, folder: Path, known: Sequence[M
     """known: methods that need no registry."""
 
     def read(spelled: Mapping[str, Any]) -> Method:
-        return next((method for method in known if spell(method) == spelled), None) or registry.read(spelled)
+        return next((method for method in known if spell(method) == spelled), None) or registry.read_method(spelled)
 
     try:
         method = read(item.method)

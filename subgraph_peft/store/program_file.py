@@ -25,7 +25,8 @@ from ..program.module_file import ModuleFile, Tensors, module_of, module_part, s
 from ..program.pickling import HEADER, copies, header, reading
 from ..program.program import Program
 from ..program.records import FoldReport, SiteFold
-from .adapter_file import Entry, assembled, buffers, entry, read_adapter, trained
+from .adapter_file import Entry, adapter_json, assembled, read_adapter
+from .state import buffers, trained
 
 FORMAT = 1
 
@@ -122,7 +123,7 @@ def program_parts(program: Program) -> tuple[Tensors, str]:
         "history": program.history,
         "ties": [sorted(group) for group in program.ties],
         "module": module_part(base.module, tensors),
-        "adapters": [entry(adapter).model_dump(mode="json") for adapter in program.adapters],
+        "adapters": [adapter_json(adapter).model_dump(mode="json") for adapter in program.adapters],
         "changed": changed,
         "requires_grad": [name for name, p in program.module.named_parameters() if p.requires_grad],
         "training": program.module.training,
@@ -170,7 +171,7 @@ def check_registered(name: str, methods: list[Any]) -> None:
     for method in methods:
         spelled = spell(method)
         try:
-            found = spell(registry.read(spelled))
+            found = spell(registry.read_method(spelled))
             problem = "" if found == spelled else f"{found} would be read in place of {spelled}."
         except SubgraphPeftError as error:
             found, problem = error, str(error)

@@ -25,7 +25,7 @@ NOT_BESIDE = (
 Value = Callable[[str], torch.Tensor | None]
 
 
-class Form(NamedTuple):
+class TensorForm(NamedTuple):
     """dtype as safetensors spells it, shape, size in bytes."""
 
     dtype: str
@@ -38,8 +38,8 @@ class Form(NamedTuple):
         return self.bytes // math.prod(self.shape) if self.bytes else 8
 
     @staticmethod
-    def of(tensor: torch.Tensor) -> "Form":
-        return Form(spelled(tensor.dtype), list(tensor.shape), tensor.nbytes)
+    def of(tensor: torch.Tensor) -> "TensorForm":
+        return TensorForm(spelled(tensor.dtype), list(tensor.shape), tensor.nbytes)
 
 
 class Shard:
@@ -63,8 +63,8 @@ class Shard:
     def tensor(self, name: str) -> torch.Tensor:
         return self.opened.get_tensor(name)
 
-    def form(self, name: str) -> Form:
-        return Form(self.entries[name]["dtype"], self.entries[name]["shape"], self.raw[name].size)
+    def form(self, name: str) -> TensorForm:
+        return TensorForm(self.entries[name]["dtype"], self.entries[name]["shape"], self.raw[name].size)
 
 
 @dataclass(frozen=True)
@@ -130,28 +130,32 @@ def copy(source: Stored, target: Path, value: Value, added: Mapping[str, torch.T
         if files[name]:
             shutil.copyfile(shard.path, target / name)
         else:
-            write(shard, target / name, value, other, extra)
+            write_shard(shard, target / name, value, other, extra)
     if WEIGHTS not in source.shards:
         write_index(source, target, added)
     return Copied(files, tuple(changed), retyped)
 
 
-def replaced(shard: Shard, value: Value) -> Iterator[tuple[str, Form]]:
+def replaced(shard: Shard, value: Value) -> Iterator[tuple[str, TensorForm]]:
     """The tensors that become other ones, with their new dtype and shape."""
     for name in shard.entries:
         new = value(name)
         if new is None:
             continue
-        form = Form.of(new)
+        form = TensorForm.of(new)
         if form != shard.form(name) or not np.array_equal(shard.raw[name], as_bytes(new)):
             yield name, form
 
 
-def write(shard: Shard, path: Path, value: Value, other: Mapping[str, Form], added: Mapping[str, torch.Tensor]) -> None:
+def write_shard(
+    shard: Shard, path: Path, value: Value, other: Mapping[str, TensorForm], added: Mapping[str, torch.Tensor]
+) -> None:
     names, header = list(shard.entries), shard.header
     if added or any(form != shard.form(name) for name, form in other.items()):
         forms = {name: other.get(name) or shard.form(name) for name in names}
-        names, header = laid_out({**forms, **{name: Form.of(tensor) for name, tensor in added.items()}}, shard.metadata)
+        names, header = laid_out(
+            {**forms, **{name: TensorForm.of(tensor) for name, tensor in added.items()}}, shard.metadata
+        )
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in names:
@@ -161,7 +165,7 @@ def write(shard: Shard, path: Path, value: Value, other: Mapping[str, Form], add
                 file.write(as_bytes(value(name)) if name in other else shard.raw[name])
 
 
-def laid_out(forms: Mapping[str, Form], metadata: Mapping[str, str] | None) -> tuple[list[str], bytes]:
+def laid_out(forms: Mapping[str, TensorForm], metadata: Mapping[str, str] | None) -> tuple[list[str], bytes]:
     """(order of the tensors, header). The given order, wider numbers first, so that all of them are aligned."""
     names = sorted(forms, key=lambda name: -forms[name].width)
     described: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}

@@ -8,8 +8,9 @@ from torch import fx
 
 from ..base.borrowed import recomputation
 from ..base.errors import CaptureError
-from ..graph import edit
-from ..graph.edit import attribute
+from ..graph import code, edit
+from ..graph import nodes as graph_nodes
+from ..graph.nodes import attribute
 from ..graph.partition import Unit, boundary, ordered, outermost, owners, repeated
 from ..graph.passes import optimised, running
 from ..program.calls import checked
@@ -58,14 +59,14 @@ class Compiled:
             self.plans[missing] = self.plan(missing)
         graph, parts = self.plans[missing]
         values: dict[fx.Node, Any] = dict(zip(graph.find_nodes(op="placeholder"), flat, strict=True))
-        for name, node in edit.attributes(graph):
+        for name, node in graph_nodes.attributes(graph):
             values[node] = attribute(self.module, name)
         options = {"ban_recompute_materialized_backward": False, "activation_memory_budget": self.memory_budget}
         with recomputation(**options):
             for part in parts:
                 results = part.run(None, *(values[node] for node in part.sources))
                 values.update(zip(part.outputs, results, strict=True))
-        return values[edit.flat_outputs(graph)[0]]
+        return values[graph_nodes.flat_outputs(graph)[0]]
 
     def plan(self, missing: frozenset[str]) -> tuple[fx.Graph, list[Part]]:
         module, own = self.module, internals(self.module)
@@ -74,9 +75,9 @@ class Compiled:
             changed = optimised(graph, own, running(stage, own.without))
             own.changes.setdefault((True, missing), {}).update(changed)
         names = own.signature.output_names()
-        loss = edit.flat_outputs(graph)[names.index("loss") if "loss" in names else 0]
+        loss = graph_nodes.flat_outputs(graph)[names.index("loss") if "loss" in names else 0]
         graph.output_node().args = ((loss,),)
-        edit.sweep(graph)
+        edit.eliminate_dead_code(graph)
         return graph, [self.part(unit, nodes) for unit, nodes in units(graph, module)]
 
     def part(self, unit: Unit | None, nodes: Sequence[fx.Node]) -> Part:
@@ -84,7 +85,7 @@ class Compiled:
         held = [attribute(self.module, str(node.target)) for node in sources if node.op == "get_attr"]
         text = f"{own.python_code('self').src} {[(getattr(tensor, 'shape', None)) for tensor in held]}"
         if text not in self.functions:
-            run = edit.compile_graph(own, f"{type(self.module).__name__} {unit[0] if unit else 'around layers'}")
+            run = code.compile_graph(own, f"{type(self.module).__name__} {unit[0] if unit else 'around layers'}")
             cuda = internals(self.module).home.device.type == "cuda"
             self.functions[text] = torch.compile(run, fullgraph=True, options={"combo_kernels": True} if cuda else None)
         run, again = self.functions[text], internals(self.module).checkpointing
@@ -98,7 +99,7 @@ def units(graph: fx.Graph, module: GraphModel) -> list[tuple[Unit | None, list[f
     whole = [(None, [node for node in graph.nodes if node.op == "call_function"])]
     again = internals(module).checkpointing
     paths = again.paths if again else repeated(graph)
-    if edit.bodies(graph, module) or not paths:
+    if graph_nodes.bodies(graph, module) or not paths:
         return whole
     try:
         pieces = ordered(graph, owners(graph, outermost(paths), "train"))

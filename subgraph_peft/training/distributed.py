@@ -14,7 +14,7 @@ from ..base.borrowed import OpOverload
 from ..base.errors import TrainError
 from ..base.hashes import sampled
 from ..base.processes import host, world
-from ..graph.edit import viewed, written
+from ..graph.nodes import viewed, written_arguments
 from ..graph.operators import argument, schema
 from ..program.internals import internals
 from ..program.module import GraphModel
@@ -95,7 +95,7 @@ def statistics(module: GraphModel) -> list[str]:
     for node in internals(module).graph.nodes:
         norm = isinstance(node.target, OpOverload) and "running_mean" in schema(node.target)
         read = [argument(node, name) for name in ("running_mean", "running_var")] if norm else []
-        for source in map(viewed, (*(value for value in read if isinstance(value, fx.Node)), *written(node))):
+        for source in map(viewed, (*(value for value in read if isinstance(value, fx.Node)), *written_arguments(node))):
             if source.op == "get_attr":
                 found[str(source.target)] = None
     buffers = dict(module.named_buffers())

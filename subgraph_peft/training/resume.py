@@ -27,7 +27,7 @@ PREFIX = "checkpoint-"
 REMEDY = "Remove the folder to resume from the one before it."
 
 
-def write(
+def write_checkpoint(
     folder: Path, program: Program, optimizer: Any, schedule: Schedule, progress: Any, run: Mapping[str, Any]
 ) -> None:
     """Write a checkpoint folder.

@@ -34,7 +34,7 @@ def sharded(program: Program, device: torch.device) -> Iterator[GraphModel]:
     Raises ConfigError without processes, for a model without repeated layers, and for a schedule that writes what the
     graph holds as constants; CaptureError for parameters that layers share.
     """
-    check(program)
+    check_shardable(program)
     home = program.home
     try:
         view = unflatten(program)
@@ -61,7 +61,7 @@ def sharded(program: Program, device: torch.device) -> Iterator[GraphModel]:
             tensor.data = tensor.data.to(home.device)
 
 
-def check(program: Program) -> None:
+def check_shardable(program: Program) -> None:
     if not dist.is_initialized():
         raise ConfigError(
             "shard spreads the base over processes, and there is one without a launcher: start the run with "

@@ -57,7 +57,7 @@ def train(
     from .launch import build_trainer, run_trainer  # transformers.Trainer is slow to import
 
     processes.join()
-    check(program, train_data, options)
+    check_trainable(program, train_data, options)
     output = Path(output)
     folder = processes.on_first(lambda: prepare_output(output, options))
     module, attributes = program.module, set(program.module.__dict__)
@@ -90,7 +90,7 @@ def train(
     )
 
 
-def check(program: Program, data: Dataset, options: TrainOptions) -> None:
+def check_trainable(program: Program, data: Dataset, options: TrainOptions) -> None:
     """Refuse early what could only fail late."""
     program.need_values("train", TrainError)
     if not any(program.parameters(trainable=True)):

@@ -229,7 +229,7 @@ class ProgramTrainer(Trainer):
                 "run": self.run, "scheduler": self.lr_scheduler.state_dict(), "random": states, **self.record.as_json(),
             }  # fmt: skip
             folder = output / f"{resume.PREFIX}{step}"
-            resume.write(folder, self.program, self.optimizer, self.schedule, self.state, run)
+            resume.write_checkpoint(folder, self.program, self.optimizer, self.schedule, self.state, run)
             resume.rotate(output, self.options.keep_checkpoints)
 
         processes.on_first(write)

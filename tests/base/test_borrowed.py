@@ -14,8 +14,8 @@ from subgraph_peft.base import borrowed, patches
 from subgraph_peft.base.borrowed import ENTRIES, pytree
 from subgraph_peft.base.errors import VersionError
 from subgraph_peft.frontend.foreign_graphs import load
-from subgraph_peft.graph.edit import aten, every_node
 from subgraph_peft.graph.legal import operator_of
+from subgraph_peft.graph.nodes import aten, every_node
 
 ROOT = Path(sp.__file__).parent.parent
 

@@ -89,9 +89,10 @@ def test_where_names_are_exchanged_a_reader_never_misses_the_folder(tmp_path):
 def test_an_error_in_the_middle_brings_the_former_files_back(tmp_path):
     put(folder := tmp_path / "out", OLD)
     (folder / "c.txt").mkdir()  # what cannot be replaced by a file
-    with pytest.raises(sp.ExportError, match=r"cannot be written: .*directory"), files.replacing_set(
-        folder / "a.json", sp.ExportError
-    ) as new:
+    with (
+        pytest.raises(sp.ExportError, match=r"cannot be written: .*directory"),
+        files.replacing_set(folder / "a.json", sp.ExportError) as new,
+    ):
         for name, data in NEW.items():
             (new / name).write_bytes(data)
     (folder / "c.txt").rmdir()
@@ -256,7 +257,9 @@ def test_a_training_checkpoint_of_the_same_step_is_the_former_or_the_new_one(tmp
 
     def write(program: sp.Program, kind: str) -> None:
         optimizer = torch.optim.AdamW(sp.parameter_groups(program, lr=0.1))
-        resume.write(folder, program, optimizer, sp.schedule(program, optimizer), TrainerState(), {"kind": kind})
+        resume.write_checkpoint(
+            folder, program, optimizer, sp.schedule(program, optimizer), TrainerState(), {"kind": kind}
+        )
 
     write(first, "old")
     shutil.copytree(folder, tmp_path / "former")

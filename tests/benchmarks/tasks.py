@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 import subgraph_peft as sp
 from subgraph_peft.base.files import write_json
-from subgraph_peft.passes import (  # fmt: skip
+from subgraph_peft.passes import (
     IA3,
     SSB,
     SSL,

@@ -9,7 +9,7 @@ from torch import nn
 
 import subgraph_peft as sp
 from subgraph_peft.base.errors import MethodError
-from subgraph_peft.graph.edit import show
+from subgraph_peft.graph.nodes import show
 from subgraph_peft.passes.reconstruction.prefix_tuning import PrefixTuning
 from tests.models import BATCH, LENGTH, VOCABULARY
 from tests.sequences import EXACT, N, adapt, captured, full, gap, model, tensor

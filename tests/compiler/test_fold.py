@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import subgraph_peft as sp
-from subgraph_peft.graph.edit import show
+from subgraph_peft.graph.nodes import show
 from subgraph_peft.passes import SSL, LoRA, ParallelAdapter
 from tests import models
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import subgraph_peft as sp
-from subgraph_peft.graph.edit import show
+from subgraph_peft.graph.nodes import show
 from subgraph_peft.graph.site import VECTORS
 from subgraph_peft.passes import LoRA
 from subgraph_peft.store.adapter_file import restore

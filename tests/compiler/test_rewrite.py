@@ -7,7 +7,7 @@ from torch import nn
 
 import subgraph_peft as sp
 from subgraph_peft.compiler.costs import rewrite_rows
-from subgraph_peft.graph.edit import show
+from subgraph_peft.graph.nodes import show
 from subgraph_peft.passes import IA3, SSB, BitFit, DoRA, LoRA, ParallelAdapter, PiSSA
 from tests import models
 

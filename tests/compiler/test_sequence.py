@@ -19,7 +19,7 @@ from subgraph_peft.passes.reconstruction.prompt_tuning import PromptTuning
 from subgraph_peft.store.adapter_file import restore
 from tests import models
 from tests.models import BATCH, ENCODER, LENGTH, VOCABULARY, made
-from tests.sequences import (  # fmt: skip
+from tests.sequences import (
     BUILD,
     DECODER,
     EXACT,

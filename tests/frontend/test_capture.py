@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import subgraph_peft as sp
-from subgraph_peft.graph.edit import operator_name, show
+from subgraph_peft.graph.nodes import operator_name, show
 from subgraph_peft.program.internals import internals
 from tests import models
 

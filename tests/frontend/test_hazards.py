@@ -14,7 +14,7 @@ import subgraph_peft as sp
 from subgraph_peft import export
 from subgraph_peft.base.borrowed import OpOverload
 from subgraph_peft.frontend.recurrent import LAYERS
-from subgraph_peft.graph.edit import aten
+from subgraph_peft.graph.nodes import aten
 from subgraph_peft.passes import LoRA
 
 

@@ -11,7 +11,7 @@ from torch.export import Dim
 from transformers import BertConfig, BertForSequenceClassification
 
 import subgraph_peft as sp
-from subgraph_peft.graph.edit import aten
+from subgraph_peft.graph.nodes import aten
 from subgraph_peft.passes import LoRA
 from tests import models
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import subgraph_peft as sp
-from subgraph_peft.graph.attention import attentions
+from subgraph_peft.graph.sequence.attention import attentions
 
 MIN = torch.finfo(torch.float32).min
 T, C = torch.Tensor, "key <= query"

@@ -11,7 +11,8 @@ import subgraph_peft as sp
 from subgraph_peft.base.plugins import Plugins
 from subgraph_peft.graph import passes as passes_
 from subgraph_peft.graph.addends import addends
-from subgraph_peft.graph.edit import aten, show, sweep
+from subgraph_peft.graph.edit import eliminate_dead_code
+from subgraph_peft.graph.nodes import aten, show
 from subgraph_peft.graph.passes import EquationPass, GraphPass, ProgramPass, optimisations, ordered
 from subgraph_peft.graph.rewriter import META, ORIGIN, Rewriter, copied
 from subgraph_peft.method import registry
@@ -227,13 +228,13 @@ def test_a_pass_that_is_registered_later_runs_in_equations_traced_before(monkeyp
 def test_a_method_that_comes_later_is_seen(monkeypatch, tmp_path, how):
     monkeypatch.setattr(registry.INSTALLED, "registered", [])
     with pytest.raises(sp.MethodError, match="Unknown method 'twice'"):
-        registry.read("twice")
+        registry.read_method("twice")
     assert "twice" not in names()
     if how == "installed":
         install(monkeypatch, tmp_path, registry.GROUP, f"{__name__}:Twice")
     else:
         registry.register(Twice)
-    assert isinstance(registry.read("twice"), Twice) and "twice" in names()
+    assert isinstance(registry.read_method("twice"), Twice) and "twice" in names()
     assert Pipeline.read("capture,twice{where=0}").passes[1].method == Twice()
 
 
@@ -346,7 +347,7 @@ def test_sweep_removes_what_has_no_effect():
         graph.call_function(target, args)
     graph.call_method("add_", (x, 1))
     graph.output((x,))
-    assert sweep(graph) == 3
+    assert eliminate_dead_code(graph) == 3
     kept = [node.target for node in graph.nodes if node.op.startswith("call")]
     assert kept == [aten.add_.Tensor, operator.iadd, print, "add_"]
 
@@ -362,5 +363,5 @@ def test_sweep_looks_into_bodies_where_it_is_given_what_holds_them(writes):
     x = graph.placeholder("x")
     graph.call_function(torch.ops.higher_order.cond, (x, graph.get_attr("body"), graph.get_attr("body"), (x,)))
     graph.output((x,))
-    assert sweep(graph) == 0
-    assert sweep(graph, root) == (0 if writes else 3)
+    assert eliminate_dead_code(graph) == 0
+    assert eliminate_dead_code(graph, root) == (0 if writes else 3)

@@ -63,7 +63,7 @@ PAIRS = {
 
 
 def written(definition: dict, **changes) -> sp.Method:
-    return registry.read({"method": {**definition, **changes}})
+    return registry.read_method({"method": {**definition, **changes}})
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_another_definition_of_the_same_name_is_not_loaded(base, tmp_path):
 )
 def test_composition_equals_the_composed_fold(base, first, second):
     def method(spelled):
-        return written(spelled) if isinstance(spelled, dict) and "name" in spelled else registry.read(spelled)
+        return written(spelled) if isinstance(spelled, dict) and "name" in spelled else registry.read_method(spelled)
 
     one = shake(adapt(base, method(first)))
     two = adapt(one, method(second))
@@ -159,11 +159,11 @@ def test_composition_equals_the_composed_fold(base, first, second):
 
 
 def test_dora_over_a_written_method_is_dora(base):
-    wrapped = registry.read({"dora": {"of": {"method": LORA}}})
+    wrapped = registry.read_method({"dora": {"of": {"method": LORA}}})
     ours, theirs = adapt(base, wrapped), adapt(base, PAIRS["dora"][1])
     assert difference(shake(ours), shake(theirs)) < 1e-13
     assert equations(wrapped) == equations(PAIRS["dora"][1])
-    assert registry.read(spell(wrapped)) == wrapped
+    assert registry.read_method(spell(wrapped)) == wrapped
 
 
 def test_the_options_are_fields():
@@ -173,7 +173,9 @@ def test_the_options_are_fields():
         type(method)(r=0)
     changed = type(method)(r=3, alpha=2.5)
     assert changed != method and spell(changed)["method"]["options"] == {"r": 3, "alpha": 2.5}
-    assert registry.read(spell(changed)) == changed and hash(registry.read(spell(changed))) == hash(changed)
+    assert registry.read_method(spell(changed)) == changed and hash(registry.read_method(spell(changed))) == hash(
+        changed
+    )
     with pytest.raises(ValidationError, match="frozen"):
         method.r = 4
 
@@ -202,7 +204,7 @@ def test_declarations_reach_the_tensors(base):
     declared = method.tensors(site)
     assert [t.shape for t in declared.values()] == [(3, 6), (10, 3), (1,)]
     assert (declared["A"].trainable, declared["B"].lr, declared["B"].decay) == (False, 16.0, False)
-    assert catalogue.entry(type(method)).trained == "out·(1 + r) + 1"
+    assert catalogue.described(type(method)).trained == "out·(1 + r) + 1"
     held = values(adapt(base, method))
     assert held["first.weight g"].tolist() == [1.25] and 0.2 < held["shared.weight A"].std() < 0.8
 
@@ -377,7 +379,7 @@ EACH_FUNCTION = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_function_prints(name):
     method = written(LORA, weight=f"W + alpha / r * B @ A * sum({EACH_FUNCTION.get(name, f'{name}(A)')})")
-    assert "W + " in catalogue.entry(type(method)).equation
+    assert "W + " in catalogue.described(type(method)).equation
 
 
 # Definitions
@@ -445,7 +447,7 @@ def test_a_wrong_definition_names_the_option(changes, message):
 @pytest.mark.parametrize("spelled", ["lora", 3, {}, {1: 2}, {"name": 3}, {"name": "m", "tensors": {True: None}}])
 def test_what_is_no_definition_is_refused(spelled):
     with pytest.raises(sp.MethodError, match="is required|defined by a mapping|valid string"):
-        registry.read({"method": spelled})
+        registry.read_method({"method": spelled})
 
 
 def test_a_bias_has_no_in_features():
@@ -547,7 +549,7 @@ def test_onnx_metadata_holds_the_definition(base, tmp_path):
 
     export.to_onnx(adapt(base, written(LORA)), tmp_path / "model.onnx")
     facts = {p.key: p.value for p in onnx.load(tmp_path / "model.onnx").metadata_props}
-    assert registry.read(json.loads(facts["subgraph_peft.adapters"])[0]["method"]) == written(LORA)
+    assert registry.read_method(json.loads(facts["subgraph_peft.adapters"])[0]["method"]) == written(LORA)
 
 
 def test_methods_lists_those_of_a_file(pipeline):
@@ -625,6 +627,6 @@ def test_the_schema_describes_definitions():
     ({"dora": {"of": {"lora": {"rr": 2}}}}, "lora: option 'rr': it is unknown. Did you mean 'r'"),
 ])  # fmt: skip
 def test_a_method_inside_another_is_read_as_one_by_itself(spelled, message):
-    assert registry.read({"dora": {"of": {"dora": {"of": {"lora": {"r": 2}}}}}}).of.of.r == 2
+    assert registry.read_method({"dora": {"of": {"dora": {"of": {"lora": {"r": 2}}}}}}).of.of.r == 2
     with pytest.raises(sp.MethodError, match=message):
-        registry.read(spelled)
+        registry.read_method(spelled)

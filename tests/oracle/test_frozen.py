@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import subgraph_peft as sp
-from subgraph_peft.graph.edit import show
+from subgraph_peft.graph.nodes import show
 from subgraph_peft.passes import SSB, DoRA, LoRA, PiSSA
 from tests.models import MODELS
 from tests.oracle.pairs import PLACES, captured, losses, paths

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import subgraph_peft as sp
-from subgraph_peft.graph.edit import show
+from subgraph_peft.graph.nodes import show
 from subgraph_peft.method.formula import count_formula, equations, shapes
 from subgraph_peft.method.svd import cayley
 from subgraph_peft.passes import (
@@ -350,7 +350,7 @@ def test_sizes_are_told_apart():
         other: int = 8
 
         def tensors(self, site: sp.Site) -> dict:
-            from subgraph_peft.method.method import trainable
+            from subgraph_peft.method.tensors import trainable
 
             return {"P": trainable(self.r, self.other, 3), "Q": trainable(site.out_features // 2)}
 

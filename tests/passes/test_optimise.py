@@ -13,7 +13,7 @@ from torch import fx, nn
 
 import subgraph_peft as sp
 from subgraph_peft.export.onnx.inference import inference
-from subgraph_peft.graph.edit import aten, show
+from subgraph_peft.graph.nodes import aten, show
 from subgraph_peft.graph.passes import GraphPass, optimisations
 from subgraph_peft.graph.rewriter import META, Rewriter
 from subgraph_peft.passes import (

@@ -80,7 +80,7 @@ def test_a_rewrite_whose_nodes_do_not_say_where_they_come_from_is_refused():
 
     class Silent(Fold):
         def apply(self, state):
-            made = sp.rewrite(state.program, registry.read("lora"), where="0")
+            made = sp.rewrite(state.program, registry.read_method("lora"), where="0")
             for node in made.graph.nodes:
                 node.meta.pop("custom", None)
             return replace(state, program=made), "silent"

@@ -12,14 +12,14 @@ import subgraph_peft as sp
 from subgraph_peft.base.compare import difference
 from subgraph_peft.export import to_onnx
 from subgraph_peft.export.onnx import runtime
-from subgraph_peft.graph.attention import attentions, bound
-from subgraph_peft.graph.edit import show
-from subgraph_peft.graph.padding import check_right
+from subgraph_peft.graph.nodes import show
+from subgraph_peft.graph.sequence.attention import attentions, bound
+from subgraph_peft.graph.sequence.padding import check_right
 from subgraph_peft.passes import LoRA
 from subgraph_peft.passes.reconstruction.prefix_tuning import PrefixTuning
 from subgraph_peft.passes.reconstruction.prompt_tuning import PromptTuning
 from subgraph_peft.program.internals import Home, internals
-from subgraph_peft.program.kernels import accelerate, choose
+from subgraph_peft.program.kernels import accelerate, choose_kernel
 from subgraph_peft.program.runners import specialise
 from tests.models import VOCABULARY, made
 from tests.sequences import BART, DECODER
@@ -154,7 +154,7 @@ def test_the_graph_that_runs_holds_no_mask_and_no_repeated_keys():
 def test_keys_stay_repeated_where_no_fast_kernel_takes_groups():
     program = captured("llama")
     graph = copy.deepcopy(program.graph)
-    calls = list(choose(graph, Home(torch.device("cuda"), torch.float64), None))
+    calls = list(choose_kernel(graph, Home(torch.device("cuda"), torch.float64), None))
     assert {(c.kernel, c.grouped) for c in calls} == {("is_causal", False)}
     assert "16 bits, not torch.float64" in calls[0].why
 

@@ -19,7 +19,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import subgraph_peft as sp
-from subgraph_peft.graph.edit import fixed_size, move, show
+from subgraph_peft.graph.edit import move
+from subgraph_peft.graph.nodes import fixed_size, show
 from subgraph_peft.graph.portable import decoded, symbolic, value_of
 from subgraph_peft.passes import SSB, DoRA, LoRA, PiSSA
 from subgraph_peft.program import module_file

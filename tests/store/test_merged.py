@@ -509,7 +509,7 @@ def test_a_failure_leaves_the_former_folder(llama, tmp_path, monkeypatch, failur
         raise failure
 
     if when == "while writing":
-        monkeypatch.setattr(shards, "write", fail)
+        monkeypatch.setattr(shards, "write_shard", fail)
     else:
         monkeypatch.setattr(files, "exchanged", fail)
     expected = (

@@ -7,18 +7,26 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..base.errors import MethodError
-from ..graph.edit import aten, flat_outputs, operator_name, sizes
-from ..graph.operators import Kind, argument, dimensions, extent, is_a, operand, schema
-from ..graph.padding import MASK
-from ..graph.token_embedding import CARRIES, EXTENDS, POSITIONS, Entry, entry, leaves, symbols
+from ...base.errors import MethodError
+from ...graph.nodes import aten, flat_outputs, operator_name, sizes
+from ...graph.operators import Kind, argument, dimensions, extent, is_a, operand, schema
+from ...graph.sequence.padding import MASK
+from ...graph.sequence.token_embedding import (
+    CARRIES,
+    EXTENDS,
+    POSITIONS,
+    EmbeddingEntry,
+    embedding_entry,
+    leaves,
+    symbols,
+)
 from .virtual_inputs import fills
 
 COUNTS = Kind.REORDER | Kind.SPLIT | Kind.UNBIND  # single out or reorder positions
 END = 2**62
 
 
-def carriers(graph: fx.Graph, found: Entry, inputs: Iterable[fx.Node]) -> set[fx.Node]:
+def carriers(graph: fx.Graph, found: EmbeddingEntry, inputs: Iterable[fx.Node]) -> set[fx.Node]:
     """Nodes that hold values of tokens: activations that depend on the embedding, and ids, types and labels."""
     held = {found.embedded}
     carried = {node for node in inputs if node.name not in (MASK, POSITIONS)}
@@ -30,7 +38,7 @@ def carriers(graph: fx.Graph, found: Entry, inputs: Iterable[fx.Node]) -> set[fx
     return held | carried
 
 
-def check(graph: fx.Graph, found: Entry, held: set[fx.Node]) -> None:
+def check_picks(graph: fx.Graph, found: EmbeddingEntry, held: set[fx.Node]) -> None:
     """Raises MethodError where the graph counts positions in a way that virtual ones would change."""
     for node in graph.nodes:
         if node.op == "output":
@@ -54,12 +62,12 @@ def check(graph: fx.Graph, found: Entry, held: set[fx.Node]) -> None:
                 )
 
 
-def touches(node: fx.Node, found: Entry) -> bool:
+def touches(node: fx.Node, found: EmbeddingEntry) -> bool:
     """Whether an operator of COUNTS acts along the sequence."""
     return not set(dimensions(node)).isdisjoint(found.dims(operand(node)))
 
 
-def indices(node: fx.Node, found: Entry) -> list[fx.Node]:
+def indices(node: fx.Node, found: EmbeddingEntry) -> list[fx.Node]:
     """Tensors that pick positions of an activation."""
     if is_a(node, Kind.INDEX):
         along = found.dims(operand(node))
@@ -69,7 +77,7 @@ def indices(node: fx.Node, found: Entry) -> list[fx.Node]:
     return []
 
 
-def picks(node: fx.Node, found: Entry) -> tuple[int, int, int] | None:
+def picks(node: fx.Node, found: EmbeddingEntry) -> tuple[int, int, int] | None:
     """(dimension, first, last + 1) of the positions that a node picks by number from the start, None if it picks none.
     Raises MethodError where the number cannot be moved."""
     if not is_a(node, Kind.SELECT | Kind.SLICE) or not sizes(operand(node)):
@@ -116,11 +124,11 @@ class Extension:
 
     def __init__(self, graph: fx.Graph, n: int, emitter: Callable[..., Emit], device: torch.device):
         self.graph, self.n, self.emitter, self.device = graph, n, emitter, device
-        self.entry = entry(graph)
+        self.entry = embedding_entry(graph)
         self.fills = fills(graph, self.entry)
         self.mask = next((node for node in self.fills if node.name == MASK), None)
         self.carriers = carriers(graph, self.entry, self.fills)
-        check(graph, self.entry, self.carriers)
+        check_picks(graph, self.entry, self.carriers)
         self.emit = emitter(list(graph.find_nodes(op="placeholder"))[-1].next)
         self.batch = self.put(aten.sym_size.int, (self.entry.ids, 0), "batch")
         self.length = self.put(aten.sym_size.int, (self.entry.ids, 1), "length")

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..base.errors import MethodError
-from ..graph.attention import CAUSAL, KEEPS, MOVED, attentions, bound, heads
-from ..graph.edit import aten, sizes
-from ..graph.operators import Kind, argument, is_a, operand
-from ..graph.padding import MASK
-from ..graph.token_embedding import POSITIONS
+from ...base.errors import MethodError
+from ...graph.nodes import aten, sizes
+from ...graph.operators import Kind, argument, is_a, operand
+from ...graph.sequence.attention import CAUSAL, KEEPS, MOVED, attentions, bound, heads
+from ...graph.sequence.padding import MASK
+from ...graph.sequence.token_embedding import POSITIONS
 from .virtual_positions import Emit, first_real
 
 

@@ -14,13 +14,13 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from ..base.errors import MethodError
-from ..graph.edit import aten, operator_name
-from ..graph.operators import is_a
-from ..method.equation import is_transpose
+from ...base.errors import MethodError
+from ...graph.nodes import aten, operator_name
+from ...graph.operators import is_a
+from ...method.equation import is_transpose
 from .equation_values import Values
 from .laws import LAWS, ONE, Scale
-from .op_forms import At, Form
+from .op_forms import At, OpForm
 
 NONLINEARITIES = {
     "relu": aten.relu.default, "gelu": aten.gelu.default, "silu": aten.silu.default, "tanh": aten.tanh.default,
@@ -39,7 +39,7 @@ class Distribution:
     def __init__(
         self,
         values: Values,
-        form: Form,
+        form: OpForm,
         emit: Callable,
         views: tuple[tuple, ...],
         dtype: torch.dtype,

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..base.borrowed import size_formula
-from ..base.errors import MethodError
-from .edit import aten, cone, evaluate, fixed_size, operator_name, sizes
-from .layout import TRANSPOSED
-from .operators import VIEWS, Kind, is_a, operand
+from ...base.borrowed import size_formula
+from ...base.errors import MethodError
+from ..layout import TRANSPOSED
+from ..nodes import aten, backward_slice, evaluate_node, fixed_size, operator_name, sizes
+from ..operators import VIEWS, Kind, is_a, operand
+from ..site import Call, Site
 from .padding import MASK
-from .site import Call, Site
 
 TYPES, POSITIONS = "token_type_ids", "position_ids"
 EXTENDS = "extends"  # meta of a node that is a padding mask with virtual positions: the name of the input
@@ -23,7 +23,7 @@ SCALES = Kind.MULTIPLY | Kind.DIVIDE | Kind.CAST
 
 
 @dataclass(frozen=True)
-class Entry:
+class EmbeddingEntry:
     """Where token ids become activations.
 
     ids:      the placeholder [batch, length]        lookup:   the embedding of the ids
@@ -47,7 +47,7 @@ class Entry:
 
 def sequence_sites(graph: fx.Graph) -> Iterator[Site]:
     """The table of the token embedding of the model's main input. Raises MethodError where there is not one."""
-    found = entry(graph)
+    found = embedding_entry(graph)
     table = table_of(found.lookup)
     yield Site(
         name=str(table.target),
@@ -59,7 +59,7 @@ def sequence_sites(graph: fx.Graph) -> Iterator[Site]:
     )
 
 
-def entry(graph: fx.Graph) -> Entry:
+def embedding_entry(graph: fx.Graph) -> EmbeddingEntry:
     """The lookup of the main input's token ids. Raises MethodError where it is not one, or its length is fixed."""
     lookups: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=aten.embedding.default):
@@ -88,7 +88,7 @@ def entry(graph: fx.Graph) -> Entry:
             "with a length that varies."
         )
     embedded = scaled(calls[0])
-    found = Entry(ids, calls[0], embedded, str(length))
+    found = EmbeddingEntry(ids, calls[0], embedded, str(length))
     if len(sizes(embedded)) != 3 or found.dims(embedded) != [1]:
         raise MethodError(f"{embedded.name} is {list(sizes(embedded))}, not [batch, length, width].")
     return found
@@ -131,14 +131,14 @@ def innermost(node: fx.Node) -> str:
 
 def leaves(node: fx.Node) -> set[fx.Node]:
     """Inputs and tensors whose values (not sizes) a node depends on."""
-    sources = cone(node, lambda current: not is_a(current, Kind.SIZE))
+    sources = backward_slice(node, lambda current: not is_a(current, Kind.SIZE))
     return {source for source in sources if source.op in ("placeholder", "get_attr")}
 
 
 def rows(graph: fx.Graph, tensors: Mapping[str, torch.Tensor], W: torch.Tensor) -> torch.Tensor:
     """What the module that holds the table W [vocabulary, d] gives for every id: its rows, scaled where it scales."""
-    found = entry(graph)
-    given = evaluate(found.embedded, lambda leaf: tensors[str(leaf.target)].detach(), {found.lookup: W})
+    found = embedding_entry(graph)
+    given = evaluate_node(found.embedded, lambda leaf: tensors[str(leaf.target)].detach(), {found.lookup: W})
     return given.to(W.dtype)
 
 

@@ -6,16 +6,16 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from ..base.errors import MethodError
-from ..graph.attention import attentions
-from ..graph.edit import aten
-from ..graph.partition import regions
-from ..graph.rewriter import copied
-from ..graph.token_embedding import entry
-from ..graph.uses import uses
-from ..method.equation import Equation
-from ..method.method import AGAIN
-from ..program.modules import again, ends
+from ...base.errors import MethodError
+from ...graph.nodes import aten
+from ...graph.partition import regions
+from ...graph.rewriter import copied
+from ...graph.sequence.attention import attentions
+from ...graph.sequence.token_embedding import embedding_entry
+from ...graph.uses import uses
+from ...method.equation import Equation
+from ...method.method import AGAIN
+from ...program.modules import again, ends
 from .lower import Lowering, equation_of
 from .op_forms import form_class
 from .prefix import Prefix
@@ -93,7 +93,7 @@ def emitted(equation: Equation, emit: Callable[..., fx.Node]) -> Callable[[fx.No
 
 def lower_embeddings(lowering: Lowering) -> None:
     """P [n, d] in front of the first real token of every row of the embedded sequence [batch, length, d]."""
-    embedded = entry(lowering.graph).embedded
+    embedded = embedding_entry(lowering.graph).embedded
     lengths, (virtual,) = virtual_positions(lowering, embedded, ("virtual",), (lowering.site.out_features,))
     Extension(lowering.graph, sum(lengths.values()), lowering.emitter_of_chain, lowering.device).run(virtual)
 

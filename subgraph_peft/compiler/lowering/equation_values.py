@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import fx
 
-from ..base.errors import MethodError
-from ..graph.edit import aten, flat_outputs, operator_name
-from ..graph.operators import Kind, is_a
-from ..graph.rewriter import copied
-from ..method.equation import VIEWS, Equation, Operand
-from ..method.stacks import lift, stacked
-from ..program.records import Lowered
+from ...base.errors import MethodError
+from ...graph.nodes import aten, flat_outputs, operator_name
+from ...graph.operators import Kind, is_a
+from ...graph.rewriter import copied
+from ...method.equation import VIEWS, Equation, Operand
+from ...method.stacks import lift, stacked
+from ...program.records import Lowered
 
 
 class Values:

@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from torch import fx
 
-from ..base.errors import CaptureError
-from .edit import aten, sizes
-from .rewriter import Rewriter
+from ...base.errors import CaptureError
+from ..nodes import aten, sizes
+from ..rewriter import Rewriter
 
 MASK = "attention_mask"
 Padding = Literal["right"]

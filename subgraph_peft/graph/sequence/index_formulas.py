@@ -9,9 +9,9 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
-from ..base.borrowed import size_formula
-from .edit import aten, operator_name, sizes, viewed, written
-from .operators import Kind, argument, extent, is_a, operator_text, permutation, schema
+from ...base.borrowed import size_formula
+from ..nodes import aten, operator_name, sizes, viewed, written_arguments
+from ..operators import Kind, argument, extent, is_a, operator_text, permutation, schema
 from .terms import AXES, Choice, Entry, Opaque, at_most, below, branches, choice, constant, differs, lift, number, truth
 from .token_embedding import EXTENDS
 
@@ -224,7 +224,7 @@ class Reader:
 
     def __init__(self, graph: fx.Graph, padding: frozenset[str] = frozenset()):
         self.padding = padding
-        self.written = {viewed(target) for node in graph.nodes for target in written(node)}
+        self.written = {viewed(target) for node in graph.nodes for target in written_arguments(node)}
         self.known: dict[tuple[fx.Node, Index], Entry] = {}
 
     def at(self, value: Any, index: Index) -> Entry:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..base.errors import MethodError
-from ..graph.edit import aten
-from ..graph.layout import Layout, turned
-from ..graph.operators import Kind, argument, is_a
-from ..graph.site import Site
-from ..graph.uses import Use, free_label
+from ...base.errors import MethodError
+from ...graph.layout import Layout, turned
+from ...graph.nodes import aten
+from ...graph.operators import Kind, argument, is_a
+from ...graph.site import Site
+from ...graph.uses import Use, free_label
 
 Emit = Callable[..., fx.Node]
 
@@ -29,7 +29,7 @@ class At:
     dropped: bool = False
 
 
-class Form:
+class OpForm:
     """y = op(x, W) + b at one call. `emit(target, args, term)` adds a node.
 
     `forms` are those of a `Use` that it applies. `apply` puts another matrix in the place of W, or one factor of a
@@ -96,13 +96,13 @@ class Form:
         return picked
 
 
-class Linear(Form):
+class Linear(OpForm):
     """y = x Wᵀ + b; addmm and matmul with W_stored [in, out] too"""
 
     forms = ("linear", "addmm", "matmul")
 
 
-class Contraction(Form):
+class Contraction(OpForm):
     """y = einsum(x, W): rows and columns of W may be several dimensions, and it may be a stack of matrices.
 
     A product goes through z, which has the rank r in the place of the rows.
@@ -166,7 +166,7 @@ class Contraction(Form):
         return vector
 
 
-class GroupedMM(Form):
+class GroupedMM(OpForm):
     """y = x Wₑᵀ for each row of x, sorted by expert e: W stacked, the last row of each expert in `offsets`"""
 
     forms = ("grouped_mm",)
@@ -198,7 +198,7 @@ class GroupedMM(Form):
         return each if vector.meta["shape"] else self.emit(aten.unsqueeze.default, (each, -1), "each")
 
 
-class Convolution(Form):
+class Convolution(OpForm):
     """y = conv(x, K) + b, W = K reshaped to [out, in·kernel]; later factors are convolutions with a kernel of one."""
 
     forms = ("conv1d", "conv2d", "conv3d")
@@ -240,7 +240,7 @@ class TransposedConvolution(Convolution):
         return self.emit(aten.transpose.int, (unfolded, 0, 1), f"{term}_kernel")
 
 
-class Embedding(Form):
+class Embedding(OpForm):
     """y = Wᵀ[ids] with the table stored as [vocabulary, out], by embedding or index: a one-hot input times Wᵀ"""
 
     forms = ("embedding",)
@@ -259,10 +259,10 @@ class Embedding(Form):
 
 POINTWISE: Mapping[int, object] = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 CLASSES = (Linear, Contraction, GroupedMM, Convolution, TransposedConvolution, Embedding)
-FORMS: dict[str, type[Form]] = {form: each for each in CLASSES for form in each.forms}
+FORMS: dict[str, type[OpForm]] = {form: each for each in CLASSES for form in each.forms}
 
 
-def form_class(site: Site, use: Use) -> type[Form] | None:
+def form_class(site: Site, use: Use) -> type[OpForm] | None:
     """The form of a use, or None where only the weight as a whole can be replaced."""
     if site.groups > 1 or use.form not in FORMS or use.layout not in (site.layout, turned(site.layout)):
         return None

@@ -16,7 +16,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
-from .edit import sizes
+from ..nodes import sizes
 from .index_formulas import Reader
 from .terms import AXES, BATCH, KEY, QUERY, Choice, Entry, Opaque, is_truth
 

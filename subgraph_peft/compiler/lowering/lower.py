@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graph.passes import running
-from ..graph.rewriter import Rewriter
-from ..method.adapter import Target, identifier
-from ..method.equation import Equation, trace
-from ..program.records import Lowered
+from ...graph.passes import running
+from ...graph.rewriter import Rewriter
+from ...method.adapter import Target, identifier
+from ...method.equation import Equation, trace
+from ...program.records import Lowered
 
 
 def equation_of(

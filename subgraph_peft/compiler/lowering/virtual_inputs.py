@@ -4,17 +4,17 @@ from typing import Any
 
 from torch import fx
 
-from ..base.errors import MethodError
-from ..graph.edit import operator_name, sizes
-from ..graph.operators import Kind, argument, is_a
-from ..graph.padding import MASK
-from ..graph.token_embedding import CARRIES, POSITIONS, TYPES, Entry, origin, symbols
+from ...base.errors import MethodError
+from ...graph.nodes import operator_name, sizes
+from ...graph.operators import Kind, argument, is_a
+from ...graph.sequence.padding import MASK
+from ...graph.sequence.token_embedding import CARRIES, POSITIONS, TYPES, EmbeddingEntry, origin, symbols
 
 # operators that read the shape of ids only, or where the largest is
 HARMLESS = Kind.SIZE | Kind.FILL | Kind.ARGMAX | Kind.LOSS
 
 
-def fills(graph: fx.Graph, found: Entry) -> dict[fx.Node, Any]:
+def fills(graph: fx.Graph, found: EmbeddingEntry) -> dict[fx.Node, Any]:
     """What each input that is a sequence holds at virtual positions. Raises MethodError for inputs without such a
     value."""
     known: dict[fx.Node, Any] = {found.ids: dummy(found)}
@@ -43,7 +43,7 @@ def fills(graph: fx.Graph, found: Entry) -> dict[fx.Node, Any]:
     return known
 
 
-def dummy(found: Entry) -> int:
+def dummy(found: EmbeddingEntry) -> int:
     """A token id that the graph takes for an ordinary one: none that it compares ids with, such as padding.
 
     Raises MethodError where the graph does something else with ids, such as giving them to a decoder.
@@ -63,7 +63,7 @@ def dummy(found: Entry) -> int:
     return next(i for i in range(len(taken) + 1) if i not in taken)
 
 
-def label_inputs(graph: fx.Graph, found: Entry) -> dict[fx.Node, int]:
+def label_inputs(graph: fx.Graph, found: EmbeddingEntry) -> dict[fx.Node, int]:
     """Inputs that hold one label a position -> the label that the loss ignores."""
     labels: dict[fx.Node, int] = {}
     for loss in (node for node in graph.nodes if is_a(node, Kind.LOSS)):

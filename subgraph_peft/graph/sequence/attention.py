@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import fx
 
-from ..base.errors import MethodError
-from .edit import aten, operator_name, sizes
-from .operators import SUMS, Kind, argument, is_a, operand, schema
-from .site import Call, Site
+from ...base.errors import MethodError
+from ..nodes import aten, operator_name, sizes
+from ..operators import SUMS, Kind, argument, is_a, operand, schema
+from ..site import Call, Site
 from .token_embedding import CARRIES, innermost
 
 ATTENTION = aten.scaled_dot_product_attention.default

@@ -5,13 +5,13 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from ..base.errors import MethodError
-from ..graph.uses import Use, uses
-from ..method.equation import Equation, Operand
+from ...base.errors import MethodError
+from ...graph.uses import Use, uses
+from ...method.equation import Equation, Operand
 from .distribute import Distribution
 from .equation_values import Values
 from .lower import Lowering, equation_of
-from .op_forms import Form, form_class, views_of
+from .op_forms import OpForm, form_class, views_of
 
 
 def lower_weight(lowering: Lowering, weight: fx.Node) -> None:
@@ -23,7 +23,7 @@ def lower_weight(lowering: Lowering, weight: fx.Node) -> None:
         lower_as_a_whole(lowering, weight)
 
 
-def lower_at_uses(lowering: Lowering, weight: fx.Node, found: list[tuple[Use, type[Form]]]) -> None:
+def lower_at_uses(lowering: Lowering, weight: fx.Node, found: list[tuple[Use, type[OpForm]]]) -> None:
     """At each use, x φ(W)ᵀ + b in the place of x Wᵀ + b: x […, in], result […, out]."""
     known: dict[tuple, Values] = {}
     first = min(use.node for use, _ in found)

@@ -12,11 +12,11 @@ from typing import Protocol
 
 from torch import fx
 
-from ..graph.edit import aten
-from ..graph.operators import SUMS, Kind, argument, is_a, operand
-from ..method.equation import Equation, is_elementwise
+from ...graph.nodes import aten
+from ...graph.operators import SUMS, Kind, argument, is_a, operand
+from ...method.equation import Equation, is_elementwise
 from .equation_values import Values
-from .op_forms import At, Form
+from .op_forms import At, OpForm
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Context(Protocol):
 
     equation: Equation
     values: Values
-    form: Form
+    form: OpForm
     dropout: Mapping[str, float]
 
     def apply(self, node: fx.Node, x: fx.Node, scale: Scale, bias: fx.Node | None, at: At) -> fx.Node: ...
