@@ -18,6 +18,7 @@ from .tensors import Init, kaiming_uniform, normal, ones, zeros
 OPERANDS = {"weight": ("W",), "bias": ("b",), "output": ("x", "y")}
 INITS: dict[str, Init] = {"zeros": zeros, "ones": ones, "kaiming_uniform": kaiming_uniform}
 NORMAL = re.compile(r"normal\(\s*(\d*\.?\d+(?:[eE][+-]?\d+)?)\s*\)")
+SIZE = re.compile(rf"(?<![\d.])({OUT}|{IN})(?!\d|\.\d)")
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 RESERVED = {"W", "b", "x", "y", "in", "out", "self", "None", *FUNCTIONS}
 
@@ -124,8 +125,8 @@ def wrong_option(method: str, option: str, what: str) -> MethodError:
 
 
 def named(text: str) -> str:
-    """Text with `out` and `in` for the sizes that stand for any."""
-    return text.replace(str(OUT), "out").replace(str(IN), "in")
+    """Text, of torch's errors too, with `out` and `in` for the sizes that stand for any; not within other numbers."""
+    return SIZE.sub(lambda found: "out" if found[0] == str(OUT) else "in", text)
 
 
 def parsed_equations(definition: Definition) -> Parsed:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import subgraph_peft as sp
 from subgraph_peft.cli import app
 from subgraph_peft.method import catalogue, registry
+from subgraph_peft.method.definition import named
 from subgraph_peft.method.expression import FUNCTIONS, EquationError, parse
 from subgraph_peft.method.formula import equations
 from subgraph_peft.method.method import spell
@@ -630,3 +631,8 @@ def test_a_method_inside_another_is_read_as_one_by_itself(spelled, message):
     assert registry.read_method({"dora": {"of": {"dora": {"of": {"lora": {"r": 2}}}}}}).of.of.r == 2
     with pytest.raises(sp.MethodError, match=message):
         registry.read_method(spelled)
+
+
+def test_sizes_have_names_where_they_are_whole_numbers():
+    assert named("[30030, 60060] (2x30030 and 60060x2).") == "[out, in] (2xout and inx2)."
+    assert named("130030, 300301, 0.30030, 60060.5") == "130030, 300301, 0.30030, 60060.5"
