@@ -28,8 +28,8 @@ from .graph.passes import EquationPass as EquationPass
 from .graph.passes import ProgramPass as ProgramPass
 from .graph.site import Site as Site
 from .method.method import Method as Method
-from .method.tensors import Tensor as Tensor
 from .method.method import Wrapper as Wrapper
+from .method.tensors import Tensor as Tensor
 from .method.tensors import frozen as frozen
 from .method.tensors import kaiming_uniform as kaiming_uniform
 from .method.tensors import normal as normal

@@ -21,7 +21,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -162,10 +162,10 @@ def prepare(journal: Path, folder: Path, gone: Iterable[str]) -> None:
 
 def apply(journal: Path, folder: Path) -> None:
     """The new files to their places; may have been done in part before."""
-    listed = json.loads((journal / LIST).read_text(encoding="utf-8"))
+    listed = listing(journal)
     for name in listed["new"]:
-        if (source := journal / NEW / name).exists():
-            os.replace(source, folder / name)
+        with suppress(FileNotFoundError):  # moved before, or by another process that ends the same write
+            os.replace(journal / NEW / name, folder / name)
     for name in listed["gone"]:
         (folder / name).unlink(missing_ok=True)
     sync(folder)
@@ -174,7 +174,7 @@ def apply(journal: Path, folder: Path) -> None:
 
 def undo(journal: Path, folder: Path) -> None:
     """The former files back to their places; may have been done in part before."""
-    listed = json.loads((journal / LIST).read_text(encoding="utf-8"))
+    listed = listing(journal)
     for name in (*listed["new"], *listed["gone"]):
         if (former := journal / OLD / name).exists():
             link(former, back := journal / f"{name}.back")  # the first link stays: this may stop and start again
@@ -185,10 +185,21 @@ def undo(journal: Path, folder: Path) -> None:
     discard(journal)
 
 
+def listing(journal: Path) -> dict[str, list[str]]:
+    """The names that a journal is about; none where another process has just ended the write."""
+    try:
+        return json.loads((journal / LIST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if journal.exists():
+            raise
+        return {"new": [], "gone": []}
+
+
 def discard(journal: Path) -> None:
     """A journal that says nothing any more: under a name that no reader looks for, then piece by piece."""
     aside = hidden(journal)
-    os.rename(journal, aside)
+    with suppress(FileNotFoundError):  # another process was first
+        os.rename(journal, aside)
     shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -274,3 +274,20 @@ def test_a_training_checkpoint_of_the_same_step_is_the_former_or_the_new_one(tmp
         seen.append(resume.read_run(folder)["kind"])
         torch.testing.assert_close(sp.load(first.captured, folder).run(), {"old": first, "new": second}[seen[-1]].run())
     assert seen[-1] == "new" and "old" in seen
+
+
+def test_two_processes_may_end_the_same_write(tmp_path):
+    """Each finds the other's work done at every step, whichever is first."""
+    put(folder := tmp_path / "out", OLD)
+    for _ in stops(lambda: write_new(folder), "killed after", lambda: put(folder, OLD)):
+        if not (journal := folder / ".a.json.commit").exists():
+            continue
+        files.apply(journal, folder)
+        files.apply(journal, folder)  # the reader that comes second
+        assert contents(folder) == NEW
+
+
+def write_new(folder: Path) -> None:
+    with files.replacing_set(folder / "a.json", sp.ExportError) as new:
+        for name, data in NEW.items():
+            (new / name).write_bytes(data)
