@@ -147,7 +147,7 @@ FAULTS = (
     ),
     fault(
         "checkpoint: another base is taken",
-        'config["base"]["fingerprint"] != fingerprint(program, config["trained"])',
+        "config.base.fingerprint != fingerprint(program, config.trained)",
         "False",
         "store/test_checkpoint",
     ),
