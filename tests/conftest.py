@@ -19,9 +19,17 @@ LONG = (
 )  # fmt: skip
 
 
+# files that make the same decoders, which one worker translates once
+DECODERS = ("test_decoder.py", "test_generator.py", "test_decoder_slots.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, each with one worker (`--dist loadgroup`)."""
     place = {f"{name}.py": at for at, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+    for item in items:
+        group = "decoders" if item.path.name in DECODERS else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True, scope="module")

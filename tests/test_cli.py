@@ -169,13 +169,13 @@ import signal
 from subgraph_peft.training import resume
 from subgraph_peft.cli import main
 
-write = resume.write
+write = resume.write_checkpoint
 
 def writing(*given):
     write(*given)
     signal.raise_signal(signal.SIGINT)
 
-resume.write = writing
+resume.write_checkpoint = writing
 main()
 """
 

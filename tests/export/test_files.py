@@ -66,13 +66,13 @@ def two_files(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", ["translate", "write", "compare", "written"])
+@pytest.mark.parametrize("stage", ["translate", "write_model", "compare", "written"])
 def test_an_interrupt_leaves_what_was_there(two_files, monkeypatch, stage):
     before = contents(two_files)
     original = getattr(exporter, stage)
 
     def interrupted(*arguments, **options):
-        if stage in ("write", "compare"):
+        if stage in ("write_model", "compare"):
             original(*arguments, **options)
         signal.raise_signal(signal.SIGINT)
 
