@@ -23,6 +23,7 @@ LONG = (
 DECODERS = ("test_decoder.py", "test_generator.py", "test_decoder_slots.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, each with one worker (`--dist loadgroup`)."""
     place = {f"{name}.py": at for at, name in enumerate(LONG)}
