@@ -77,7 +77,7 @@ class ExportReport(Verification):
     fused:        operators of onnxruntime's own in the file, by name: how many
     quantize:     bits of the weights of matrix products, None where they are as trained
     before:       drift of the model before it was quantised and fused
-    identity:     hash of the captured base, see `subgraph_peft.checkpoint.fingerprint`
+    identity:     hash of the captured base, see `subgraph_peft.store.state.fingerprint`
     slots:        weights to which an adapter adds, and tensors that it replaces, at run time
     """
 

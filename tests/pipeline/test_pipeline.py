@@ -1,4 +1,6 @@
+import importlib
 import json
+import re
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import subgraph_peft as sp
 from subgraph_peft.base.text import Table
 from subgraph_peft.method import catalogue, registry
 from subgraph_peft.pipeline import pipeline
-from subgraph_peft.pipeline.config import apply_override, load_config, schema, shipped_configs
+from subgraph_peft.pipeline.config import apply_override, find_config, load_config, schema, shipped_configs
 from subgraph_peft.pipeline.graph_diff import summarised
 from subgraph_peft.pipeline.passes import Pass, State
 from subgraph_peft.pipeline.pipeline import Pipeline, names
@@ -150,6 +152,14 @@ def test_an_unknown_config_lists_the_shipped_ones():
 def test_every_shipped_config_is_valid():
     for name in shipped_configs():
         assert load_config(name).pipeline.passes
+
+
+def test_the_factories_of_shipped_configs_are_there():
+    texts = [find_config(name).read_text(encoding="utf-8") for name in shipped_configs()]
+    named = [found for text in texts for found in re.findall(r"(subgraph_peft[\w.]+):(\w+)", text)]
+    assert len(named) == 2
+    for module, function in named:
+        assert callable(getattr(importlib.import_module(module), function))
 
 
 def listed(document):
